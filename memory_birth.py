@@ -222,9 +222,9 @@ def probes(model, task):
                 wo2=out.float().mean().item(), wf=kl[~fixed].mean().item() if not fixed.all() else 0.0)
 
 
-def chunk_size(batch_size, device):
-    """Sequences to work on at once: on a CPU few enough that a layer's attention weights stay in the cache."""
-    return min(batch_size, 16) if torch.device(device).type == "cpu" else batch_size
+def chunk_size(task):
+    """Sequences to work on at once: on a CPU few enough that a layer's attention weights, 4 MB, stay in the cache."""
+    return max(1, 2**20 // task.seq_len**2) if torch.device(task.device).type == "cpu" else 2**20
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def evaluate(model, task, n=256, seed=10_000):
     """
     batches = []
     generator = torch.Generator(task.device).manual_seed(seed)
-    for tokens, occurrence in zip(*(x.split(chunk_size(n, task.device)) for x in task.sample(n, generator))):
+    for tokens, occurrence in zip(*(x.split(chunk_size(task)) for x in task.sample(n, generator))):
         z, y = tokens[:, :-1], tokens[:, 1:]
         logits, attns = model(z, return_attn=True)
         ce = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
@@ -292,7 +292,7 @@ def train(args, run):
     data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches alone
     start = run.restore(model=model, optimizer=optimizer, data=data)
     frozen_until = {name: int(step) for name, step in (item.split(":") for item in args.freeze)}
-    chunk = chunk_size(args.batch_size, args.device)
+    chunk = chunk_size(task)
 
     def training_step():
         tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
@@ -344,8 +344,10 @@ def three_steps(args, seed):
     model = SimpleTransformer(task.vocab_size, args.seq_len, args.n_embd).to(args.device)
     data = torch.Generator(args.device).manual_seed(seed)
     with torch.no_grad():
-        model.W_E /= math.sqrt(args.n_embd)
-        model.P /= math.sqrt(args.n_embd)
+        for W in (model.W_E, model.P):                                           # rows of norm 1
+            W /= math.sqrt(args.n_embd)
+        for W in (model.W_U, model.W_O1, model.W_V1, model.W_V2):                # entries of variance 1/d: norms are kept
+            W *= math.sqrt(3)
         for W in model.parameters():
             W.zero_()
 

@@ -1,0 +1,475 @@
+"""memory_birth.py: the task against its definition, the model against NumPy, the probes, the command from end to end."""
+import bisect
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import memory_birth
+from memory_birth import BigramTask, FullTransformer, SimpleTransformer
+
+SCRIPT = Path(memory_birth.__file__)
+TINY = ["--device", "cpu", "--seq-len", "16", "--n-embd", "16", "--batch-size", "32", "--steps", "60", "--eval-every", "10"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- The embedded pair counts -----------------------------------------------------------------------------------------
+
+
+def test_the_embedded_counts_are_those_of_one_text():
+    pairs = memory_birth.shakespeare_pairs()
+    assert pairs.shape == (65, 65) and pairs.sum() == 1_115_393 and (pairs > 0).sum() == 1_403
+    ends = (pairs.sum(1) - pairs.sum(0)).tolist()                                # a path leaves its first, enters its last
+    assert sorted(ends) == [-1] + [0] * 63 + [1]
+    assert memory_birth.CHARS[ends.index(1)] == "F" and memory_birth.CHARS[ends.index(-1)] == "\n"
+    task = BigramTask()
+    count = dict(zip(task.chars, (task.unigram * 1_115_394).round().int().tolist()))
+    assert task.vocab_size == 65 and sum(count.values()) == 1_115_394
+    assert (count["\n"], count[" "], count["e"], count["$"]) == (40_000, 169_892, 94_611, 1)
+    assert [task.chars[c] for c in task.fixed] == [" ", "e", "t", "o", "a"]
+
+
+def test_a_text_file_gives_its_own_counts(tmp_path):
+    text = "abracadabra!"
+    (tmp_path / "text").write_text(text)
+    task = BigramTask(k=2, text=tmp_path / "text")
+    assert task.chars == "!abcdr"
+    for a, char in enumerate(task.chars):
+        assert task.unigram[a].item() == pytest.approx(text.count(char) / len(text))
+        after = [text[i + 1] for i in range(len(text) - 1) if text[i] == char] or text           # "!" has no successor
+        for b, other in enumerate(task.chars):
+            assert task.bigram[a, b].item() == pytest.approx([*after].count(other) / len(after))
+
+
+@pytest.mark.parametrize("text, k, error", [("", 1, "characters"), ("aaaa", 1, "characters"), ("abc", 4, "4 triggers")])
+def test_a_text_without_enough_characters_is_refused(tmp_path, text, k, error):
+    (tmp_path / "text").write_text(text)
+    with pytest.raises(ValueError, match=error):
+        BigramTask(k=k, text=tmp_path / "text")
+
+
+# ---- The task ---------------------------------------------------------------------------------------------------------
+
+
+def plain_sample(task, rng):
+    """One sequence, from the definition: tokens, its triggers in order of drawing, and their outputs."""
+    def draw(p):
+        cumulated = list(itertools.accumulate(p))
+        return bisect.bisect_right(cumulated, rng.random() * cumulated[-1])
+
+    unigram, bigram, V = task.unigram.tolist(), task.bigram.tolist(), task.vocab_size
+    if task.triggers == "fixed":
+        triggers = sorted(range(V), key=lambda v: -unigram[v])[:task.k]
+    else:
+        triggers, p = [], list(unigram)
+        for _ in range(task.k):
+            triggers.append(draw(p))
+            p[triggers[-1]] = 0.0
+    outputs = {q: rng.randrange(V) if task.outputs == "uniform" else draw(bigram[q]) for q in triggers}
+    tokens = [draw(unigram)]
+    for _ in range(task.seq_len):
+        tokens.append(outputs[tokens[-1]] if tokens[-1] in outputs else draw(bigram[tokens[-1]]))
+    return tokens, triggers, outputs
+
+
+@pytest.mark.parametrize("triggers", ["fixed", "random"])
+@pytest.mark.parametrize("outputs", ["uniform", "bigram"])
+def test_samples_follow_the_definition(triggers, outputs):
+    task = BigramTask(k=5, seq_len=48, triggers=triggers, outputs=outputs)
+    n, V = 3_000, task.vocab_size
+    tokens, occurrence = task.sample(n, generator())
+    assert tokens.shape == (n, 49) and occurrence.shape == (n, 48) and tokens.dtype == torch.int64
+    bigram, seen = task.bigram, torch.zeros(V, V)
+    given = torch.zeros(V, V)                                                    # outputs by trigger, once a sequence
+    for z, occ in zip(tokens.tolist(), occurrence.tolist()):
+        output, count = {}, {}
+        for t in range(48):
+            if occ[t]:
+                count[z[t]] = count.get(z[t], 0) + 1
+                assert occ[t] == count[z[t]]                                     # n-th time so far
+                assert output.setdefault(z[t], z[t + 1]) == z[t + 1]             # always the same successor
+            else:
+                assert z[t] not in count and bigram[z[t], z[t + 1]] > 0
+                seen[z[t], z[t + 1]] += 1
+        assert len(count) <= 5
+        if triggers == "fixed":
+            assert set(count) == set(z[:-1]) & set(task.fixed.tolist())
+        for q, o in output.items():
+            given[q, o] += 1
+    # pi_b after everything else, pi_u at the start, outputs as named: total variation against the expected noise
+    for a in seen.sum(1).topk(8).indices:
+        noise = 0.5 * (2 * bigram[a] / math.pi / seen[a].sum()).sqrt().sum()
+        assert 0.5 * (seen[a] / seen[a].sum() - bigram[a]).abs().sum() < 1.5 * noise
+    first = torch.bincount(tokens[:, 0], minlength=V) / n
+    assert 0.5 * (first - task.unigram).abs().sum() < 1.5 * 0.5 * (2 * task.unigram / math.pi / n).sqrt().sum()
+    q = given.sum(1).argmax()
+    expected = bigram[q] if outputs == "bigram" else torch.full((V,), 1 / V)
+    noise = 0.5 * (2 * expected / math.pi / given[q].sum()).sqrt().sum()
+    assert 0.5 * (given[q] / given[q].sum() - expected).abs().sum() < 1.5 * noise
+
+
+@pytest.mark.parametrize("triggers", ["fixed", "random"])
+def test_samples_are_distributed_as_a_plain_implementation(triggers):
+    task, n, rng = BigramTask(k=3, seq_len=32, triggers=triggers), 4_000, random.Random(0)
+    plain = [plain_sample(task, rng) for _ in range(n)]
+    repeats, trigger_count, last = 0, torch.zeros(65), torch.zeros(65)
+    for tokens, q, _ in plain:
+        for trigger in q:
+            trigger_count[trigger] += trigger in tokens[:-1]
+            repeats += max(0, tokens[:-1].count(trigger) - 1)
+        last[tokens[-1]] += 1
+    tokens, occurrence = task.sample(n, generator(1))
+    assert (occurrence >= 2).sum().item() / n == pytest.approx(repeats / n, rel=0.06)
+    ours = torch.bincount(tokens[:, :-1][occurrence == 1], minlength=65)         # sequences in which it was a trigger
+    for v in trigger_count.topk(8).indices:
+        assert ours[v].item() == pytest.approx(trigger_count[v].item(), abs=5 * math.sqrt(trigger_count[v]) + 5)
+    ours = torch.bincount(tokens[:, -1], minlength=65)
+    for v in last.topk(8).indices:
+        assert ours[v].item() == pytest.approx(last[v].item(), abs=5 * math.sqrt(2 * last[v]))
+
+
+def test_sampling_depends_on_the_generator_alone():
+    task = BigramTask(seq_len=20)
+    a, b = task.sample(8, generator(3)), task.sample(8, generator(3))
+    torch.manual_seed(1)
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], task.sample(8, generator(4))[0])
+
+
+# ---- The models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_wf", [False, True])
+def test_the_simple_model_agrees_with_numpy(use_wf):
+    torch.manual_seed(0)
+    model = SimpleTransformer(11, 9, 8, use_wf).double()
+    w = {name: x.detach().numpy() for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    tokens = torch.randint(11, (3, 7))
+    logits, attns = model(tokens, return_attn=True)
+
+    def layer(x, W_K, W_OV):
+        y, weights = x.copy(), np.zeros((len(x), len(x)))
+        for t in range(len(x)):
+            scores = np.array([x[t] @ W_K @ x[s] / math.sqrt(8) for s in range(t + 1)])
+            weights[t, :t + 1] = np.exp(scores) / np.exp(scores).sum()
+            y[t] += W_OV @ sum(weights[t, s] * x[s] for s in range(t + 1))
+        return y, weights
+
+    for b in range(3):
+        x = w["W_E"][tokens[b]] + w["P"][:7]
+        x, first = layer(x, w["W_K1"], w["W_O1"] @ w["W_V1"])
+        x, second = layer(x, w["W_K2"], w["W_O2"] @ w["W_V2"])
+        if use_wf:
+            x = x + x @ w["W_F"].T
+        np.testing.assert_allclose(logits[b].detach(), x @ w["W_U"].T, atol=1e-10)
+        np.testing.assert_allclose(attns[0][b, 0].detach(), first, atol=1e-12)
+        np.testing.assert_allclose(attns[1][b, 0].detach(), second, atol=1e-12)
+
+
+def test_parameter_counts_and_initial_scales():
+    torch.manual_seed(0)
+    model = SimpleTransformer(65, 256, 128, use_wf=True)
+    assert sum(p.numel() for p in model.parameters()) == 4 * 128**2
+    assert {name for name, _ in model.named_parameters()} == {"W_K1", "W_K2", "W_O2", "W_F"}
+    bound = 1 / math.sqrt(128)
+    for W in (model.W_K1, model.W_K2, model.W_O2, model.W_F, model.W_U, model.W_V1, model.W_O1, model.W_V2):
+        assert 0.99 * bound < W.abs().max() <= bound and W.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert model.W_E.std().item() == pytest.approx(1, rel=0.05) and model.P.std().item() == pytest.approx(1, rel=0.05)
+    full = FullTransformer(65, 256, n_layer=3, n_head=4, n_embd=128)
+    assert sum(p.numel() for p in full.parameters()) == (2 * 65 + 256) * 128 + 2 * 128 + 3 * (12 * 128**2 + 13 * 128)
+
+
+@pytest.mark.parametrize("model", [SimpleTransformer(65, 20, 32, True), FullTransformer(65, 20, 2, 4, 32)])
+def test_no_prediction_sees_the_future(model):
+    tokens = torch.randint(65, (2, 20))
+    changed = tokens.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 65
+    a, b = model(tokens), model(changed)
+    torch.testing.assert_close(a[:, :12], b[:, :12])
+    assert not torch.allclose(a[:, 12:], b[:, 12:])
+
+
+# ---- The probes: the induction head that the paper builds by hand (Sec. 4.2) --------------------------------------------
+
+
+@torch.no_grad()
+def constructed(task, d=1024, strength=100.0):
+    """W_K1, W_K2, W_O2 as sums of outer products, and W_F = 0: the associative memories of an induction head."""
+    torch.manual_seed(0)
+    model = SimpleTransformer(task.vocab_size, task.seq_len, d, use_wf=True)
+    E, P, U = model.W_E / math.sqrt(d), model.P / math.sqrt(d), model.W_U * math.sqrt(3)          # unit rows, roughly
+    previous = E @ (model.W_O1 @ model.W_V1).mT
+    model.W_K1.copy_(strength * P[1:].mT @ P[:-1])
+    model.W_K2.copy_(strength * E.mT @ (previous / previous.norm(dim=1, keepdim=True)))
+    model.W_O2.copy_(strength * U.mT @ (E @ model.W_V2.mT * math.sqrt(3)))
+    model.W_F.zero_()
+    return model
+
+
+def test_the_probes_and_the_measurements_read_a_constructed_induction_head():
+    task = BigramTask(k=5, seq_len=48, triggers="random")
+    model = constructed(task)
+    held = memory_birth.probes(model, task)
+    assert held["wk1"] == held["wk2"] == held["wo2"] == 1 and memory_birth.recall_wk1(model, 8) == 1
+    uniform = sum((row * (row.clamp_min(1e-30) * 65).log()).sum() for row in task.bigram).item() / 65
+    assert held["wf"] == pytest.approx(uniform, rel=1e-4)
+    seen = memory_birth.evaluate(model, task, n=64)
+    assert seen["accuracy"] > 0.95 and seen["attn_prev"] > 0.98 and seen["attn_match"] > 0.95
+    for W, probe in (model.W_K1, "wk1"), (model.W_K2, "wk2"), (model.W_O2, "wo2"):
+        with torch.no_grad():
+            kept = W.clone()
+            W.neg_()
+        assert memory_birth.probes(model, task)[probe] < 0.1                     # each probe reads its own matrix
+        assert memory_birth.evaluate(model, task, n=64)["accuracy"] < 0.5        # and each memory is needed
+        with torch.no_grad():
+            W.copy_(kept)
+
+
+def test_probes_of_fixed_triggers_look_at_those_alone():
+    fixed, free = BigramTask(k=5, seq_len=48), BigramTask(k=5, seq_len=48, triggers="random")
+    model = constructed(fixed)
+    with torch.no_grad():                                                        # a bigram memory for non-triggers alone
+        U, E = model.W_U.double(), model.W_E.double()
+        target = fixed.bigram.double().clamp_min(1e-9).log()
+        target[fixed.fixed] = 0
+        model.W_F.copy_((torch.linalg.pinv(U) @ target.mT @ torch.linalg.pinv(E.mT)).float())
+        rare = fixed.unigram.argmin()
+        model.W_K2 -= torch.outer(model.W_E[rare], (model.W_O1 @ model.W_V1 @ model.W_E[rare]))
+    assert memory_birth.probes(model, fixed)["wf"] < 1e-3 < memory_birth.probes(model, free)["wf"]
+    assert memory_birth.probes(model, fixed)["wk2"] == 1 > memory_birth.probes(model, free)["wk2"]
+
+
+# ---- Training ---------------------------------------------------------------------------------------------------------
+
+
+def one_run(tmp_path, *flags):
+    args = memory_birth.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
+    run, = common.sweep(args, memory_birth.PRESETS, memory_birth.SWEEP)
+    return run
+
+
+def test_frozen_stays_bit_identical_and_the_rest_moves(tmp_path):
+    run = one_run(tmp_path, "--use-wf", "--loss", "all", "--steps", "6", "--freeze", "wo2:6", "wf:3")
+    common.seed_everything(0)
+    _, before = memory_birth.build(run.args)
+    common.seed_everything(0)
+    memory_birth.train(run.args, run)
+    after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
+    assert set(after) == set(before.state_dict())
+    for name, x in before.state_dict().items():
+        assert torch.equal(x, after[name]) == (name not in ("W_K1", "W_K2", "W_F")), name
+
+
+def test_the_full_model_trains_every_parameter(tmp_path):
+    run = one_run(tmp_path, "--model", "full", "--n-layer", "1", "--steps", "3")
+    common.seed_everything(0)
+    _, before = memory_birth.build(run.args)
+    common.seed_everything(0)
+    memory_birth.train(run.args, run)
+    after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
+    assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
+
+
+def test_the_numbers_do_not_depend_on_how_often_they_are_evaluated(tmp_path):
+    lines = []
+    for every in ("3", "6"):
+        run = one_run(tmp_path / every, "--steps", "6", "--eval-every", every)
+        common.seed_everything(0)
+        memory_birth.train(run.args, run)
+        lines.append({key: value for key, value in run.metrics[-1].items() if key != "seconds"})
+    assert lines[0] == lines[1]
+
+
+def test_in_context_loss_is_the_mean_over_repeated_triggers(tmp_path, monkeypatch):
+    run = one_run(tmp_path, "--steps", "1", "--lr", "1e-3", "--weight-decay", "0")
+    common.seed_everything(0)
+    task, model = memory_birth.build(run.args)
+    tokens, occurrence = task.sample(32, generator(0))
+    logits = model(tokens[:, :-1])
+    repeat = occurrence >= 2
+    torch.nn.functional.cross_entropy(logits[repeat], tokens[:, 1:][repeat]).backward()
+    expected = model.W_O2.detach() - 1e-3 * model.W_O2.grad
+    common.seed_everything(0)
+    memory_birth.train(run.args, run)
+    torch.testing.assert_close(torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]["W_O2"], expected)
+
+
+def test_each_of_three_steps_fills_its_own_memory():
+    args = memory_birth.parse_args(["--device", "cpu", "--three-steps", "--n-embd", "256", "--seq-len", "16", "--batch-size", "4096"])
+    start, first, second, third = memory_birth.three_steps(args, seed=0)
+    assert start["wo2"] < 0.05 and first["wo2"] > 0.15 and first["accuracy"] > start["accuracy"]
+    assert first["wk2"] == start["wk2"] and second["wk1"] == start["wk1"]        # untouched by the steps before their own
+    assert second["attn_match"] > first["attn_match"] + 0.2 and second["wo2"] == third["wo2"] == first["wo2"]
+    assert third["attn_prev"] > second["attn_prev"]
+
+
+# ---- The command ------------------------------------------------------------------------------------------------------
+
+
+def command(tmp_path, *flags):
+    return [sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags]
+
+
+def call(tmp_path, *flags, **options):
+    return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100, **options)
+
+
+def outcome(tmp_path):
+    """Everything that a finished run says, less the seconds it took."""
+    folder, = (tmp_path / "out" / "memory_birth").iterdir()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
+    whole = call(tmp_path / "whole")
+    assert whole.returncode == 0 and "first evaluated step" in whole.stdout
+    again = call(tmp_path / "whole")                                             # finished: reads, does not train
+    assert again.returncode == 0 and "step 10:" not in again.stdout
+    assert again.stdout.strip() == whole.stdout[whole.stdout.index("\n\n"):].strip()
+
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while "step 20:" not in process.stdout.readline() and process.poll() is None:
+            pass
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+        if number == signal.SIGINT:
+            assert process.returncode == 130 and "saved at step" in error and "the same command" in error
+            call(tmp_path / "cut")
+            assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+            refused = call(tmp_path / "cut", "--lr", "0.3")
+            assert refused.returncode == 2 and "lr (0.2 there, 0.3 here)" in refused.stderr
+            for path in (tmp_path / "cut" / "out" / "memory_birth").glob("*/*"):
+                path.unlink()
+        else:
+            assert process.returncode == -signal.SIGKILL
+            resumed = call(tmp_path / "cut")
+            assert "step 10:" not in resumed.stdout
+            assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_torchrun_deals_the_runs_out_and_prints_one_table(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--seed", "0", "1", "2", "--steps", "10"]
+    done = subprocess.run(run + command(tmp_path, *flags)[1:], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("first evaluated step") == 1
+    folders = list((tmp_path / "out" / "memory_birth").iterdir())
+    assert len(folders) == 3 and all((folder / "results.json").exists() for folder in folders)
+
+
+def test_a_loss_that_explodes_stops_with_advice(tmp_path):
+    done = call(tmp_path, "--lr", "1e30")
+    assert done.returncode == 1 and "learning rate 1e+30" in done.stderr and "--lr" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_full_disk_and_an_unwritable_folder_end_in_one_line(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))    # no file may grow beyond 2 kB
+    (tmp_path / "out2").write_text("a file")
+    for done in call(tmp_path, preexec_fn=limit), call(tmp_path, "--out-dir", str(tmp_path / "out2" / "below")):
+        assert done.returncode == 1 and "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_the_paper():
+    start = time.time()
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Birth of a Transformer" in done.stdout and time.time() - start < 10
+
+
+@pytest.mark.parametrize("flags, error", [
+    (["--device", "cuda:99"], "--device"),
+    (["--device", "abacus"], "abacus"),
+    (["--steps", "0"], "positive integer"),
+    (["--seq-len", "1.5"], "positive integer"),
+    (["--text", "no-such-file"], "No such file"),
+    (["--n-triggers", "66"], "66 triggers"),
+    (["--freeze", "wx:3"], "wx:3"),
+    (["--freeze", "wo2"], "wo2:300"),
+    (["--freeze", "wf:3"], "--use-wf"),
+    (["--freeze", "wo2:3", "--model", "full"], "--model full"),
+    (["--n-layer", "1"], "--n-layer"),
+    (["--model", "full", "--n-embd", "10"], "not divisible"),
+    (["--three-steps", "--plot"], "--plot"),
+    (["--preset", "slow"], "preset"),
+])
+def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags, error):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(SystemExit) as stop:
+        memory_birth.parse_args([*flags, "--out-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        memory_birth.parse_args(["--plot"])
+    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_an_explicit_flag_beats_the_preset():
+    args = memory_birth.parse_args(["--preset", "paper", "--seq-len", "7", "--device", "cpu"])
+    assert args.seq_len == 7 and args.batch_size == 512 and args.triggers == ["random"]
+
+
+def test_the_figure_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = call(tmp_path, "--plot", "--steps", "10", "--freeze", "--freeze", "wo2:5")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "memory_birth" / "fig3.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graph_and_bfloat16(tmp_path):
+    done = call(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+
+
+# ---- The phenomenon ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_induction_head_is_born_from_the_top_down(tmp_path):
+    run = one_run(tmp_path, "--seq-len", "64", "--n-embd", "128", "--batch-size", "128", "--steps", "500", "--eval-every", "20")
+    common.seed_everything(0)
+    results = memory_birth.train(run.args, run)
+    assert results["accuracy"] >= 0.95 and results["wo2"] >= 0.98 and results["wk2"] >= 0.98
+    first = results["first"]
+    assert max(first["wk2"], first["wo2"]) <= first["accuracy"] + 20 and first["wk1_64"] is None
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_in_context_while_wo2_is_frozen(tmp_path):
+    run = one_run(tmp_path, "--seq-len", "64", "--n-embd", "128", "--batch-size", "128", "--steps", "700", "--eval-every", "50",
+                  "--freeze", "wo2:300")
+    common.seed_everything(0)
+    memory_birth.train(run.args, run)
+    assert all(line["accuracy"] < 0.1 for line in run.metrics if line["step"] <= 300)
+    assert run.metrics[-1]["accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_two_layers_do_what_one_cannot(tmp_path):
+    accuracy = {}
+    for n_layer in ("1", "2"):
+        run = one_run(tmp_path, "--model", "full", "--n-layer", n_layer, "--loss", "all", "--seq-len", "64", "--n-embd", "64",
+                      "--batch-size", "64", "--steps", "400", "--lr", "3e-3", "--eval-every", "100")
+        common.seed_everything(0)
+        accuracy[n_layer] = memory_birth.train(run.args, run)["accuracy"]
+    assert accuracy["1"] < 0.65 and accuracy["2"] > accuracy["1"] + 0.2
