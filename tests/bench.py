@@ -1,0 +1,110 @@
+"""
+Speed of each script's training step: python tests/bench.py [--device cpu|cuda] [--threads N] [script ...]
+
+Prints milliseconds a step, the share of it that goes into sampling, and the GFLOP/s that the step achieves beside those of
+a large float32 matrix product, measured in the same run before and after it. Operations are those of the matrix products
+that the step executes (torch's FlopCounterMode; attention counts its whole T x T square, elementwise work counts nothing).
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+
+# script: the setting that is timed
+SETTINGS = {"memory_birth": ["--preset", "paper"]}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device, least=1.0):
+    """Median time of a call, over at least 5 calls and `least` seconds."""
+    times = []
+    function()
+    while len(times) < 5 or sum(times) < least:
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matrix_product(device, n=4096):
+    """GFLOP/s of an n x n float32 product."""
+    a = torch.randn(n, n, device=device)
+    return 2e-9 * n**3 / seconds(lambda: a @ a, device)
+
+
+class Stopwatch(common.Run):
+    """A run that keeps nothing, and times each step of the script's own training loop."""
+    def restore(self, **objects):
+        self.metrics, self.times, self.flops = [], [], 0
+        return 0
+
+    def log(self, step, **metrics):
+        self.metrics.append({"step": step, **metrics})
+
+    def save(self, step):
+        pass
+
+    def steps(self, start, stop):
+        for step in range(start, stop):                                          # the last step evaluates as well
+            synchronize(torch.device(self.args.device))
+            begin = time.perf_counter()
+            if step == 1:
+                with FlopCounterMode(display=False) as counter:
+                    yield step
+                self.flops = counter.get_total_flops()
+            else:
+                yield step
+            synchronize(torch.device(self.args.device))
+            self.times.append(time.perf_counter() - begin)
+        self.times = self.times[2:-1]
+
+
+def bench(name, device, steps):
+    """Times one script; returns a row of the table."""
+    script = __import__(name)
+    with tempfile.TemporaryDirectory() as folder:
+        args = script.parse_args([*SETTINGS[name], "--device", str(device), "--steps", str(steps), "--eval-every", "1000000",
+                                  "--out-dir", folder])
+        presets = script.PRESETS
+        first = common.sweep(args, presets, script.SWEEP)[0]
+        run = Stopwatch(first.args, first.folder)
+        before = matrix_product(device)
+        script.train(run.args, run)
+        after = matrix_product(device)
+    task, _ = script.build(run.args)
+    data = torch.Generator(device).manual_seed(0)
+    step = statistics.median(run.times)
+    sampling = seconds(lambda: task.sample(run.args.batch_size, data), device)
+    product = (before + after) / 2
+    return [name, " ".join(SETTINGS[name]), f"{1e3 * step:.1f}", f"{100 * sampling / step:.1f}%", f"{1e-9 * run.flops:.1f}",
+            f"{1e-9 * run.flops / step:.0f}", f"{product:.0f}", f"{100e-9 * run.flops / step / product:.0f}%"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", nargs="*", default=list(SETTINGS), help="memory_birth, ...")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=12, help="steps to time")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    flags = parser.parse_args()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    device = common.pick_device(flags.device)
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
+    common.print_table(["script", "setting", "ms a step", "sampling", "GFLOP a step", "GFLOP/s", "matrix product", "share"],
+                       [bench(name, device, flags.steps) for name in flags.script])
