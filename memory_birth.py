@@ -38,17 +38,13 @@ import torch.nn.functional as F
 
 import common
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The task (Sec. 3): global bigrams, and K triggers whose successors are private to the sequence
-
+# ---- The task (Sec. 3): global bigrams, and K triggers whose successors are private to the sequence -----------------
 CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
-
 
 def shakespeare_pairs():
     """The 1,115,393 adjacent pairs of Tiny Shakespeare, counted: (V, V) int64, row: first character, V = 65."""
     planes = np.frombuffer(zlib.decompress(base64.b85decode("".join(PAIRS.split()))), np.uint8).reshape(3, 65, 65)
     return torch.from_numpy(np.tensordot([1, 256, 65536], planes.astype(np.int64), 1))     # low, middle, high bytes
-
 
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
@@ -115,16 +111,11 @@ class BigramTask:
         hit = tokens[:, None, :T] == q[:, :, None]                               # (B, K, T)
         return tokens, (hit.cumsum(2) * hit).sum(1)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The models
-
-
+# ---- The models -----------------------------------------------------------------------------------------------------
 def attend(query, key, value, mask):
     """softmax(query key^T + mask) value, for (B, T, d) each; also returns the attention weights (B, T, T)."""
     attn = (query @ key.mT + mask).softmax(-1)
     return attn @ value, attn
-
 
 class SimpleTransformer(nn.Module):
     """The simplified model of Sec. 4.2: two layers of one head, no layer norm, no MLP, mostly frozen and random.
@@ -166,7 +157,6 @@ class SimpleTransformer(nn.Module):
         logits = h @ U.mT + y                                                                              # (B, T, V)
         return (logits, [attn1.unsqueeze(1), attn2.unsqueeze(1)]) if return_attn else logits
 
-
 class FullTransformer(nn.Module):
     """The full model of Sec. 3: GPT-2's blocks, learned positions, everything trained.
 
@@ -190,17 +180,12 @@ class FullTransformer(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurement: the memories' probes (Sec. 5), and what the model does on fresh sequences
-
-
+# ---- Measurement: the memories' probes (Sec. 5), and what the model does on fresh sequences -------------------------
 @torch.no_grad()
 def recall_wk1(model, first=None):
     """Share of positions 1 <= t < first (None: all) at which W_K1 points to t - 1: argmax_s p_t . W_K1 p_s = t - 1."""
     P = model.P[:first]
     return ((P @ model.W_K1 @ P.mT).argmax(1)[1:] == torch.arange(len(P) - 1, device=P.device)).float().mean().item()
-
 
 @torch.no_grad()
 def probes(model, task):
@@ -223,11 +208,9 @@ def probes(model, task):
     return dict(wk1=recall_wk1(model), wk2=(key[fixed] if fixed.any() else key).float().mean().item(),
                 wo2=out.float().mean().item(), wf=kl[~fixed].mean().item() if not fixed.all() else 0.0)
 
-
 def chunk_size(task):
     """Sequences to work on at once: on a CPU few enough that a layer's attention weights, 4 MB, stay in the cache."""
     return max(1, 2**20 // task.seq_len**2) if torch.device(task.device).type == "cpu" else 2**20
-
 
 @torch.no_grad()
 def evaluate(model, task, n=256, seed=10_000):
@@ -257,7 +240,6 @@ def evaluate(model, task, n=256, seed=10_000):
                 accuracy=accuracy.item(), attn_prev=previous.max().item(),
                 attn_match=match.max().item() if len(attns) > 1 else None)
 
-
 def measure(args, model, task):
     """All that a line of metrics.jsonl holds; `loss` is the one that is trained."""
     model.eval()
@@ -268,11 +250,7 @@ def measure(args, model, task):
     loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
     return dict(loss=loss, accuracy=metrics.pop("accuracy"), **metrics)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training (App. E)
-
-
+# ---- Training (App. E) ----------------------------------------------------------------------------------------------
 def build(args):
     """The task and the model of a run."""
     task = BigramTask(args.n_triggers, args.seq_len, args.triggers, args.outputs, args.text, args.device)
@@ -281,7 +259,6 @@ def build(args):
     else:
         model = FullTransformer(task.vocab_size, args.seq_len, args.n_layer, args.n_head, args.n_embd)
     return task, model.to(args.device)
-
 
 def train(args, run):
     """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
@@ -331,7 +308,6 @@ def train(args, run):
                         for key in ("wo2", "wk2", "wk1_64", "accuracy") if key in results}
     return results
 
-
 def three_steps(args, seed):
     """Theorem 3: from zero matrices, one large gradient step on W_O2, then W_K2, then W_K1, each after the others.
 
@@ -375,10 +351,7 @@ def three_steps(args, seed):
         rows.append(dict(step=name, **probes(model, task), **evaluate(model, task, n=4096)))
     return rows
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command, its tables and its figure
-
+# ---- The command, its tables and its figure -------------------------------------------------------------------------
 # A dict holds what differs between the models. The full model's learning rate and initialisation are our choice.
 PRESETS = {
     "quick": dict(model=["simple"], n_layer=[2], loss=["in-context"], triggers=["fixed"], outputs=["uniform"],
@@ -390,7 +363,6 @@ PRESETS = {
 }
 THREE_STEPS = dict(n_triggers=2, seq_len=32, n_embd=512, batch_size=38_400)
 SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
-
 
 def parse_args(argv=None):
     """The command line. What cannot be run ends here, before anything is written."""
@@ -441,10 +413,8 @@ def parse_args(argv=None):
         parser.error(f"--text {args.text} --n-triggers {args.n_triggers}: {error}")
     return args
 
-
 COLUMNS = dict(loss_global="global", loss_in_context="in-context", accuracy="accuracy", wo2="wo2", wk2="wk2",
                wk1_64="wk1<64", wk1="wk1", wf="KL wf", attn_prev="attn prev", attn_match="attn match")
-
 
 def print_course(run):
     """A run's evaluations at log-spaced steps: losses in nats, shares as in evaluate() and probes()."""
@@ -454,7 +424,6 @@ def print_course(run):
     print(f"\n{run.name}: losses on global and in-context tokens in nats; accuracy in context; probes; attention")
     rows = [[str(metrics[i]["step"]), *(f"{metrics[i][name]:.3f}" for name in names)] for i in shown]
     common.print_table(["step", *(COLUMNS[name] for name in names)], rows)
-
 
 def print_summary(runs, results):
     """A row a setting, median and range over its seeds: the end of the run, and when each memory first reached 0.9."""
@@ -475,7 +444,6 @@ def print_summary(runs, results):
     print("\nAt the end (median [range] over seeds), and the first evaluated step at which each is at least 0.9:")
     common.print_table(["model", "layers", "loss on", "triggers", "outputs", "frozen", "global", "in-context",
                         "acc uniform", "acc bigram", "paper", "wo2", "wk2", "wk1<64", "accuracy"], rows)
-
 
 def plot(runs, path):
     """Fig. 3: a column a run, with its accuracy and its probes against the step, and both layers' attention below."""
@@ -510,7 +478,6 @@ def plot(runs, path):
     figure.savefig(path, dpi=110)
     print(f"figure: {path}")
 
-
 def main():
     """Trains what the flags ask for, prints the tables."""
     args = parse_args()
@@ -527,10 +494,7 @@ def main():
     if args.plot:
         plot([run for run in runs if run.args.seed == args.seed[0]], Path(args.out_dir) / "memory_birth" / "fig3.png")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tiny Shakespeare's 1,115,393 adjacent pairs, counted: a (3, 65, 65) table of bytes (low, middle, high), zlib, base85
-
+# ---- Tiny Shakespeare's 1,115,393 adjacent pairs, counted: a (3, 65, 65) table of bytes (low, middle, high), zlib, base85 
 PAIRS = """
 c-rk*32;@_8UD^W_ujW9Z%JNAUN%S|AWITLNJxN+1O<em0R{+&R!b6*MfM#P5J-
 )vXj#+_#Wtc9rz%hsEHa84Qgx&(b!#bz2vmmwT$n*h|8wqp+1~;|9jEV~ch9}=EdTxY|3ByU0Ko-tq|p7`vU%SudhyP<SGSkEG3TG9n-

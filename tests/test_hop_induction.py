@@ -1,0 +1,340 @@
+"""hop_induction.py: find against a string search, the model against NumPy, the construction, the machines, the command."""
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import hop_induction
+from hop_induction import HopLSTM, HopTask, HopTransformer, construct, find, hop_errors
+from test_common import numpy_block
+
+SCRIPT = Path(hop_induction.__file__)
+TINY = ["--device", "cpu", "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--seq-len", "12", "--max-hops", "2",
+        "--batch-size", "8", "--steps", "60", "--warmup", "10", "--eval-every", "10", "--n-eval", "20"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def plain_find(text, i, k):
+    """find^k(i) by searching the string, None where undefined."""
+    for _ in range(k):
+        j = text.rfind(text[i], 0, i)
+        if j < 0:
+            return None
+        i = j + 1
+    return i
+
+
+# ---- The task ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n_chars", [2, 4, 7])
+def test_find_agrees_with_a_string_search(n_chars):
+    chars = torch.randint(n_chars, (250, 30), generator=generator(n_chars))      # neighbours may be equal here
+    for k in range(17):
+        for row, found in zip(chars.tolist(), find(chars, k).tolist()):
+            text = "".join("abcdefg"[c] for c in row)
+            assert found == [-1 if (p := plain_find(text, i, k)) is None else p for i in range(30)]
+    hops = torch.randint(17, (250,), generator=generator())
+    together = find(chars, hops)
+    assert all(torch.equal(together[b], find(chars[b:b + 1], int(hops[b]))[0]) for b in range(250))
+
+
+def test_samples_are_the_papers_sequences():
+    task = HopTask()
+    assert (task.vocab_size, task.block_size, task.char, task.undefined, task.blank) == (30, 99, 17, 21, 22)
+    tokens, targets = task.sample(3_000, generator())
+    assert tokens.shape == targets.shape == (3_000, 99) and tokens.dtype == targets.dtype == torch.int64
+    assert torch.bincount(tokens[:, 0], minlength=17).sub(3_000 / 17).abs().max() < 5 * math.sqrt(3_000 / 17)
+    assert torch.bincount(tokens[:, 1] - 17, minlength=4).sub(750).abs().max() < 5 * math.sqrt(750)
+    steps = (tokens[:, 2:] - tokens[:, 1:-1]) % 4
+    assert torch.bincount(steps.flatten(), minlength=4)[0] == 0                   # no two neighbours are equal
+    assert torch.bincount(steps.flatten(), minlength=4)[1:].sub(steps.numel() / 3).abs().max() < 5 * math.sqrt(steps.numel() / 3)
+    for row, target in zip(tokens.tolist()[:300], targets.tolist()):
+        text = "".join("abcd"[c - 17] for c in row[1:])
+        hops = [plain_find(text, i, row[0]) for i in range(98)]
+        assert target == [22] + [21 if p is None else row[1 + p] for p in hops]
+
+
+def test_the_number_of_hops_can_be_given():
+    task = HopTask(seq_len=20, max_hops=3)
+    assert (task.sample(5, generator(), hops=2)[0][:, 0] == 2).all()
+    assert task.sample(3, generator(), hops=torch.tensor([3, 0, 1]))[0][:, 0].tolist() == [3, 0, 1]
+    tokens, targets = task.sample(5, generator(), hops=0)
+    assert torch.equal(tokens[:, 1:], targets[:, 1:])
+
+
+@pytest.mark.parametrize("bad", [dict(seq_len=3), dict(n_chars=1), dict(max_hops=0)])
+def test_impossible_tasks_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        HopTask(**bad)
+
+
+# ---- The models -------------------------------------------------------------------------------------------------------
+
+def test_a_checkpoint_with_gpt2s_names_loads_and_agrees_with_numpy():
+    torch.manual_seed(0)
+    L, d, V, N = 3, 24, 30, 20
+    conv1d = {}                                                                  # as GPT-2 stores it: inputs by outputs
+    for i in range(L):
+        for name, shape in {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, 4 * d), "mlp.c_proj": (4 * d, d)}.items():
+            conv1d[f"h.{i}.{name}.weight"], conv1d[f"h.{i}.{name}.bias"] = torch.randn(shape) * 0.2, torch.randn(shape[1]) * 0.2
+        for name in ("ln_1", "ln_2"):
+            conv1d[f"h.{i}.{name}.weight"], conv1d[f"h.{i}.{name}.bias"] = torch.randn(d), torch.randn(d)
+    rest = {"wte.weight": torch.randn(V, d), "wpe.weight": torch.randn(N, d), "ln_f.weight": torch.randn(d),
+            "ln_f.bias": torch.randn(d), "lm_head.weight": torch.randn(V, d)}
+    model = HopTransformer(L, 4, d, V, N).double()
+    state = {name: w.T if w.dim() == 2 else w for name, w in conv1d.items()}
+    model.load_state_dict({**state, **rest})
+    tokens = torch.randint(V, (2, N))
+    logits, attns = model(tokens, return_attn=True)
+    torch.testing.assert_close(model(tokens), logits)
+    for b in range(2):
+        x = rest["wte.weight"].double().numpy()[tokens[b]] + rest["wpe.weight"].double().numpy()
+        for block, attn in zip(model.h, attns):
+            x, weights = numpy_block(block, x)
+            np.testing.assert_allclose(attn[b].detach(), weights, atol=1e-10)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        x = x * rest["ln_f.weight"].double().numpy() + rest["ln_f.bias"].double().numpy()
+        np.testing.assert_allclose(logits[b].detach(), x @ rest["lm_head.weight"].double().numpy().T, atol=1e-9)
+
+
+def test_parameter_counts_and_causality():
+    model = HopTransformer(4, 4, 128, 30, 99)
+    assert sum(p.numel() for p in model.parameters()) == 4 * (12 * 128**2 + 13 * 128) + (2 * 30 + 99) * 128 + 2 * 128
+    lstm = HopLSTM(100_000, 30)
+    assert sum(p.numel() for p in lstm.parameters()) == pytest.approx(100_000, rel=0.1)
+    tokens = HopTask().sample(2, generator())[0]
+    changed = tokens.clone()
+    changed[:, 60:] = 17
+    for net in (model, lstm, construct(16)):
+        torch.testing.assert_close(net(tokens)[:, :60], net(changed)[:, :60])
+
+
+# ---- Measurement ------------------------------------------------------------------------------------------------------
+
+def test_errors_count_characters_alone():
+    task = HopTask(seq_len=20, max_hops=3)
+
+    def always_the_first_character(tokens):
+        return torch.nn.functional.one_hot(torch.full_like(tokens, task.char), task.vocab_size).float()
+
+    errors, se = hop_errors(always_the_first_character, task, 300, generator(7), return_se=True)
+    data, batches = generator(7), {}
+    for k in range(4):
+        wrong = total = 0
+        for tokens, targets in (task.sample(n, data, hops=k) for n in (256, 44)):
+            for target in targets.flatten().tolist():
+                if task.char <= target < task.undefined:
+                    wrong, total = wrong + (target != task.char), total + 1
+        assert errors[k].item() == pytest.approx(wrong / total)
+    assert errors.shape == se.shape == (4,) and torch.allclose(errors, torch.tensor(0.75), atol=0.03)
+    again = torch.stack([hop_errors(always_the_first_character, task, 300, generator(i)) for i in range(40)])
+    assert torch.allclose(again.std(0), se, rtol=0.5)                            # what it says is what it scatters
+
+
+def test_head_alignment_against_plain_loops():
+    torch.manual_seed(0)
+    task = HopTask(seq_len=16, max_hops=3)
+    model = HopTransformer(2, 2, 16, task.vocab_size, task.block_size)
+    for p in model.parameters():
+        p.data.normal_()
+    ours = hop_induction.head_alignment(model, task, n=4)
+    tokens, _ = task.sample(4, generator(20_000), hops=3)
+    attns = model(tokens, return_attn=True)[1]
+    for layer in range(2):
+        for head in range(2):
+            for j in (1, 2, 3):
+                products = []
+                for b, row in enumerate(tokens.tolist()):
+                    A, text, F = attns[layer][b, head].detach().numpy(), "".join(map(chr, row[1:])), np.zeros((15, 15))
+                    for i in range(14):
+                        if (p := plain_find(text, i, j)) is not None:
+                            F[i + 1, p + 1] = 1
+                    products.append((A * F).sum() / np.linalg.norm(A) / max(np.linalg.norm(F), 1e-9))
+                assert ours[layer][head, j - 1].item() == pytest.approx(np.mean(products), abs=1e-5)
+
+
+# ---- Theorem 4.2 ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("max_hops", range(1, 17))
+def test_the_construction_makes_no_error(max_hops):
+    model, task = construct(max_hops), HopTask(max_hops=max_hops)
+    assert model.n_layer == math.floor(math.log2(max_hops)) + 2
+    tokens, targets = task.sample(4 * (max_hops + 1), generator(max_hops), hops=torch.arange(max_hops + 1).repeat(4))
+    logits, attns = model(tokens, return_attn=True)
+    assert torch.equal(logits.argmax(-1), targets) and len(attns) == model.n_layer      # `undefined` and `blank` included
+    alignment = hop_induction.head_alignment(model, task, n=4)
+    for l in range(model.n_layer - 1):
+        assert alignment[l + 1][0].argmax() + 1 == 2**l
+
+
+@pytest.mark.parametrize("n_chars, seq_len", [(2, 10), (3, 50), (9, 140)])
+def test_the_construction_for_other_alphabets_and_lengths(n_chars, seq_len):
+    task = HopTask(seq_len, n_chars, 6)
+    tokens, targets = task.sample(20, generator())
+    assert torch.equal(construct(6, n_chars, seq_len)(tokens).argmax(-1), targets)
+
+
+@pytest.mark.slow
+def test_the_construction_makes_no_error_on_a_thousand_sequences():
+    model, task, data = construct(16), HopTask(), generator()
+    for k in range(17):
+        for _ in range(10):
+            tokens, targets = task.sample(100, data, hops=k)
+            assert torch.equal(model(tokens).argmax(-1), targets)
+
+
+# ---- Parallel machines ------------------------------------------------------------------------------------------------
+
+def test_the_machines_agree_with_find_in_two_rounds_a_doubling():
+    rng, rounds = random.Random(0), {}
+    for trial in range(60):
+        N, q, k = rng.randint(5, 70), rng.randint(2, 9), rng.choice([0, 1, 2, 3, 4, 7, 8, 16])
+        X = [rng.randrange(4) for _ in range(N)]
+        hop, cluster = hop_induction.mpc_hops(X, k, q, 1_000)
+        text = "".join("abcd"[c] for c in X)
+        assert hop == [-1 if (p := plain_find(text, i, k)) is None else X[p] for i in range(N)]
+        rounds[k] = cluster.rounds
+    assert [rounds[2**l] - rounds[1] for l in range(1, 5)] == [2, 4, 6, 8]
+
+
+def test_one_word_too_many_is_caught():
+    cluster = hop_induction.Cluster(3, 4)
+    assert cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4))]) == [[], [(1, 2)], [(3, 4)]]
+    with pytest.raises(RuntimeError, match="machine 0 sends 5 words, 4 at most"):
+        cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4, 5))])
+    with pytest.raises(RuntimeError, match="machine 2 receives 5 words"):
+        cluster.exchange([(0, 2, (1, 2)), (1, 2, (3, 4, 5))])
+    cluster.words[1]["x"] = [0, 0, 0]
+    with pytest.raises(RuntimeError, match="machine 1 holds 5 words"):
+        cluster.exchange([(0, 1, (1, 2))])
+    X = HopTask().sample(1, generator())[0][0, 1:].sub(17).tolist()
+    most = hop_induction.mpc_hops(X, 16, 16, 1_000)[1]
+    enough = max(most.memory, most.load)
+    hop_induction.mpc_hops(X, 16, 16, enough)
+    with pytest.raises(RuntimeError, match=f"{enough - 1} at most"):
+        hop_induction.mpc_hops(X, 16, 16, enough - 1)
+
+
+# ---- Training and the command -----------------------------------------------------------------------------------------
+
+def one_run(tmp_path, *flags):
+    args = hop_induction.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
+    run, = common.sweep(args, hop_induction.PRESETS, hop_induction.SWEEP)
+    common.seed_everything(0)
+    return run
+
+
+def test_a_finite_training_set_is_used_in_a_fixed_order(tmp_path, monkeypatch):
+    run = one_run(tmp_path, "--n-train", "20", "--steps", "5")
+    seen = []
+    forward = HopTransformer.forward
+    monkeypatch.setattr(HopTransformer, "forward", lambda self, tokens, **kw: (
+        seen.append(tokens.clone()) if self.training else None, forward(self, tokens, **kw))[1])
+    hop_induction.train(run.args, run)
+    fixed = HopTask(12, 4, 2).sample(20, generator(0))[0]
+    assert torch.equal(torch.cat(seen), fixed[torch.arange(40) % 20])
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, monkeypatch):
+    run, rates = one_run(tmp_path, "--steps", "40"), []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"])), step(self))[1])
+    hop_induction.train(run.args, run)
+    assert rates[0] == pytest.approx(2e-4) and rates[9] == pytest.approx(2e-3 * 31 / 40) and rates[-1] == pytest.approx(2e-3 / 40)
+
+
+@pytest.mark.parametrize("arch", ["transformer", "lstm"])
+def test_training_moves_every_parameter_and_lowers_the_loss(tmp_path, arch):
+    run = one_run(tmp_path, "--arch", arch)
+    _, before = hop_induction.build(run.args)
+    common.seed_everything(0)
+    results = hop_induction.train(run.args, run)
+    after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
+    assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] and len(results["errors"]) == 3
+
+
+def command(tmp_path, *flags):
+    return [sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags]
+
+
+def call(tmp_path, *flags):
+    return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
+
+
+def outcome(tmp_path):
+    folder, = (tmp_path / "out" / "hop_induction").iterdir()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
+    flags = ["--n-train", "30", "--dropout", "0.1"]
+    whole = call(tmp_path / "whole", *flags)
+    assert whole.returncode == 0 and "by construction" in whole.stdout
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command(tmp_path / number.name, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while "step 20:" not in process.stdout.readline() and process.poll() is None:
+            pass
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGKILL)
+        assert "step 10:" not in call(tmp_path / number.name, *flags).stdout
+        assert outcome(tmp_path / number.name) == outcome(tmp_path / "whole")
+
+
+def test_construct_and_mpc_print_their_tables(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hop_induction.py", "--construct", "--max-hops", "3", "--n-eval", "10", "--device", "cpu"])
+    hop_induction.main()
+    out = capsys.readouterr().out
+    assert "depth 3 = floor(log2 3) + 2" in out and "N = 100" in out and "find^2" in out
+    monkeypatch.setattr(sys, "argv", ["hop_induction.py", "--mpc", "--device", "cpu"])
+    hop_induction.main()
+    out = capsys.readouterr().out
+    assert out.count("yes") == 5 and "NO" not in out
+    monkeypatch.setattr(sys, "argv", ["hop_induction.py", "--mpc", "--words", "60", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        hop_induction.main()
+    assert "--words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, error", [
+    (["--n-embd", "10"], "not divisible"),
+    (["--dropout", "1"], "--dropout"),
+    (["--n-train", "-1"], "--n-train"),
+    (["--seq-len", "3"], "seq_len 3"),
+    (["--construct", "--plot"], "--plot"),
+    (["--max-hops", "0"], "positive integer"),
+    (["--device", "cuda:99"], "--device"),
+])
+def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags, error):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(SystemExit) as stop:
+        hop_induction.parse_args([*flags, "--out-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = call(tmp_path, "--plot", "--steps", "10", "--n-layer", "1", "2")
+    assert done.returncode == 0, done.stderr
+    for name in ("errors", "heads", "attention"):
+        assert (tmp_path / "out" / "hop_induction" / f"{name}.png").stat().st_size > 5_000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graph_and_bfloat16(tmp_path):
+    done = call(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
