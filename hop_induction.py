@@ -61,8 +61,8 @@ class HopTask:
     """k-hop induction. Tokens: the number of hops k, then the characters of X; targets: X at find^k, all positions.
 
     Of seq_len positions counted by the paper, seq_len - 1 are fed. Ids: 0 .. max_hops the number of hops, then the
-    characters, `undefined` (no k-th hop) and `blank` (the target at the k token); the authors' ids at the paper's setting,
-    where the vocabulary of 23 is rounded up to 30.
+    characters, `undefined` (no k-th hop) and `blank` (the target at the k token). At the paper's setting these are the
+    authors' ids, in their vocabulary of 30. Raises ValueError where there is no such task.
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
@@ -102,7 +102,7 @@ class HopTransformer(nn.Module):
         common.gpt2_init_(self, n_layer)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, N) -> logits (B, N, V), with return_attn also a list of attention weights (B, H, N, N) by layer."""
+        """tokens (B, N) -> logits (B, N, V), with return_attn also each layer's attention weights (B, H, N, N)."""
         x, attns = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]), []
         for block in self.h:
             x, attn = block(x, return_attn=True) if return_attn else (block(x), None)
@@ -130,8 +130,8 @@ class Construction(nn.Module):
 
     The residual stream has named features, and every layer writes features of its own, so that nothing is ever erased.
     Heads are given by two bilinear forms: the score of looking from i to j is x_i . W_QK x_j, and what is brought back
-    and added to x_i is W_OV x_j. In token positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is
-    find^(2^l) of i, and c_l(i) is the character (or `undefined`) at find^(k mod 2^l) of i.
+    and added to x_i is W_OV x_j. In token positions, 0 is the k token, where every undefined hop goes and stays; f_l(i)
+    is find^(2^l) of i, and c_l(i) is the character (or `undefined`) at find^(k mod 2^l) of i.
     """
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
@@ -143,7 +143,7 @@ class Construction(nn.Module):
         for l in range(n_bits):
             sizes.update({f"c{l} at f{l}": C, f"f{l + 1}": 1, f"c{l + 1}": C})
         ends = torch.tensor(list(sizes.values())).cumsum(0).tolist()
-        x = {name: range(end - size, end) for (name, size), end in zip(sizes.items(), ends)}    # feature -> its dimensions
+        x = {name: range(end - size, end) for (name, size), end in zip(sizes.items(), ends)}     # feature: its dimensions
         self.n_embd = d = ends[-1]
 
         def zeros(*shape):
@@ -163,7 +163,7 @@ class Construction(nn.Module):
         for j in range(N):
             self.wpe[j, [x["one"][0], x["pos"][0], x["pos2"][0], x["where"][j]]] = torch.tensor([1.0, j, j * j, 1.0])
 
-        # Layer 1, head 1: the last earlier position that holds the same character. A match counts more than recency (j),
+        # Layer 1, head 1: the last earlier position with the same character. A match counts more than recency (j),
         # oneself less than anything, and the k token ranks between matches and the rest. Brings back j + 1, or 0.
         QK, OV, match = zeros(2, d, d), zeros(2, d, d), 4.0 * N
         write(QK[0], x["c0"][:n_chars], x["c0"][:n_chars], match)
@@ -179,8 +179,8 @@ class Construction(nn.Module):
         W_in, b_in, W_out = zeros(2 * C, d), zeros(2 * C), zeros(d, 2 * C)       # no MLP yet
         layers = [(QK, OV, W_in, b_in, W_out)]
 
-        # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest, and bring back f_l from
-        # there, which makes f_(l+1), and c_l. The MLP then takes the new character where bit b_l of k is one:
+        # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest, and bring back f_l
+        # from there, which makes f_(l+1), and c_l. The MLP then takes the new character where bit b_l of k is one:
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l).
         for l in range(n_bits):
             QK, OV = zeros(1, d, d), zeros(1, d, d)
@@ -205,7 +205,7 @@ class Construction(nn.Module):
         write(self.lm_head, [task.blank], x["is_k"], 2.0)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, N) -> logits (B, N, V), with return_attn also a list of attention weights (B, H, N, N) by layer."""
+        """tokens (B, N) -> logits (B, N, V), with return_attn also each layer's attention weights (B, H, N, N)."""
         N = tokens.shape[1]
         x, attns = self.wte[tokens] + self.wpe[:N], []                           # (B, N, d)
         future = torch.full((N, N), -math.inf, device=tokens.device).triu(1)
@@ -225,7 +225,7 @@ def construct(max_hops, n_chars=4, seq_len=100):
 # ---- Measurement ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False):
-    """Error rate by number of hops, (max_hops + 1,): the share of wrong predictions over the positions whose target is a
+    """Error rate by number of hops, (max_hops + 1,): the share of wrong predictions over positions whose target is a
     character, on n fresh sequences for each k. With return_se also the standard errors, sequences being the draws."""
     errors, ses = [], []
     for k in range(task.max_hops + 1):
@@ -287,29 +287,29 @@ class Cluster:
 def mpc_hops(X, k, q, s, n_chars=4):
     """hop_k by q machines of s words: a list of characters -> (the list of hop_k, -1 where undefined; the Cluster).
 
-    Machine i // m holds position i: its character, and two pointers. Four rounds of counting sort find find^1; then two
-    rounds (ask, answer) for each bit of k follow the pointer r by f where the bit is one, and square f; two fetch X.
+    Machine i // m holds position i: its character, and two pointers. Four rounds of counting sort find find^1. Then two
+    rounds (ask, answer) for each bit of k move the pointer r along f where the bit is one, and square f; two fetch X.
     """
-    N = len(X)
-    m, cluster = math.ceil(N / q), Cluster(q, s)
+    m, cluster = math.ceil(len(X) / q), Cluster(q, s)
     machines, words = range(q), cluster.words
     for a in machines:
-        words[a].update(X=X[a * m:(a + 1) * m], f=[-1] * len(X[a * m:(a + 1) * m]), r=list(range(a * m, min(N, (a + 1) * m))))
+        mine = range(len(X))[a * m:(a + 1) * m]
+        words[a].update(X=[X[i] for i in mine], f=[-1 for _ in mine], r=list(mine))
 
-    # 1: everybody tells everybody how often each character occurs in its block: the place of each item in sorted order
-    inbox = cluster.exchange([(a, b, (a, *(words[a]["X"].count(c) for c in range(n_chars)))) for a in machines for b in machines])
+    # 1: all tell all how often each character occurs in their block, which gives each item its place in sorted order
+    inbox = cluster.exchange([(a, b, (a, *map(words[a]["X"].count, range(n_chars)))) for a in machines for b in machines])
     items = []
-    for a in machines:
-        counts = {sender: count for sender, *count in inbox[a]}
-        place = [sum(counts[b][d] for b in machines for d in range(c)) + sum(counts[b][c] for b in machines[:a])
-                 for c in range(n_chars)]
+    for a in machines:                                                           # 2: each item goes to its place
+        counts = [count for _, *count in sorted(inbox[a])]
+        place = [sum(sum(count[:c]) for count in counts) + sum(count[c] for count in counts[:a]) for c in range(n_chars)]
         for i, c in enumerate(words[a]["X"]):
-            items.append((a, place[c] // m, (place[c], c, a * m + i)))           # 2: each item goes to its place
+            items.append((a, place[c] // m, (place[c], c, a * m + i)))
             place[c] += 1
     for a, received in enumerate(cluster.exchange(items)):
         words[a]["c"], words[a]["i"] = map(list, zip(*[item[1:] for item in sorted(received)])) if received else ([], [])
-    # 3: a block's last item goes to the next block; 4: of two neighbours with one character, the later learns the earlier
-    ahead = cluster.exchange([(a, a + 1, (words[a]["c"][-1], words[a]["i"][-1])) for a in machines[:-1] if words[a]["c"]])
+    # 3: a block's last item goes to the next block; 4: of neighbours with one character, the later learns the earlier
+    last = [(a, a + 1, (words[a]["c"][-1], words[a]["i"][-1])) for a in machines[:-1] if words[a]["c"]]
+    ahead = cluster.exchange(last)
     found = []
     for a in machines:
         row = ahead[a] + list(zip(words[a].pop("c"), words[a].pop("i")))
@@ -350,7 +350,7 @@ def build(args):
 def train(args, run):
     """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
     task, model = build(args)
-    lr = torch.tensor(0.0, device=args.device)                                   # a tensor, so that a CUDA graph sees it change
+    lr = torch.tensor(0.0, device=args.device)                                   # a tensor: a CUDA graph sees it change
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True,
                                   capturable=lr.is_cuda)
     data = torch.Generator(args.device).manual_seed(args.seed)                   # training data alone
@@ -358,7 +358,7 @@ def train(args, run):
         fixed = task.sample(args.n_train, torch.Generator(args.device).manual_seed(args.seed))
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr
-    cursor = torch.tensor(start * args.batch_size, device=args.device) + torch.arange(args.batch_size, device=args.device)
+    cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
 
     def training_step():
         if args.n_train:
@@ -400,22 +400,26 @@ PRESETS = {
                   n_embd=128, batch_size=32, steps=100_000, warmup=1_000, lr=1e-4, eval_every=2_000),
 }
 SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
-# Errors that the authors released (d = 128, 100,000 steps), by (n_layer, n_head, n_train) for k = 1, 2, 3, 4, 6, 8, 12, 16
+# Errors that the authors released (d = 128, 100,000 steps) at k = 1, 2, 3, 4, 6, 8, 12, 16, by (n_layer, n_head, n_train)
 SHOWN = [1, 2, 3, 4, 6, 8, 12, 16]
-PUBLISHED = {
-    (2, 4, 0): [.010, .140, .346, .423, .588, .658, .720, .737], (3, 4, 0): [.003, .008, .048, .150, .359, .456, .644, .706],
-    (4, 4, 0): [.001, .003, .005, .015, .062, .216, .467, .612], (5, 4, 0): [.001, .001, .001, .003, .015, .037, .218, .414],
-    (6, 4, 0): [.000, .000, .001, .002, .003, .006, .012, .062], (4, 8, 0): [.000, .000, .000, .001, .004, .015, .139, .334],
-    (5, 8, 0): [.000, .000, .000, .000, .000, .000, .003, .027], (6, 8, 0): [.000, .000, .000, .000, .000, .000, .002, .002],
-    (4, 4, 1000): [.015, .052, .410, .550, .723, .734, .753, .772],
-    (4, 4, 3000): [.002, .004, .012, .026, .094, .254, .506, .632]}
+PUBLISHED = {(2, 4, 0): [.010, .140, .346, .423, .588, .658, .720, .737],
+             (3, 4, 0): [.003, .008, .048, .150, .359, .456, .644, .706],
+             (4, 4, 0): [.001, .003, .005, .015, .062, .216, .467, .612],
+             (5, 4, 0): [.001, .001, .001, .003, .015, .037, .218, .414],
+             (6, 4, 0): [.000, .000, .001, .002, .003, .006, .012, .062],
+             (4, 8, 0): [.000, .000, .000, .001, .004, .015, .139, .334],
+             (5, 8, 0): [.000, .000, .000, .000, .000, .000, .003, .027],
+             (6, 8, 0): [.000, .000, .000, .000, .000, .000, .002, .002],
+             (4, 4, 1000): [.015, .052, .410, .550, .723, .734, .753, .772],
+             (4, 4, 3000): [.002, .004, .012, .026, .094, .254, .506, .632]}
 
 def parse_args(argv=None):
     """The command line. What cannot be run ends here, before anything is written."""
-    parser = argparse.ArgumentParser(description="Transformers, Parallel Computation, and Logarithmic Depth, Sanford et al., "
-                                     "ICML 2024", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Transformers, Parallel Computation, and Logarithmic Depth, Sanford et al., ICML 2024",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add, count = parser.add_argument, common.positive_int
-    add("--arch", nargs="+", choices=["transformer", "lstm"], help="lstm: two layers, as many parameters as the transformer")
+    add("--arch", nargs="+", choices=["transformer", "lstm"], help="lstm: two layers, as many parameters")
     add("--n-layer", nargs="+", type=count, help="layers")
     add("--n-head", nargs="+", type=count, help="heads a layer")
     add("--n-embd", type=count, help="width d")
@@ -435,8 +439,7 @@ def parse_args(argv=None):
     add("--mpc", action="store_true", help="Fig. 1: run the protocol for parallel machines, count rounds and words")
     add("--machines", type=count, default=16, help="machines q, with --mpc")
     add("--words", type=count, default=128, help="words s that a machine may hold, send or receive, with --mpc")
-    aside = {"--construct", "--mpc"} & set(argv or sys.argv)                     # without training, the paper's size at once
-    own = dict(seq_len=100, max_hops=16) if aside else {}
+    own = dict(seq_len=100, max_hops=16) if {"--construct", "--mpc"} & set(argv or sys.argv) else {}
     args = common.parse_args(parser, {name: {**preset, **own} for name, preset in PRESETS.items()}, argv)
     for n_head in args.n_head:
         if args.n_embd % n_head:
@@ -477,20 +480,18 @@ def print_errors(runs, results):
 
 def print_heads(alignment, built):
     """Figs. 3 and 4 as numbers: what each trained head looks at, beside the heads of the construction."""
-    print("\nHeads: the find^j that a head looks at most, and its normalised inner product with it")
-    rows = []
-    for layer in range(max(len(alignment), len(built))):
-        cells = []
-        for side in (alignment, built):
-            heads = [max((product, j) for j, product in enumerate(head, 1)) for head in side[layer]] if layer < len(side) else []
-            cells.append("   ".join(f"find^{j} {product:.2f}" for product, j in heads))
-        rows.append([str(layer + 1), *cells])
+    print("\nHeads: the find^j that a head looks at most, and its normalised inner product with it (undefined hops count")
+    print("against it; the construction's first layer looks for the same character and for k)")
+    def row(side, layer):
+        best = [max((product, j) for j, product in enumerate(head, 1)) for head in side[layer]] if layer < len(side) else []
+        return "   ".join(f"find^{j} {product:.2f}" for product, j in best)
+    rows = [[str(layer + 1), row(alignment, layer), row(built, layer)] for layer in range(max(len(alignment), len(built)))]
     common.print_table(["layer", "trained, by head", "by construction"], rows)
 
 def show_construction(args):
     """--construct: depth, size, errors by number of hops and heads of the hand-built transformer."""
-    task, model = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device), construct(args.max_hops, args.n_chars, args.seq_len)
-    model.to(args.device)
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
+    model = construct(args.max_hops, args.n_chars, args.seq_len).to(args.device)
     weights = sum(p.numel() for p in model.parameters()), sum(int((p != 0).sum()) for p in model.parameters())
     print(f"depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width {model.n_embd}, "
           f"{weights[0]:,} parameters of which {weights[1]:,} are not zero; N = {args.seq_len}")
@@ -508,8 +509,9 @@ def show_construction(args):
 
 def show_mpc(args):
     """--mpc: rounds, machines and loads by number of hops, beside the transformer's depth; checked against find."""
-    chars = HopTask(args.seq_len, args.n_chars, args.max_hops).sample(1, torch.Generator().manual_seed(args.seed[0]))[0][:, 1:]
-    X, rows, k = (chars[0] - args.max_hops - 1).tolist(), [], 1
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
+    chars = task.sample(1, torch.Generator().manual_seed(args.seed[0]))[0][:, 1:] - task.char            # (1, seq_len-2)
+    X, rows, k = chars[0].tolist(), [], 1
     while k <= args.max_hops:
         try:
             hop, cluster = mpc_hops(X, k, args.machines, args.words, args.n_chars)
@@ -520,7 +522,8 @@ def show_mpc(args):
                      str(int(math.log2(k)) + 2), "yes" if hop == expected else "NO"])
         k *= 2
     print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words")
-    common.print_table(["k", "rounds", "machines", "words", "largest memory", "largest load", "transformer depth", "agrees with find"], rows)
+    common.print_table(["k", "rounds", "machines", "words", "largest memory", "largest load", "transformer depth",
+                        "agrees with find"], rows)
 
 def plot(runs, results, folder):
     """Fig. 2: error against hops by depth. Figs. 3, 4: heads against find^j, and the deepest run's attention maps."""
@@ -544,8 +547,8 @@ def plot(runs, results, folder):
     figure, axis = plt.subplots(figsize=(1.5 + 0.4 * heads.shape[1], 1.5 + 0.25 * len(heads)))
     image = axis.imshow(heads, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axis.set_xticks(range(heads.shape[1]), range(1, heads.shape[1] + 1))
-    axis.set_yticks(range(len(heads)), [f"layer {i // run.args.n_head + 1} head {i % run.args.n_head + 1}" for i in range(len(heads))])
-    axis.set(xlabel="j of find^j", title=f"heads against find^j, {run.name}")
+    axis.set_yticks(range(len(heads)), [f"{i // run.args.n_head + 1}.{i % run.args.n_head + 1}" for i in range(len(heads))])
+    axis.set(xlabel="j of find^j", ylabel="layer.head", title=f"heads against find^j, {run.name}")
     figure.colorbar(image)
     figure.tight_layout()
     figure.savefig(folder / "heads.png", dpi=130)

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 
 # script: the setting that is timed
-SETTINGS = {"memory_birth": ["--preset", "paper"]}
+SETTINGS = {"memory_birth": ["--preset", "paper"],
+            "hop_induction": ["--preset", "paper", "--n-layer", "4", "--n-eval", "1"]}
 
 
 def synchronize(device):
