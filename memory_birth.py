@@ -1,4 +1,4 @@
-"""
+r"""
 Birth of a Transformer: A Memory Viewpoint. Bietti, Cabannes, Bouchacourt, Jegou, Bottou. NeurIPS 2023, arXiv 2306.00802
 
 On sequences that mix global bigrams (those of English text) with bigrams private to a sequence, a two-layer transformer
@@ -12,7 +12,7 @@ What to look for: the in-context accuracy, and after it W_K1, rise only once wo2
     python memory_birth.py --preset paper                                    the paper's setting: batch 512, T = 256
 
     Fig. 3, one panel for each --freeze (none, then some matrices until step 300):
-    python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf --steps 1000 --plot \\
+    python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf --steps 1000 --plot \
         --freeze --freeze wo2:300 --freeze wk1:300 wk2:300 --freeze wk1:300 --freeze wk2:300
     Fig. 4, left (global before in-context, fixed before random triggers) and right (outputs, and their transfer):
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
@@ -21,7 +21,7 @@ What to look for: the in-context accuracy, and after it W_K1, rise only once wo2
     Sec. 6, Theorem 3, three gradient steps from zero:
     python memory_birth.py --three-steps
 
-Without --preset paper, the same flags give the same figures small enough for a laptop.
+Without --preset paper, the same flags give the same figures, small enough for a laptop (for Fig. 4: --loss all --use-wf).
 """
 import argparse
 import base64
@@ -482,9 +482,10 @@ def main():
     """Trains what the flags ask for, prints the tables."""
     args = parse_args()
     if args.three_steps:
-        rows = [[row["step"], str(seed), *(f"{row[name]:.3f}" for name in COLUMNS if row.get(name) is not None)]
+        names = [name for name in COLUMNS if name not in ("wk1_64", "wf")]       # short sequences, no W_F
+        rows = [[row["step"], str(seed), *(f"{row[name]:.3f}" for name in names)]
                 for seed in args.seed for row in three_steps(args, seed)]
-        return common.print_table(["after", "seed", *COLUMNS.values()], rows)
+        return common.print_table(["after", "seed", *(COLUMNS[name] for name in names)], rows)
     runs = common.sweep(args, PRESETS, SWEEP)
     results = common.complete(runs, train)
     for run in runs:
@@ -494,7 +495,7 @@ def main():
     if args.plot:
         plot([run for run in runs if run.args.seed == args.seed[0]], Path(args.out_dir) / "memory_birth" / "fig3.png")
 
-# ---- Tiny Shakespeare's 1,115,393 adjacent pairs, counted: a (3, 65, 65) table of bytes (low, middle, high), zlib, base85 
+# ---- Tiny Shakespeare's 1,115,393 adjacent pairs, counted: (3, 65, 65) bytes (low, middle, high), zlib, base85 ------
 PAIRS = """
 c-rk*32;@_8UD^W_ujW9Z%JNAUN%S|AWITLNJxN+1O<em0R{+&R!b6*MfM#P5J-
 )vXj#+_#Wtc9rz%hsEHa84Qgx&(b!#bz2vmmwT$n*h|8wqp+1~;|9jEV~ch9}=EdTxY|3ByU0Ko-tq|p7`vU%SudhyP<SGSkEG3TG9n-
