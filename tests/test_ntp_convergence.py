@@ -1,0 +1,324 @@
+"""ntp_convergence.py: the data against their definition, gradients against autograd, max-margin solutions against KKT and
+exhaustive search, Algorithm 1 step by step, the command from end to end."""
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import ntp_convergence as ntp
+
+SCRIPT = Path(ntp.__file__)
+TINY = ["--device", "cpu", "--vocab-size", "6", "--n-sentences", "15", "--seq-len", "3", "--steps-ov", "300", "--steps", "1500"]
+
+
+# ---- The data ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["total", "partial"])
+def test_datasets_are_realizable_by_their_definition(kind):
+    for seed in range(5):
+        sentences, next_tokens, collocation, optimal, orders = ntp.make_dataset(12, 60, 4, seed, kind, return_orders=True)
+        assert sorted(collocation) == list(range(12)) and sentences.shape == (60, 4)
+        for q in range(12):
+            for a, b in itertools.product(range(12), repeat=2):
+                assert not (orders[q, a, b] and orders[q, b, a])                 # strict
+                assert kind == "partial" or a == b or orders[q, a, b] or orders[q, b, a]
+                assert all(orders[q, a, c] for c in range(12) if orders[q, a, b] and orders[q, b, c])
+        for x, best, following in zip(sentences.tolist(), optimal, next_tokens):
+            assert best in x and all(orders[x[-1], best, other] for other in x if other != best)
+            assert following == collocation[best]
+        assert np.array_equal(ntp.check_realizable(sentences, next_tokens, collocation), optimal)
+    again = ntp.make_dataset(12, 60, 4, 4, kind)
+    assert np.array_equal(again[0], sentences) and not np.array_equal(ntp.make_dataset(12, 60, 4, 5, kind)[0], sentences)
+
+
+def test_closure_and_what_the_data_decide():
+    rng = np.random.default_rng(0)
+    relation = np.triu(rng.random((3, 9, 9)) < 0.2, 1)
+    expected = relation.copy()
+    for r in expected:
+        for k, i, j in itertools.product(range(9), repeat=3):                    # Floyd and Warshall
+            r[i, j] |= r[i, k] & r[k, j]
+    assert np.array_equal(ntp.closure(relation), expected)
+    sentences, optimal = np.array([[0, 1, 3], [1, 2, 3], [0, 2, 1]]), np.array([0, 1, 2])
+    implied = ntp.implied_orders(sentences, optimal, 4)
+    assert {tuple(map(int, t)) for t in np.argwhere(implied)} == {
+        (3, 0, 1), (3, 0, 3), (3, 1, 2), (3, 1, 3), (3, 0, 2), (1, 2, 0), (1, 2, 1)}
+    assert ntp.optimal_token(np.array([[2, 0, 3], [2, 2, 3], [3, 2, 3], [0, 2, 1], [1, 0, 1]]), implied).tolist() == [0, -1, -1, 2, -1]
+
+
+@pytest.mark.parametrize("sentences, following, collocation, error", [
+    ([[0, 1, 2], [0, 1, 2]], [1, 2], [1, 2, 0], "query 2 say 0 > 1 > 0"),
+    ([[0, 1, 3], [1, 2, 3], [2, 0, 3]], [1, 2, 3], [1, 2, 3, 0], "query 3 say 0 > 1 > 2 > 0"),
+    ([[0, 1, 2]], [1], [1, 1, 0], "tokens 0 and 1 are both followed by 1"),
+    ([[0, 1, 0]], [0], [1, 2, 0], r"sentence 0, \[0, 1, 0\], is followed by 0"),
+])
+def test_what_is_not_realizable_is_refused_with_the_reason(sentences, following, collocation, error):
+    with pytest.raises(ValueError, match=error):
+        ntp.check_realizable(np.array(sentences), np.array(following), np.array(collocation))
+
+
+# ---- The model and its gradients --------------------------------------------------------------------------------------
+
+def random_case(seed=0, V=7, L=4, N=9):
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    model = ntp.OneLayer(torch.from_numpy(rng.standard_normal((V, V))))
+    for W in model.parameters():
+        W.data = torch.randn(W.shape, dtype=torch.float64, generator=generator)
+    weights = rng.random(N)
+    return model, *(torch.from_numpy(x) for x in (rng.integers(V, size=(N, L)), rng.integers(V, size=N), weights / weights.sum()))
+
+
+def test_the_model_agrees_with_numpy():
+    model, sentences, _, _ = random_case()
+    E, OV, KQ = model.E.numpy(), model.W_OV.detach().numpy(), model.W_KQ.detach().numpy()
+    logits, attn, _ = model(sentences)
+    for x, row, weights in zip(sentences.tolist(), logits, attn):
+        X = E[:, x]
+        scores = X.T @ KQ @ X[:, -1]
+        softmax = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(weights.detach(), softmax, atol=1e-12)
+        np.testing.assert_allclose(row.detach(), OV @ X @ softmax, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gradients_in_closed_form_agree_with_autograd(seed):
+    model, sentences, following, weights = random_case(seed)
+    loss, by_OV, by_KQ = ntp.gradients(model, sentences, following, weights)
+    expected = weights @ torch.nn.functional.cross_entropy(model(sentences)[0], following, reduction="none")
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert (by_OV - model.W_OV.grad).abs().max() < 1e-10 and (by_KQ - model.W_KQ.grad).abs().max() < 1e-10
+
+
+def test_tiny_losses_keep_their_digits():
+    logits = torch.tensor([[60.0, 0.0, 1.0], [0.0, -5.0, 700.0]], dtype=torch.float64)
+    losses, residual = ntp.loss_and_residual(logits, torch.tensor([0, 2]))
+    assert losses[0].item() == pytest.approx(math.exp(-60) + math.exp(-59), rel=1e-12)
+    assert losses[1].item() == pytest.approx(math.exp(-700) + math.exp(-705), rel=1e-9)
+    assert residual[0, 0].item() == pytest.approx(-math.exp(-60) - math.exp(-59), rel=1e-12)
+    assert residual[0, 2].item() == pytest.approx(math.exp(-59), rel=1e-12)
+
+
+# ---- Max-margin solutions ---------------------------------------------------------------------------------------------
+
+def certify(A, w, l):
+    assert (A @ w).min() > 1 - 1e-6                                              # constraints met
+    assert np.abs(l * (A @ w - 1)).max() < 1e-8 and l.min() >= 0                 # complementary slackness
+    np.testing.assert_allclose(w, A.T @ l, atol=1e-9)                            # stationarity
+
+
+def exhaustive(A):
+    """The smallest w that meets all constraints, over every set of constraints held with equality."""
+    best = None
+    for size in range(1, A.shape[1] + 1):
+        for held in itertools.combinations(range(len(A)), size):
+            w = np.linalg.lstsq(A[list(held)], np.ones(size), rcond=None)[0]
+            if (A @ w).min() > 1 - 1e-9 and (best is None or w @ w < best @ best):
+                best = w
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_max_margin_agrees_with_an_exhaustive_search(seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.standard_normal(4)
+    A = rng.standard_normal((9, 4))
+    A *= np.sign(A @ truth)[:, None]
+    A = np.concatenate([A, A[:2], A[:1] + A[1:2]])                               # repeated and dependent constraints
+    w, l = ntp.max_margin(A)
+    certify(A, w, l)
+    np.testing.assert_allclose(w, exhaustive(A), atol=1e-8)
+
+
+def test_kq_of_a_tiny_dataset_agrees_with_an_exhaustive_search():
+    sentences, _, _, optimal = ntp.make_dataset(4, 6, 3, seed=1)
+    A = ntp.kq_constraints(np.eye(4), sentences, optimal)
+    used = np.abs(A).sum(0) > 0
+    expected = np.zeros(16)
+    for q in range(4):                                                           # with orthonormal embeddings, query by query
+        rows, columns = A[np.abs(A.reshape(-1, 4, 4)[:, :, q]).sum(1) > 0], np.arange(q, 16, 4)
+        if len(rows):
+            expected[columns] = exhaustive(rows[:, columns])
+    np.testing.assert_allclose(ntp.max_margin_kq(np.eye(4), sentences, optimal).ravel(), expected, atol=1e-8)
+    assert not expected[~used].any()
+
+
+@pytest.mark.parametrize("embedding", ["orthonormal", "gaussian"])
+@pytest.mark.parametrize("order", ["total", "partial"])
+def test_both_solutions_are_certified_at_the_papers_size(embedding, order):
+    E = np.random.default_rng(3).standard_normal((20, 20)) / math.sqrt(20)
+    E = np.linalg.qr(E)[0] if embedding == "orthonormal" else E
+    sentences, _, collocation, optimal = ntp.make_dataset(20, 200, 5, 3, order)
+    for A, W in ((ntp.ov_constraints(E, collocation), ntp.max_margin_ov(E, collocation)),
+                 (ntp.kq_constraints(E, sentences, optimal), ntp.max_margin_kq(E, sentences, optimal))):
+        w, l = ntp.max_margin(A)
+        certify(A, w, l)
+        np.testing.assert_array_equal(W.ravel(), w)
+    for v, n in enumerate(collocation):                                          # the constraints are those of the paper
+        margins = (ntp.max_margin_ov(E, collocation) @ E[:, v])[n] - np.delete(ntp.max_margin_ov(E, collocation) @ E[:, v], n)
+        assert margins.min() > 1 - 1e-6
+        break
+    W = ntp.max_margin_kq(E, sentences, optimal)
+    for x, best in zip(sentences, optimal):
+        assert all((E[:, best] - E[:, other]) @ W @ E[:, x[-1]] > 1 - 1e-6 for other in x if other != best)
+    if embedding == "orthonormal":
+        closed = sum(np.outer(np.eye(20)[n] - 1 / 20, E[:, v]) for v, n in enumerate(collocation))
+        np.testing.assert_allclose(ntp.max_margin_ov(E, collocation), closed, atol=1e-9)
+
+
+def test_constraints_that_cannot_be_met_are_refused():
+    with pytest.raises(ValueError, match="cannot all be met"):
+        ntp.max_margin(np.array([[1.0, 0.0], [-1.0, 0.0]]))
+
+
+# ---- Algorithm 1 ------------------------------------------------------------------------------------------------------
+
+def one_run(tmp_path, *flags):
+    args = ntp.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
+    run, = common.sweep(args, ntp.PRESETS, ntp.SWEEP)
+    return run
+
+
+def test_two_stages_take_normalised_steps_one_matrix_at_a_time(tmp_path, monkeypatch):
+    run = one_run(tmp_path, "--steps-ov", "7", "--steps", "5")
+    path, models, step = [], [], torch.optim.SGD.step
+    monkeypatch.setattr(ntp, "build", lambda args, build=ntp.build: (models.append(made := build(args)), made)[1])
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (step(self), path.append(
+        [W.detach().clone() for W in models[0][2].parameters()]))[0])
+    ntp.train(run.args, run)
+    path = [[torch.zeros(6, 6).double()] * 2] + path
+    for t, (before, after) in enumerate(zip(path, path[1:])):
+        moved = [(b - a).norm().item() for a, b in zip(before, after)]
+        expected = [0.2 / math.sqrt(6), 0.0] if t < 7 else [0.0, 0.05 / math.sqrt(6)]
+        assert moved == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("optimizer, stages", [("ngd", "joint"), ("gd", "two"), ("adam", "two"), ("adam", "joint")])
+def test_the_other_optimizers_learn_the_sentences_too(tmp_path, optimizer, stages):
+    run = one_run(tmp_path, "--optimizer", optimizer, "--stages", stages)
+    results = ntp.train(run.args, run)
+    assert results["accuracy"] == 1 and results["loss_kq"] < 0.05
+
+
+def test_a_small_run_converges_as_the_theorems_say(tmp_path):
+    run = one_run(tmp_path, "--steps", "4000", "--steps-ov", "1000")
+    results = ntp.train(run.args, run)
+    assert results["loss_ov"] < 1e-6 and results["cosine_ov"] > 0.99 and results["cosine_kq"] > 0.98 and results["accuracy"] == 1
+    assert results["norm_ov"][1] > 0.999 and results["norm_kq"][1] > 0.999
+    assert results["loss_kq_rate"][0] < 0 and results["loss_kq_rate"][1] > 0.99 and results["exponent_kq"][0] < -0.3
+    assert results["accuracy_decided"] == 1
+    assert ntp.line_fit([1, 2, 3], [5, 7, 9]) == pytest.approx((2, 1))
+
+
+def test_with_uniform_weights_stage_1_is_aligned_by_symmetry(tmp_path):
+    run = one_run(tmp_path, "--weights", "uniform", "--steps", "2")
+    ntp.train(run.args, run)
+    assert all(line["cosine_ov"] > 1 - 1e-9 for line in run.metrics)
+    run = one_run(tmp_path, "--weights", "random", "--steps", "2")
+    ntp.train(run.args, run)
+    assert run.metrics[0]["cosine_ov"] < 0.95
+
+
+def test_an_underflowing_gradient_ends_in_one_line_without_nan(tmp_path, capsys):
+    run = one_run(tmp_path, "--lr-ov", "30", "--steps", "10")
+    with pytest.raises(SystemExit) as stop:
+        ntp.train(run.args, run)
+    assert stop.value.code == 1 and "underflows at step" in capsys.readouterr().err
+    assert all(math.isfinite(value) for line in run.metrics for value in line.values())
+
+
+# ---- The command ------------------------------------------------------------------------------------------------------
+
+def call(tmp_path, *flags):
+    return subprocess.run([sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags],
+                          capture_output=True, text=True, timeout=100)
+
+
+def outcome(tmp_path):
+    folder, = (tmp_path / "out" / "ntp_convergence").iterdir()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
+    whole = call(tmp_path / "whole", "--optimizer", "adam")
+    assert whole.returncode == 0 and "Theorems 1, 2 and 3" in whole.stdout
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *TINY, "--optimizer", "adam", "--out-dir",
+                                    str(tmp_path / number.name / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while "step 108:" not in process.stdout.readline() and process.poll() is None:
+            pass
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGKILL)
+        call(tmp_path / number.name, "--optimizer", "adam")
+        assert outcome(tmp_path / number.name) == outcome(tmp_path / "whole")
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines))
+    return ["--sentences", str(path)]
+
+
+PAIRS = ["0 1", "1 2", "2 0"]
+
+
+def test_sentences_from_a_file_are_trained(tmp_path):
+    done = call(tmp_path, *write(tmp_path / "data", *PAIRS, "0 1 2 1", "1 0 2 1", "2 1 0 0"))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("training accuracy")[1].split()[0]) == 1.0
+
+
+@pytest.mark.parametrize("lines, error", [
+    ([*PAIRS, "0 1 2 1", "0 1 2 2"], "say 0 > 1 > 0"),
+    ([*PAIRS, "0 1 x 1"], "line 4"),
+    ([*PAIRS, "0"], "line 4"),
+    ([*PAIRS], "sentences of two tokens or more"),
+    ([*PAIRS, "0 1 2", "0 1 2 1"], "all of one length"),
+    (["0 1", "1 2", "0 1 2 1"], "none for [2]"),
+])
+def test_bad_files_are_refused(tmp_path, capsys, lines, error):
+    with pytest.raises(SystemExit) as stop:
+        ntp.parse_args(write(tmp_path / "data", *lines))
+    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags, error", [
+    (["--vocab-size", "1"], "vocabulary of 1"),
+    (["--seq-len", "1"], "sentences of 1"),
+    (["--sentences", "no-such-file"], "No such file"),
+    (["--dtype", "bfloat16"], "float64"),
+    (["--steps", "-3"], "positive integer"),
+])
+def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
+    with pytest.raises(SystemExit) as stop:
+        ntp.parse_args([*flags, "--out-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_figure_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert call(tmp_path, "--plot", "--steps", "50").returncode == 0
+    assert (tmp_path / "out" / "ntp_convergence" / "fig2.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order, embedding", [("total", "orthonormal"), ("partial", "gaussian")])
+def test_the_papers_run_converges(tmp_path, order, embedding):
+    args = ntp.parse_args(["--device", "cpu", "--out-dir", str(tmp_path), "--order", order, "--embedding", embedding])
+    run, = common.sweep(args, ntp.PRESETS, ntp.SWEEP)
+    results = ntp.train(run.args, run)
+    assert run.metrics[0]["cosine_ov"] < 0.9 and results["cosine_ov"] > 0.99 and results["loss_ov"] < 1e-6
+    assert results["accuracy"] == 1 and results["accuracy_decided"] == 1
+    assert results["norm_ov"][1] > 0.999 and results["norm_kq"][1] > 0.999
+    if embedding == "orthonormal":
+        assert results["cosine_kq"] >= 0.99 and results["loss_kq_rate"][1] > 0.99
