@@ -92,7 +92,8 @@ class BigramTask:
         if self.triggers == "fixed":
             q = self.fixed.expand(B, K)
         else:
-            q = torch.multinomial(self.unigram.expand(B, V), K, generator=generator)                   # (B, K)
+            race = torch.empty(B, V, device=self.device).exponential_(generator=generator) / self.unigram
+            q = race.topk(K, largest=False).indices                              # without replacement (B, K)
         if self.outputs == "uniform":
             o = torch.randint(V, (B, K), generator=generator, device=self.device)
         else:
@@ -276,7 +277,7 @@ def train(args, run):
     def training_step():
         tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
         scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
-        weight = scored / scored.sum()
+        weight = scored / scored.sum().clamp_min(1)
         total = 0.0
         for z, w in zip(tokens.split(chunk), weight.split(chunk)):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -405,6 +406,8 @@ def parse_args(argv=None):
         parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
     if "simple" in args.model and args.n_layer != [2]:
         parser.error("the simple model has two layers: --n-layer is for --model full")
+    if args.seq_len < 4:
+        parser.error(f"--seq-len {args.seq_len}: no room for a trigger to come back; give 4 or more")
     if args.three_steps and args.plot:
         parser.error("--three-steps has a table and no figure: leave out --plot")
     try:

@@ -3,7 +3,8 @@ Speed of each script's training step: python tests/bench.py [--device cpu|cuda] 
 
 Prints milliseconds a step, the share of it that goes into sampling, and the GFLOP/s that the step achieves beside those of
 a large float32 matrix product, measured in the same run before and after it. Operations are those of the matrix products
-that the step executes (torch's FlopCounterMode; attention counts its whole T x T square, elementwise work counts nothing).
+that the step executes (torch's FlopCounterMode): attention that is written out counts its whole T x T square, torch's
+fused attention on a CPU and elementwise work count nothing.
 """
 import argparse
 import statistics
@@ -21,7 +22,8 @@ import common
 
 # script: the setting that is timed
 SETTINGS = {"memory_birth": ["--preset", "paper"],
-            "hop_induction": ["--preset", "paper", "--n-layer", "4", "--n-eval", "1"]}
+            "hop_induction": ["--preset", "paper", "--n-layer", "4", "--n-eval", "1"],
+            "ntp_convergence": ["--steps-ov", "1", "--steps", "500"]}
 
 
 def synchronize(device):
@@ -79,18 +81,16 @@ def bench(name, device, steps):
     """Times one script; returns a row of the table."""
     script = __import__(name)
     with tempfile.TemporaryDirectory() as folder:
-        args = script.parse_args([*SETTINGS[name], "--device", str(device), "--steps", str(steps), "--eval-every", "1000000",
-                                  "--out-dir", folder])
-        presets = script.PRESETS
-        first = common.sweep(args, presets, script.SWEEP)[0]
+        args = script.parse_args(["--device", str(device), "--steps", str(steps), "--eval-every", "1000000", "--out-dir", folder,
+                                  *SETTINGS[name]])
+        first = common.sweep(args, script.PRESETS, script.SWEEP)[0]
         run = Stopwatch(first.args, first.folder)
         before = matrix_product(device)
         script.train(run.args, run)
         after = matrix_product(device)
-    task, _ = script.build(run.args)
-    data = torch.Generator(device).manual_seed(0)
-    step = statistics.median(run.times)
-    sampling = seconds(lambda: task.sample(run.args.batch_size, data), device)
+    task, data, step = script.build(run.args)[0], torch.Generator(device).manual_seed(0), statistics.median(run.times)
+    samples = hasattr(task, "sample")                                            # else the whole dataset is every batch
+    sampling = seconds(lambda: task.sample(run.args.batch_size, data), device) if samples else 0
     product = (before + after) / 2
     return [name, " ".join(SETTINGS[name]), f"{1e3 * step:.1f}", f"{100 * sampling / step:.1f}%", f"{1e-9 * run.flops:.1f}",
             f"{1e-9 * run.flops / step:.0f}", f"{product:.0f}", f"{100e-9 * run.flops / step / product:.0f}%"]
@@ -98,7 +98,7 @@ def bench(name, device, steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", nargs="*", default=list(SETTINGS), help="memory_birth, ...")
+    parser.add_argument("script", nargs="*", default=list(SETTINGS), help="names without .py; default: all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=12, help="steps to time")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")

@@ -407,6 +407,7 @@ def test_help_names_the_paper():
     (["--model", "full", "--n-embd", "10"], "not divisible"),
     (["--three-steps", "--plot"], "--plot"),
     (["--preset", "slow"], "preset"),
+    (["--seq-len", "3"], "--seq-len 3"),
 ])
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags, error):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
