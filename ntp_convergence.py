@@ -203,13 +203,15 @@ def max_margin(A, tolerance=1e-12):
 
 def ov_constraints(embedding, collocation):
     """(e_n(v) - e_u)^T W x_v >= 1 for all u != n(v): rows over the entries of W (V, d)."""
-    E, V, one = np.asarray(embedding), len(collocation), np.eye(len(collocation))
-    return np.array([np.outer(one[n] - one[u], E[:, v]).ravel() for v, n in enumerate(collocation) for u in range(V) if u != n])
+    E, one = np.asarray(embedding), np.eye(len(collocation))
+    return np.array([np.outer(one[n] - one[u], E[:, v]).ravel()
+                     for v, n in enumerate(collocation) for u in range(len(collocation)) if u != n])
 
 def kq_constraints(embedding, sentences, optimal):
     """(x* - x)^T W x_q >= 1 for each sentence, each other distinct token x in it: rows over the entries of W (d, d)."""
     E = np.asarray(embedding)
-    triples = sorted({(int(x[-1]), int(best), int(other)) for x, best in zip(sentences, optimal) for other in x if other != best})
+    triples = sorted({(x[-1], best, other) for x, best in zip(np.asarray(sentences).tolist(), np.asarray(optimal).tolist())
+                      for other in x if other != best})
     return np.array([np.outer(E[:, best] - E[:, other], E[:, q]).ravel() for q, best, other in triples])
 
 def max_margin_ov(embedding, collocation):
@@ -228,7 +230,8 @@ def build(args):
     if args.sentences:
         dataset, orders = read_dataset(args.sentences), None
     else:
-        *dataset, orders = make_dataset(args.vocab_size, args.n_sentences, args.seq_len, args.seed, args.order, return_orders=True)
+        size = args.vocab_size, args.n_sentences, args.seq_len
+        *dataset, orders = make_dataset(*size, args.seed, args.order, return_orders=True)
     V = len(dataset[2])
     E = rng.standard_normal((V, V)) / math.sqrt(V)
     E = np.linalg.qr(E)[0] if args.embedding == "orthonormal" else E
@@ -272,14 +275,14 @@ def train(args, run):
             stage = 0 if args.stages == "joint" else 1 + (step >= stage_1)
             now = measure(model, data, weights, best)
             if min(now["gradient_ov"] if stage < 2 else 1, now["gradient_kq"] if stage != 1 else 1) < 1e-290:
-                common.fail(f"{run.name}: the gradient underflows at step {step + 1}, its direction is lost; take fewer steps")
-            loss = now["loss_ov"] if stage == 1 else now["loss_kq"]
-            run.log(step + 1, loss=loss, accuracy=now.pop("accuracy"), stage=stage, t=step + 1 - stage_1 * (stage == 2), **now)
+                common.fail(f"{run.name}: the gradient underflows at step {step + 1}, its direction is lost; take fewer")
+            loss, t = now["loss_ov" if stage == 1 else "loss_kq"], step + 1 - stage_1 * (stage == 2)
+            run.log(step + 1, loss=loss, accuracy=now.pop("accuracy"), stage=stage, t=t, **now)
             run.save(step + 1)
 
-    first = int(model.first)
-    return dict(**rates(run.metrics), **generalisation(args, model, dataset, orders), steps_to_1e_3=None if first < 0 else first,
-                **{key: run.metrics[-1][key] for key in ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")})
+    last = {key: run.metrics[-1][key] for key in ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")}
+    first = None if model.first < 0 else int(model.first)
+    return dict(**last, **rates(run.metrics), **generalisation(args, model, dataset, orders), steps_to_1e_3=first)
 
 # ---- Measurement ----------------------------------------------------------------------------------------------------
 
@@ -294,7 +297,8 @@ def measure(model, data, weights, best):
     L - L_min, L_min the loss of a hard attention to x* with the present W_OV; and the norms of both gradients."""
     sentences, next_tokens, collocation, optimal = data
     uniform = torch.full((len(sentences),), 1 / len(sentences)).to(weights)
-    loss_ov, by_OV, _ = gradients(model, torch.arange(len(collocation), device=weights.device)[:, None], collocation, weights)
+    single = torch.arange(len(collocation), device=weights.device)[:, None]
+    loss_ov, by_OV, _ = gradients(model, single, collocation, weights)
     loss_kq, _, by_KQ = gradients(model, sentences, next_tokens, uniform)
     logits, _, table = model(sentences)
     hard = loss_and_residual(table[optimal], next_tokens)[0]
@@ -321,11 +325,12 @@ def rates(metrics):
     found = {}
     for stage, name, loss in (1, "ov", "loss_ov"), (2, "kq", "excess"):
         lines = [m for m in metrics if m["stage"] in (0, stage)]
-        straight = [m for m in lines if m["t"] >= lines[-1]["t"] / 2 and m[loss] > 1e-12 * m[f"loss_{name}"]]    # not noise
+        half = [m for m in lines if m["t"] >= lines[-1]["t"] / 2 and m[loss] > 1e-12 * m[f"loss_{name}"]]      # no noise
         late = [m for m in lines if m["t"] >= 100 and m[f"cosine_{name}"] < 1]
+        gaps = [math.log(1 - m[f"cosine_{name}"]) for m in late]
         found[f"norm_{name}"] = line_fit([m["t"] for m in lines], [m[f"norm_{name}"] for m in lines])
-        found[f"loss_{name}_rate"] = line_fit([m["t"] for m in straight], [math.log(m[loss]) for m in straight])
-        found[f"exponent_{name}"] = line_fit([math.log(m["t"]) for m in late], [math.log(1 - m[f"cosine_{name}"]) for m in late])
+        found[f"loss_{name}_rate"] = line_fit([m["t"] for m in half], [math.log(m[loss]) for m in half])
+        found[f"exponent_{name}"] = line_fit([math.log(m["t"]) for m in late], gaps)
     return {key: list(value) for key, value in found.items()}
 
 def generalisation(args, model, dataset, orders, n=20_000):
@@ -345,8 +350,10 @@ def generalisation(args, model, dataset, orders, n=20_000):
         predicted = model(torch.from_numpy(unseen).to(model.E.device))[0].argmax(1).cpu().numpy()
     decided = by_data >= 0
     right = predicted == collocation[np.where(decided, by_data, truth)]
-    return dict(decided_share=float(decided.mean()), accuracy_decided=float(right[decided].mean()) if decided.any() else None,
-                accuracy_undecided=float(right[~decided].mean()) if orders is not None and (~decided).any() else None)
+    known = ~decided & (truth >= 0)
+    return dict(decided_share=float(decided.mean()),
+                accuracy_decided=float(right[decided].mean()) if decided.any() else None,
+                accuracy_undecided=float(right[known].mean()) if known.any() else None)
 
 # ---- The command, its tables and its figure -------------------------------------------------------------------------
 
@@ -359,8 +366,8 @@ SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
 def parse_args(argv=None):
     """The command line. What cannot be run ends here, before anything is written."""
     parser = argparse.ArgumentParser(
-        description="Non-asymptotic Convergence of Training Transformers for Next-token Prediction, Huang et al., NeurIPS 2024",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        description="Non-asymptotic Convergence of Training Transformers for Next-token Prediction, Huang et al., "
+        "NeurIPS 2024", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add, count = parser.add_argument, common.positive_int
     add("--vocab-size", type=count, help="|V|, tokens; also d, the width of the embedding")
     add("--n-sentences", type=count, help="training sentences")
@@ -368,9 +375,9 @@ def parse_args(argv=None):
     add("--order", nargs="+", choices=["total", "partial"], help="the strict order of each query")
     add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], help="orthonormal or independent embeddings")
     add("--weights", nargs="+", choices=["random", "uniform"],
-        help="of the pairs in stage 1; with uniform ones an orthonormal stage 1 is aligned from its first step, by symmetry")
-    add("--sentences", default=None, help="a file of token ids, each line a sentence and its next token, instead of random data")
-    add("--optimizer", nargs="+", choices=["ngd", "gd", "adam"], help="normalised gradient descent, or without normalisation")
+        help="of the pairs in stage 1; uniform ones align an orthonormal stage 1 from its first step, by symmetry")
+    add("--sentences", default=None, help="a file, each line the token ids of a sentence and of its next token")
+    add("--optimizer", nargs="+", choices=["ngd", "gd", "adam"], help="normalised gradient descent, plain, or Adam")
     add("--stages", nargs="+", choices=["two", "joint"], help="W_OV first, then W_KQ; or both at once")
     add("--steps-ov", type=count, help="steps of stage 1")
     add("--steps", type=count, help="steps of stage 2, or of the joint training")
@@ -399,32 +406,30 @@ def print_panels(run):
     metrics = run.read("metrics.jsonl")
     for stage, panels in PANELS.items():
         lines = [m for m in metrics if m["stage"] in (0, stage)]
-        picked = sorted({int(np.abs(np.array([m["t"] for m in lines]) - t).argmin()) for t in np.geomspace(1, lines[-1]["t"], 10)})
+        t = np.array([m["t"] for m in lines])
+        shown = [lines[i] for i in sorted({int(np.abs(t - goal).argmin()) for goal in np.geomspace(1, t[-1], 10)})]
         print(f"\n{run.name}, {'both stages jointly' if lines[0]['stage'] == 0 else f'stage {stage}'}")
-        rows = [[title, *(f"{lines[i][key]:.3g}" if key != f"cosine_{'ov' if stage == 1 else 'kq'}" else f"{lines[i][key]:.4f}"
-                          for i in picked)] for key, title in panels.items()]
-        common.print_table(["step", *(str(lines[i]["t"]) for i in picked)], rows)
+        rows = [[title, *(f"{m[key]:{'.4f' if 'cosine' in key else '.3g'}}" for m in shown)] for key, title in panels.items()]
+        common.print_table(["step", *(str(m["t"]) for m in shown)], rows)
 
 def print_summary(runs, results):
     """What the theorems say, a column a setting: median and range over seeds."""
     settings = {}
     for run, result in zip(runs, results):
         settings.setdefault(" ".join(str(vars(run.args)[key]) for key in SWEEP[:-1]), []).append(result)
-    def row(title, form, pick):
-        return [title, *(common.spread([pick(result) for result in group], form) for group in settings.values())]
-    rows = [row("stage 1: L_0", ".1e", lambda r: r["loss_ov"]), row("alignment of W_OV", ".4f", lambda r: r["cosine_ov"]),
-            row("|W_OV| a step", ".4f", lambda r: r["norm_ov"][0]), row("  R^2", ".5f", lambda r: r["norm_ov"][1]),
-            row("log L_0 a step", ".4f", lambda r: r["loss_ov_rate"][0]), row("  R^2", ".4f", lambda r: r["loss_ov_rate"][1]),
-            row("1 - alignment ~ t^", ".2f", lambda r: r["exponent_ov"][0]),
-            row("stage 2: L", ".1e", lambda r: r["loss_kq"]), row("training accuracy", ".3f", lambda r: r["accuracy"]),
-            row("alignment of W_KQ", ".4f", lambda r: r["cosine_kq"]),
-            row("|W_KQ| a step", ".4f", lambda r: r["norm_kq"][0]), row("  R^2", ".5f", lambda r: r["norm_kq"][1]),
-            row("log(L - L_min) a step", ".4f", lambda r: r["loss_kq_rate"][0]), row("  R^2", ".4f", lambda r: r["loss_kq_rate"][1]),
-            row("1 - alignment ~ t^", ".2f", lambda r: r["exponent_kq"][0]), row("  R^2", ".4f", lambda r: r["exponent_kq"][1]),
-            row("steps to L < 1e-3", ".0f", lambda r: r["steps_to_1e_3"]),
-            row("unseen, decided: share", ".3f", lambda r: r["decided_share"]),
-            row("  accuracy", ".4f", lambda r: r["accuracy_decided"]),
-            row("unseen, undecided: accuracy", ".3f", lambda r: r["accuracy_undecided"])]
+    def row(title, form, key, i=None):
+        return [title, *(common.spread([r[key] if i is None else r[key][i] for r in group], form) for group in settings.values())]
+    rows = [row("stage 1: L_0", ".1e", "loss_ov"), row("alignment of W_OV", ".4f", "cosine_ov"),
+            row("|W_OV| a step", ".4f", "norm_ov", 0), row("  R^2", ".5f", "norm_ov", 1),
+            row("log L_0 a step, second half", ".5f", "loss_ov_rate", 0), row("  R^2", ".4f", "loss_ov_rate", 1),
+            row("1 - alignment ~ t^", ".2f", "exponent_ov", 0), row("  R^2", ".4f", "exponent_ov", 1),
+            row("stage 2: L", ".1e", "loss_kq"), row("training accuracy", ".3f", "accuracy"),
+            row("alignment of W_KQ", ".4f", "cosine_kq"),
+            row("|W_KQ| a step", ".4f", "norm_kq", 0), row("  R^2", ".5f", "norm_kq", 1),
+            row("log(L - L_min) a step, second half", ".5f", "loss_kq_rate", 0), row("  R^2", ".4f", "loss_kq_rate", 1),
+            row("1 - alignment ~ t^", ".2f", "exponent_kq", 0), row("  R^2", ".4f", "exponent_kq", 1),
+            row("steps to L < 1e-3", ".0f", "steps_to_1e_3"), row("unseen, decided: share", ".3f", "decided_share"),
+            row("  accuracy", ".4f", "accuracy_decided"), row("unseen, undecided: accuracy", ".3f", "accuracy_undecided")]
     print("\nTheorems 1, 2 and 3, measured (median [range] over seeds)")
     common.print_table(["", *settings], rows)
 
@@ -435,12 +440,11 @@ def plot(run, path):
     import matplotlib.pyplot as plt
     metrics = run.read("metrics.jsonl")
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5))
-    for row, (stage, names) in zip(axes, {1: ["loss_ov", "cosine_ov", "norm_ov"], 2: ["excess", "cosine_kq", "norm_kq"]}.items()):
+    for row, stage, loss, name in zip(axes, (1, 2), ("loss_ov", "excess"), ("ov", "kq")):
         lines = [m for m in metrics if m["stage"] in (0, stage)]
-        for axis, name in zip(row, names):
-            axis.plot([m["t"] for m in lines], [m[name] for m in lines], marker=".")
-            axis.set(title=f"stage {stage}: {PANELS[stage][name]}", xlabel="step",
-                     yscale="log" if name in ("loss_ov", "excess") else "linear", xscale="log" if "cosine" in name else "linear")
+        for axis, key, scale in zip(row, (loss, f"cosine_{name}", f"norm_{name}"), ("semilogy", "semilogx", "plot")):
+            getattr(axis, scale)([m["t"] for m in lines], [m[key] for m in lines], marker=".")
+            axis.set(title=f"stage {stage}: {PANELS[stage][key]}", xlabel="step")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     print(f"figure: {path}")
