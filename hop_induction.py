@@ -534,7 +534,8 @@ def plot(runs, results, folder):
     for run, result in zip(runs, results):
         axis.semilogy(range(run.args.max_hops + 1), [max(error, 1e-4) for error in result["errors"]], marker="o",
                       label=run.name.split(",", 1)[1])
-    axis.set(xlabel="hops k", ylabel="error (1e-4 or less at the bottom)", title="Error by number of hops (Fig. 2)")
+    axis.set(xlabel="hops k", ylabel="error (1e-4 or less at the bottom)", title="Error by number of hops (Fig. 2)",
+             xticks=range(runs[0].args.max_hops + 1))
     axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(folder / "errors.png", dpi=130)
@@ -548,7 +549,7 @@ def plot(runs, results, folder):
     image = axis.imshow(heads, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axis.set_xticks(range(heads.shape[1]), range(1, heads.shape[1] + 1))
     axis.set_yticks(range(len(heads)), [f"{i // run.args.n_head + 1}.{i % run.args.n_head + 1}" for i in range(len(heads))])
-    axis.set(xlabel="j of find^j", ylabel="layer.head", title=f"heads against find^j, {run.name}")
+    axis.set(xlabel="j of find^j", ylabel="layer.head", title=f"{run.args.n_layer} layers")
     figure.colorbar(image)
     figure.tight_layout()
     figure.savefig(folder / "heads.png", dpi=130)
