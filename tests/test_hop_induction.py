@@ -247,7 +247,7 @@ def test_a_finite_training_set_is_used_in_a_fixed_order(tmp_path, monkeypatch):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, monkeypatch):
-    run, rates = one_run(tmp_path, "--steps", "40"), []
+    run, rates = one_run(tmp_path, "--steps", "40", "--lr", "2e-3"), []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"])), step(self))[1])
     hop_induction.train(run.args, run)
