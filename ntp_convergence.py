@@ -358,7 +358,7 @@ def generalisation(args, model, dataset, orders, n=20_000):
 # ---- The command, its tables and its figure -------------------------------------------------------------------------
 
 RUN = dict(optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"], weights=["random"],
-           vocab_size=20, n_sentences=200, seq_len=5, steps_ov=2_000, steps=20_000,
+           vocab_size=20, n_sentences=200, seq_len=5, steps_ov=2_000, steps=20_000, eval_every=None,
            lr_ov=dict(ngd=0.2, gd=40.0, adam=0.05), lr=dict(ngd=0.05, gd=40.0, adam=0.05))
 PRESETS = {"quick": RUN, "paper": RUN}                                           # the paper's run takes seconds
 SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
@@ -387,6 +387,8 @@ def parse_args(argv=None):
     args = common.parse_args(parser, PRESETS, argv)
     if args.compile or args.dtype != "float32":
         parser.error("everything is float64 in closed form here: leave out --compile and --dtype")
+    if args.eval_every:
+        parser.error("measured at log-spaced and evenly spaced steps: leave out --eval-every")
     if args.device == "mps":
         parser.error("--device mps has no float64; try --device cpu")
     try:

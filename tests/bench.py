@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 
 # script: the setting that is timed
-SETTINGS = {"memory_birth": ["--preset", "paper"],
-            "hop_induction": ["--preset", "paper", "--n-layer", "4", "--n-eval", "1"],
+SETTINGS = {"memory_birth": ["--preset", "paper", "--eval-every", "1000000"],
+            "hop_induction": ["--preset", "paper", "--n-layer", "4", "--eval-every", "1000000", "--n-eval", "1"],
             "ntp_convergence": ["--steps-ov", "1", "--steps", "500"]}
 
 
@@ -81,8 +81,7 @@ def bench(name, device, steps):
     """Times one script; returns a row of the table."""
     script = __import__(name)
     with tempfile.TemporaryDirectory() as folder:
-        args = script.parse_args(["--device", str(device), "--steps", str(steps), "--eval-every", "1000000", "--out-dir", folder,
-                                  *SETTINGS[name]])
+        args = script.parse_args(["--device", str(device), "--steps", str(steps), "--out-dir", folder, *SETTINGS[name]])
         first = common.sweep(args, script.PRESETS, script.SWEEP)[0]
         run = Stopwatch(first.args, first.folder)
         before = matrix_product(device)

@@ -296,6 +296,7 @@ def test_bad_files_are_refused(tmp_path, capsys, lines, error):
     (["--seq-len", "1"], "sentences of 1"),
     (["--sentences", "no-such-file"], "No such file"),
     (["--dtype", "bfloat16"], "float64"),
+    (["--eval-every", "7"], "--eval-every"),
     (["--steps", "-3"], "positive integer"),
 ])
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
