@@ -469,7 +469,8 @@ def print_errors(runs, results):
         cells = [f"{results[0]['errors'][k]:.3f}±{results[0]['se'][k]:.3f}" if len(results) == 1 else
                  common.spread([result["errors"][k] for result in results]) for k in hops]
         solved = [max([0, *(k for k in range(max_hops + 1) if max(result["errors"][:k + 1]) < 0.05)]) for result in results]
-        rows.append([arch, str(n_layer), str(n_head), str(n_train or "fresh"), str(results[0]["n_params"]), *cells,
+        shape = [str(n_layer), str(n_head)] if arch == "transformer" else ["2", "-"]
+        rows.append([arch, *shape, str(n_train or "fresh"), str(results[0]["n_params"]), *cells,
                      common.spread(solved, ".0f")])
         published = PUBLISHED.get((n_layer, n_head, n_train))
         if published and arch == "transformer" and (a.seq_len, a.max_hops, a.n_embd) == (100, 16, 128):
