@@ -496,7 +496,7 @@ def main():
             print_course(run)
     print_summary(runs, results)
     if args.plot:
-        plot([run for run in runs if run.args.seed == args.seed[0]], Path(args.out_dir) / "memory_birth" / "fig3.png")
+        plot([run for run in runs if run.args.seed == args.seed[0]], Path(args.out_dir) / "memory_birth" / "curves.png")
 
 # ---- Tiny Shakespeare's 1,115,393 adjacent pairs, counted: (3, 65, 65) bytes (low, middle, high), zlib, base85 ------
 PAIRS = """

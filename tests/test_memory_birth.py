@@ -433,7 +433,7 @@ def test_the_figure_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     done = call(tmp_path, "--plot", "--steps", "10", "--freeze", "--freeze", "wo2:5")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "memory_birth" / "fig3.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "memory_birth" / "curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
