@@ -16,12 +16,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
 
 # script: the setting that is timed
-SETTINGS = {"memory_birth": ["--preset", "paper", "--eval-every", "1000000"],
+NEEDLE = ["--preset", "paper", "--task", "needle", "--train", "embeddings", "--n-embd", "256", "--batch-size", "250"]
+SETTINGS = {"random_transformer": [*NEEDLE, "--eval-every", "1000000"],
+            "memory_birth": ["--preset", "paper", "--eval-every", "1000000"],
             "hop_induction": ["--preset", "paper", "--n-layer", "4", "--eval-every", "1000000", "--n-eval", "1"],
             "ntp_convergence": ["--steps-ov", "1", "--steps", "500"]}
 
@@ -95,6 +98,32 @@ def bench(name, device, steps):
             f"{1e-9 * run.flops / step:.0f}", f"{product:.0f}", f"{100e-9 * run.flops / step / product:.0f}%"]
 
 
+def savings(device):
+    """What random_transformer leaves out of a step of NEEDLE, and what each omission buys; rows of a table."""
+    script = __import__("random_transformer")
+    args = script.parse_args(["--device", str(device), *NEEDLE])
+    task, model = script.build(common.sweep(args, script.PRESETS, script.SWEEP)[0].args)
+    trained, data = script.train_only(model, "embeddings"), torch.Generator(device).manual_seed(0)
+
+    def step(gradients, everywhere, padding):
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(gradients or any(parameter is other for other in trained))
+        tokens, scored = (F.pad(x, (0, padding)) for x in task.sample(args.batch_size, data))
+        at, targets = script.answers(tokens, scored, 1)
+        logits = model(tokens[:, :-1], None if everywhere else at)
+        if everywhere:
+            logits = logits.gather(1, at[..., None].expand(-1, -1, task.vocab_size))
+        task.losses(logits, targets, tokens).mean().backward()
+
+    pad = task.block_size + 1 - task.sample(1, data)[0].shape[1]
+    cases = {"as it is": (False, False, 0), "and gradients of frozen weights": (True, False, 0),
+             "or the last block everywhere": (False, True, 0), "or padding to all positions": (False, False, pad),
+             "all three": (True, True, pad)}
+    times = {name: seconds(lambda: step(*case), device) for name, case in cases.items()}
+    return [[name, f"{1e3 * time:.0f}", f"{time / times['as it is']:.2f}"] for name, time in times.items()]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", nargs="*", default=list(SETTINGS), help="names without .py; default: all")
@@ -108,3 +137,6 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
     common.print_table(["script", "setting", "ms a step", "sampling", "GFLOP a step", "GFLOP/s", "matrix product", "share"],
                        [bench(name, device, flags.steps) for name in flags.script])
+    if "random_transformer" in flags.script:
+        print("\nrandom_transformer, the same setting: forward and backward with what the script leaves out")
+        common.print_table(["step", "ms", "times"], savings(device))
