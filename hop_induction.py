@@ -395,7 +395,7 @@ def train(args, run):
 # ---- The command, its tables and its figure -------------------------------------------------------------------------
 PRESETS = {
     "quick": dict(arch=["transformer"], n_layer=[2, 3, 4], n_head=[4], n_train=[0], seq_len=24, max_hops=4, n_embd=64,
-                  batch_size=32, steps=3_200, warmup=100, lr=5e-3, eval_every=250),
+                  batch_size=32, steps=2_800, warmup=100, lr=5e-3, eval_every=250),
     "paper": dict(arch=["transformer"], n_layer=[2, 3, 4, 5, 6], n_head=[4], n_train=[0], seq_len=100, max_hops=16,
                   n_embd=128, batch_size=32, steps=100_000, warmup=1_000, lr=1e-4, eval_every=2_000),
 }

@@ -557,8 +557,8 @@ def plot(runs, results, folder):
     figures = {"width": figure}
     for axis, (task, own) in zip(axes[0], lines.items()):
         for label, line in own.items():
-            axis.plot(sorted(line), [np.median(line[width]) for width in sorted(line)], marker="o", label=label)
-        axis.set(xscale="log", title=task, xlabel="width", ylabel=f"test {TASKS[task].metric}")
+            axis.semilogx(sorted(line), [np.median(line[width]) for width in sorted(line)], base=2, marker="o", label=label)
+        axis.set(title=task, xlabel="width", ylabel=f"test {TASKS[task].metric}")
         axis.legend(fontsize=8)
     for run in [run for run in runs if run.args.model == "transformer" and run.args.task in ("needle", "modadd")]:
         task, model = build(run.args)

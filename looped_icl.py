@@ -1,0 +1,536 @@
+"""
+Looped Transformers are Better at Learning Learning Algorithms. Yang, Lee, Nowak, Papailiopoulos. ICLR 2024, arXiv 2311.12424
+
+One transformer block, looped b times with the prompt injected anew at every loop, matches a 12-layer transformer at
+regression in context with less than a tenth of its parameters, and it keeps its answer when it is looped far past b: it has
+learned an iterative algorithm with a fixed point. Look in the first table for the looped model beside least squares, and in
+the second for an error that stays flat from b loops on.
+
+    python looped_icl.py                                                 three dimensions, in minutes
+    python looped_icl.py --model looped standard                         beside 12 layers of the same width
+    python looped_icl.py --inject add multiply none                      what injecting the prompt is for
+
+    Fig. 3, error by examples, and Fig. 2, by loops, of each task, with the paper's b and T (--loops, --window):
+    python looped_icl.py --preset paper --task linear --model looped standard tied --plot              b = 20, T = 15
+    python looped_icl.py --preset paper --task noisy-linear --model looped standard --plot             b = 20, T = 15
+    python looped_icl.py --preset paper --task sparse-linear --model looped standard --plot            b = 20, T = 10
+    python looped_icl.py --preset paper --task decision-tree --model looped standard --plot            b = 70, T = 15
+    python looped_icl.py --preset paper --task relu-2nn --model looped standard --plot                 b = 12, T = 5
+    Other inputs than trained on (App.), and what a probe finds in the hidden states by loop or layer (Sec. 6):
+    python looped_icl.py --preset paper --task linear --model looped standard --ood --probe
+    Tables of OpenML, downloaded by id or a folder of your own, one held out in turn, b = 30, T = 15:
+    python looped_icl.py --preset paper --task openml --data-dir tables --fetch 1462 1494 --held-out 0 1
+"""
+import argparse, csv, json, math, re, urllib.request
+from pathlib import Path
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+import common
+
+# ---- The prompts (after Garg et al. 2022) ---------------------------------------------------------------------------
+def label(task, xs, generator, active_dims):
+    """y = f(x) for inputs xs (B, n, d), with a new random f of the task's class for each prompt -> (B, n)."""
+    (B, n, d), draw = xs.shape, dict(generator=generator, device=xs.device)
+    if task == "decision-tree":                                                  # depth 4: 15 nodes, 16 leaves
+        coordinates, leaves = torch.randint(active_dims, (B, 15), **draw), torch.randn(B, 16, **draw)
+        node = torch.zeros(B, n, dtype=torch.long, device=xs.device)
+        for _ in range(4):
+            x = xs.gather(2, coordinates.gather(1, node)[..., None])[..., 0]     # (B, n)
+            node = 2 * node + 1 + (x > 0)
+        return leaves.gather(1, node - 15)
+    if task == "relu-2nn":
+        W1, W2 = torch.randn(B, d, 100, **draw), torch.randn(B, 100, 1, **draw)
+        return (math.sqrt(2 / 100) * (xs @ W1).relu() @ W2)[..., 0]
+    w = torch.randn(B, d, 1, **draw)
+    if task == "sparse-linear":                                                  # 3 of the active coordinates
+        chosen = torch.rand(B, active_dims, **draw).argsort(1)[:, :3]
+        w = w * torch.zeros(B, d, device=xs.device).scatter(1, chosen, 1.0)[..., None]
+    ys = (xs @ w)[..., 0]
+    return ys + 0.1 * torch.randn(B, n, **draw) if task == "noisy-linear" else ys
+
+def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
+    """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others, and y = f(x)."""
+    active_dims = active_dims or n_dims
+    xs = torch.randn(batch, n_points, n_dims, generator=generator, device=device)
+    xs[..., active_dims:] = 0
+    return xs, label(task, xs, generator, active_dims)
+
+TASKS = ["linear", "noisy-linear", "sparse-linear", "decision-tree", "relu-2nn", "openml"]
+
+def scale(task, n_dims):
+    """What squared errors are divided by: the variance of y, for noisy-linear without the noise."""
+    return {"decision-tree": 1, "sparse-linear": min(3, n_dims)}.get(task, n_dims)
+
+def read_table(path, n_dims=20, least_rows=1_000):
+    """A CSV with a header, the label in the last column -> features (n, n_dims) standardised and padded with zeros in front,
+    labels (n,) in 0, 1. ValueError, with row or column, where it is not such a table (OpenML's conditions of the paper)."""
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header) or "" in (cell.strip() for cell in row) or "?" in row:
+            raise ValueError(f"{path}, row {number}: a value is missing")
+    if len(rows) < least_rows:
+        raise ValueError(f"{path}: {len(rows)} rows are fewer than {least_rows}")
+    columns = list(zip(*rows))
+    for name, column in zip(header[:-1], columns):
+        for number, cell in enumerate(column, 2):
+            if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell):
+                raise ValueError(f"{path}, column {name}, row {number}: {cell!r} is not a number")
+    if not 5 <= len(header) - 1 <= n_dims:
+        raise ValueError(f"{path}: {len(header) - 1} features are not in 5 .. {n_dims}")
+    classes = sorted(set(columns[-1]))
+    labels = np.array([classes.index(cell) for cell in columns[-1]])
+    if len(classes) != 2 or min(labels.mean(), 1 - labels.mean()) < 1 / 3:
+        raise ValueError(f"{path}, column {header[-1]}: not two classes of which one has at least half of the other's rows")
+    features = np.array(columns[:-1], dtype=float).T
+    features = (features - features.mean(0)) / np.where(features.std(0) > 0, features.std(0), 1)
+    return np.pad(features, ((0, 0), (n_dims - features.shape[1], 0))).astype(np.float32), labels
+
+def fetch(number, folder):
+    """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, then its target. OSError."""
+    def get(url):
+        return urllib.request.urlopen(url, timeout=60).read().decode("utf-8", "replace")
+    about = json.loads(get(f"https://www.openml.org/api/v1/json/data/{number}"))["data_set_description"]
+    head, data = re.split(r"(?im)^@data.*$", get(about["url"]), maxsplit=1)
+    attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", head)
+    names = [name.strip("'\"") for name, _ in attributes]
+    keep = [i for i, (_, kind) in enumerate(attributes) if kind.lower() in ("numeric", "real", "integer")]
+    target = names.index(about["default_target_attribute"])
+    keep = [i for i in keep if i != target] + [target]
+    lines = [line for line in data.splitlines() if line.strip() and not line.startswith("%")]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / f"{number}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([names[i] for i in keep])
+        writer.writerows([[row[i] for i in keep] for row in csv.reader(lines, quotechar="'", skipinitialspace=True)])
+
+class Tables:
+    """Prompts from real tables, all but the one held out: 41 rows of one table, in random order, without repetition."""
+    def __init__(self, folder, held_out, device="cpu", **limits):
+        self.paths = sorted(Path(folder).glob("*.csv"))
+        if not 0 <= held_out < len(self.paths) or len(self.paths) < 2:
+            raise ValueError(f"{folder} has {len(self.paths)} tables (*.csv): --held-out {held_out} leaves none to train on or is none")
+        order, self.device, self.splits = np.random.default_rng(0), device, dict(train=[], valid=[], test=[])
+        for number, path in enumerate(self.paths):
+            features, labels = read_table(path, **limits)
+            rows = order.permutation(len(labels))
+            cut = len(rows) * 95 // 100                                          # 95% to train on, 5% of the same tables
+            parts = dict(test=rows) if number == held_out else dict(train=rows[:cut], valid=rows[cut:])
+            for part, own in parts.items():
+                self.splits[part].append((torch.from_numpy(features[own]).to(device), torch.from_numpy(labels[own]).to(device)))
+        self.packed = {}
+        for part, tables in self.splits.items():                                 # (tables, rows, ..), short ones padded
+            longest = max(len(labels) for _, labels in tables)
+            counts = torch.tensor([len(labels) for _, labels in tables], device=device)
+            xs = torch.stack([F.pad(features, (0, 0, 0, longest - len(features))) for features, _ in tables])
+            self.packed[part] = xs, torch.stack([F.pad(labels, (0, longest - len(labels))) for _, labels in tables]), counts
+    def sample(self, batch, n_points, generator, part="train"):
+        """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test (the table held out)."""
+        xs, ys, counts = self.packed[part]
+        table = torch.randint(len(xs), (batch, 1), generator=generator, device=self.device)              # (B, 1)
+        keys = torch.rand(batch, xs.shape[1], generator=generator, device=self.device)
+        keys = keys.masked_fill(torch.arange(xs.shape[1], device=self.device) >= counts[table], -1.0)
+        rows = keys.topk(n_points, dim=1).indices                                # (B, n), distinct
+        return xs[table, rows], ys[table, rows].float()
+
+# ---- The models -----------------------------------------------------------------------------------------------------
+class InContextTransformer(nn.Module):
+    """A GPT-2 that reads x_1, y_1, x_2, y_2, ... and predicts each y at its x. Looped, its output goes in again.
+
+    Tokens have n_dims numbers, y in the first; positions are 2 n_points + 1, as the authors count them (203). inject: how
+    the prompt enters a loop; tied: n_layer layers share one block; n_out 2: two logits.
+    """
+    def __init__(self, n_dims, n_points, n_layer, n_head, n_embd, inject="add", tied=False, n_out=1):
+        super().__init__()
+        self.inject, self.repeat = inject, n_layer if tied else 1
+        self.read_in = nn.Linear(n_dims, n_embd)
+        self.wpe = nn.Embedding(2 * n_points + 1, n_embd)
+        self.h = nn.ModuleList([common.Block(n_embd, n_head) for _ in range(1 if tied else n_layer)])
+        self.ln_f = nn.LayerNorm(n_embd)
+        common.gpt2_init_(self.h, n_layer)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+        self.read_out = nn.Linear(n_embd, n_out)
+    def trunk(self, x, states):
+        """f: positions, blocks, final norm; (B, T, C) -> (B, T, C). Appends the residual stream after each block."""
+        x = x + self.wpe.weight[:x.shape[1]]
+        for block in list(self.h) * self.repeat:
+            x = block(x)
+            states.append(x)
+        return self.ln_f(x)
+    def forward(self, xs, ys, loops=1, window=1, return_states=False):
+        """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or logits (window, B, n, 2);
+        with return_states also the hidden states after each block, a list of (B, 2n-1, C).
+
+        z_0 = 0, z_(i+1) = f(z_i + e), e the prompt; the loops before the window run without gradient. With inject none,
+        z_0 = e and z_(i+1) = f(z_i). One loop is an ordinary transformer.
+        """
+        tokens = torch.stack([xs, F.pad(ys[..., None], (0, xs.shape[2] - 1))], 2).flatten(1, 2)[:, :-1]  # (B, 2n-1, d)
+        e, states, predictions = self.read_in(tokens), [], []                    # the last y is never looked at
+        z = e if self.inject == "none" else torch.zeros_like(e)
+        for i in range(loops):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= loops - window):
+                z = self.trunk(z + e if self.inject == "add" else z * e if self.inject == "multiply" else z, states)
+            if i >= loops - window:
+                predictions.append(self.read_out(z[:, ::2]).squeeze(-1))
+        return (torch.stack(predictions), states) if return_states else torch.stack(predictions)
+
+# ---- Baselines: what the examples before x_i say of y_i, for all i at once or one i after the other -----------------
+def least_squares(xs, ys):
+    """Minimum-norm least squares on the pairs before each x: xs (B, n, d), ys (B, n) -> predictions (B, n)."""
+    out = torch.zeros_like(ys)
+    for i in range(1, ys.shape[1]):
+        w = torch.linalg.pinv(xs[:, :i].double()) @ ys[:, :i, None].double()     # (B, d, 1)
+        out[:, i] = (xs[:, i, None].double() @ w)[:, 0, 0]
+    return out
+
+def averaging(xs, ys):
+    """x_i . w with w the mean of x_j y_j over the pairs before, 0 where there are none: (B, n, d), (B, n) -> (B, n)."""
+    total = F.pad((xs * ys[..., None]).cumsum(1)[:, :-1], (0, 0, 1, 0))          # (B, n, d)
+    return (xs * total).sum(2) / torch.arange(ys.shape[1], device=ys.device).clamp_min(1)
+
+def nearest_neighbors(xs, ys, n=3):
+    """Mean y of the n nearest x's before each x (of all, where they are fewer), 0 for the first: -> (B, n_points)."""
+    distances = torch.cdist(xs, xs)                                              # (B, i, j)
+    later = torch.ones_like(distances[0], dtype=torch.bool).triu()
+    nearest = distances.masked_fill(later, math.inf).topk(min(n, xs.shape[1]), largest=False)
+    known = nearest.values.isfinite()                                            # (B, i, n)
+    near = ys[:, None].expand_as(distances).gather(2, nearest.indices)
+    return (near * known).sum(2) / known.sum(2).clamp_min(1)
+
+def lasso(xs, ys, alpha=0.01, tolerance=1e-6, sweeps=2_000):
+    """The Lasso on the i pairs before each x, all prefixes of all prompts at once, by coordinate descent: minimises
+    |y - X w|^2 / (2 i) + alpha |w|_1, until no coordinate moves by more than tolerance. -> predictions (B, n)."""
+    x, y = xs.double(), ys.double()
+    i = torch.arange(ys.shape[1], device=ys.device).clamp_min(1).view(1, -1, 1)
+    gram = F.pad((x[..., None] * x[..., None, :]).cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0)) / i[..., None]  # (B, n, d, d)
+    target = F.pad((x * y[..., None]).cumsum(1)[:, :-1], (0, 0, 1, 0)) / i                               # (B, n, d)
+    w = torch.zeros_like(target)
+    for sweep in range(sweeps):
+        before = w.clone()
+        for j in range(x.shape[2]):
+            rest = target[..., j] - (gram[..., j, :] * w).sum(-1) + gram[..., j, j] * w[..., j]
+            w[..., j] = F.softshrink(rest, alpha) / gram[..., j, j].clamp_min(1e-12)
+        if sweep % 10 == 9 and (w - before).abs().max() < tolerance:
+            break
+    return (x * w).sum(2).to(ys.dtype)
+
+def greedy_tree(xs, ys, depth=4):
+    """A regression tree on the signs of x, grown greedily on the pairs before each x: each node splits at the coordinate
+    that lowers its squared error most; an empty leaf answers as its parent. -> predictions (B, n)."""
+    out, sign = torch.zeros_like(ys), (xs > 0).to(ys.dtype)
+    for i in range(1, ys.shape[1]):
+        seen, y, query = sign[:, :i], ys[:, :i], sign[:, i]                      # (B, i, d), (B, i), (B, d)
+        node, here = torch.zeros_like(y, dtype=torch.long), torch.zeros_like(ys[:, :1], dtype=torch.long)
+        out[:, i] = y.mean(1)
+        for level in range(depth):
+            member = F.one_hot(node, 2**level).to(y.dtype)                       # (B, i, nodes)
+            n, s = member.sum(1)[..., None], (member * y[..., None]).sum(1)[..., None]                   # (B, nodes, 1)
+            n1, s1 = member.mT @ seen, (member * y[..., None]).mT @ seen         # those right of a split: (B, nodes, d)
+            gain = s1**2 / n1.clamp_min(1) + (s - s1)**2 / (n - n1).clamp_min(1)
+            split = gain.masked_fill((n1 == 0) | (n1 == n), -1).argmax(2)        # (B, nodes)
+            node = 2 * node + seen.gather(2, split.gather(1, node)[..., None])[..., 0].long()
+            here = 2 * here + query.gather(1, split.gather(1, here)).long()      # (B, 1)
+            mine = (node == here).to(y.dtype)
+            out[:, i] = torch.where(mine.sum(1) > 0, (mine * y).sum(1) / mine.sum(1).clamp_min(1), out[:, i])
+    return out
+
+@torch.enable_grad()
+def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
+    """A two-layer ReLU network, trained by Adam from scratch on the pairs before each x, one for each prompt. -> (B, n)."""
+    out, (B, n, d), draw = torch.zeros_like(ys), xs.shape, dict(generator=torch.Generator(xs.device).manual_seed(0), device=xs.device)
+    for i in range(1, n):
+        W1 = (torch.randn(B, d, hidden, **draw) / math.sqrt(d)).requires_grad_()
+        W2 = (torch.randn(B, hidden, 1, **draw) / math.sqrt(hidden)).requires_grad_()
+        optimizer = torch.optim.Adam([W1, W2], lr=lr)
+        for _ in range(steps):
+            loss = ((xs[:, :i] @ W1).relu() @ W2)[..., 0].sub(ys[:, :i]).square().mean(1).sum()
+            W1.grad, W2.grad = torch.autograd.grad(loss, [W1, W2])
+            optimizer.step()
+        out[:, i] = ((xs[:, i:i + 1] @ W1).relu() @ W2)[:, 0, 0].detach()
+    return out
+
+BASELINES = {"least squares": (least_squares, TASKS[:5]), "averaging": (averaging, TASKS[:5]), "3-NN": (nearest_neighbors, TASKS[:5]),
+             "Lasso": (lasso, ["sparse-linear"]), "greedy tree": (greedy_tree, ["decision-tree"]),
+             "2-layer network": (gd_network, ["relu-2nn"])}
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+def build(args):
+    """The tables of a run (None but for openml) and its model; with n_layer 0 the looped model's one layer."""
+    tables = Tables(args.data_dir, args.held_out, args.device) if args.task == "openml" else None
+    model = InContextTransformer(args.n_dims, args.n_points, 1 if args.model == "looped" else args.n_layer, args.n_head, args.n_embd,
+                                 args.inject, args.model == "tied", 2 if tables else 1)
+    return tables, model.to(args.device)
+
+def curriculum(args, step):
+    """Active dimensions, points and loops at a step: each grows at intervals to its full size."""
+    stage, loops = step // args.curriculum_every, args.window + 2 * (step // args.loops_every)
+    return (min(args.n_dims, args.dims_start + stage), min(args.n_points, args.points_start + args.points_step * stage),
+            min(args.loops, loops) if args.model == "looped" else 1)
+
+def prompts(args, tables, batch, n_points, active_dims, generator):
+    """A batch of training prompts: xs (B, n, d), ys (B, n)."""
+    if tables:
+        return tables.sample(batch, n_points, generator)
+    return sample_prompts(args.task, batch, n_points, args.n_dims, generator, active_dims, args.device)
+
+def losses(predictions, ys):
+    """Squared errors (.., B, n) of predictions (.., B, n), or of logits (.., B, n, 2) the cross-entropies."""
+    if predictions.shape[-1] != 2 or predictions.shape[-2:] == ys.shape[-2:]:
+        return (predictions - ys).square()
+    return -predictions.log_softmax(-1).gather(-1, ys.long().expand(predictions.shape[:-1])[..., None])[..., 0]
+
+def train(args, run):
+    """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
+    tables, model = build(args)
+    lr = torch.tensor(0.0, device=args.device)                                   # a tensor: a CUDA graph sees it change
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
+    data = torch.Generator(args.device).manual_seed(args.seed)                   # training prompts alone
+    start, stage = run.restore(model=model, optimizer=optimizer, data=data), None
+    optimizer.param_groups[0]["lr"] = lr
+    window = args.window if args.model == "looped" else 1
+    def training_step():
+        active_dims, n_points, loops = stage
+        xs, ys = prompts(args, tables, args.batch_size, n_points, active_dims, data)                     # (B, n, d), (B, n)
+        with torch.autocast(xs.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            predictions = model(xs, ys, loops, window)                           # (T, B, n)
+        loss = losses(predictions.float(), ys).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+    for step in run.steps(start, args.steps):
+        if stage != curriculum(args, step):
+            stage = curriculum(args, step)                                       # new shapes: a new graph
+            step_once = common.compile_step(training_step, model, data) if args.compile else training_step
+        warm, done = min(1, (step + 1) / max(1, args.warmup)), step / args.steps
+        lr.fill_(args.lr * warm * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1))
+        loss = step_once()
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            xs, ys = prompts(args, tables, 256, args.n_points, args.n_dims, torch.Generator(args.device).manual_seed(10_000))
+            error = errors(model, args, xs, ys, args.loops if args.model == "looped" else 1)[0, :, -1].mean()
+            run.log(step + 1, loss=loss.item(), error=error.item(), dims=stage[0], points=stage[1], loops=stage[2])
+            run.save(step + 1)
+    return measure(model, args, tables)
+
+# ---- Measurement ----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def errors(model, args, xs, ys, loops=1, window=1):
+    """Of each prompt and point, (window, B, n): the squared error over the task's scale; of tables, 1 where the label is
+    wrong, else 0."""
+    parts = [model(x, y, loops, window).float() for x, y in zip(xs.split(256), ys.split(256))]
+    if args.task == "openml":
+        return torch.cat([(part.argmax(-1) != y).float() for part, y in zip(parts, ys.split(256))], 1)
+    return torch.cat([(part - y).square() for part, y in zip(parts, ys.split(256))], 1) / scale(args.task, args.n_dims)
+
+def bootstrap(values, n=1_000, level=0.9):
+    """Mean over rows of values (N, n_points), and the ends of its bootstrap interval: three lists of n_points."""
+    draw = torch.Generator().manual_seed(0)
+    values = values.double().cpu()
+    picks = torch.stack([torch.randint(len(values), (len(values),), generator=draw).bincount(minlength=len(values)) for _ in range(n)])
+    means = picks.double() @ values / len(values)                                # (n, n_points)
+    return [x.tolist() for x in (values.mean(0), means.quantile((1 - level) / 2, 0), means.quantile((1 + level) / 2, 0))]
+
+def shifted_prompts(args, n, generator):
+    """Prompts unlike those of training (App.): yields name, xs, ys, and what to divide squared errors by."""
+    d, draw, usual = args.n_dims, dict(generator=generator, device=args.device), scale(args.task, args.n_dims)
+    xs, _ = sample_prompts(args.task, n, args.n_points, d, generator, device=args.device)
+    basis = torch.linalg.qr(torch.randn(n, d, d, **draw)).Q                      # (B, d, d)
+    deviation = 1 / torch.arange(1, d + 1, device=args.device)                   # eigenvalues 1 / i^2, of trace d
+    skewed = xs * deviation / deviation.square().mean().sqrt() @ basis.mT
+    halves = (xs @ basis) * (torch.arange(d, device=args.device) < d // 2)
+    halves[:, -1] = (xs[:, -1:] @ basis)[:, 0] * (torch.arange(d, device=args.device) >= d // 2)
+    for name, inputs in {"as trained": xs, "skewed covariance": skewed, "query orthogonal to the prompt": halves @ basis.mT}.items():
+        yield name, inputs, label(args.task, inputs, generator, d), usual
+    for factor in (0.5, 2, 3):
+        yield f"x times {factor}", factor * xs, label(args.task, factor * xs, generator, d), usual * factor**2
+    for factor in (0.5, 2, 3):
+        yield f"y times {factor}", xs, factor * label(args.task, xs, generator, d), usual * factor**2
+    ys = label(args.task, xs, generator, d)
+    noise = torch.randn(ys.shape, **draw)
+    noise[:, -1] = 0                                                             # what is scored is the function itself
+    yield "label noise of variance 1", xs, ys + noise, usual
+
+@torch.no_grad()
+def probe(model, args, loops, n=2_000, ridge=1.0):
+    """Sec. 6: what a linear probe reads off the hidden states (at the last x, and their mean) after each loop or layer: X^T y, and the
+    least-squares w. Relative squared errors on prompts that the probe was not fitted on, {name: a list by loop}. As a
+    control the same with w = (1, .., 1) in all prompts: w is then no news."""
+    found, draw = {}, torch.Generator(args.device).manual_seed(40_000)
+    for name in ("", " (w constant)"):
+        xs, ys = sample_prompts("linear", n, args.n_points, args.n_dims, draw, device=args.device)
+        ys = xs.sum(2) if name else ys
+        X, y = xs[:, :-1].double(), ys[:, :-1, None].double()
+        targets = {"X^T y": (X.mT @ y)[..., 0] / X.shape[1], "least squares w": (torch.linalg.pinv(X) @ y)[..., 0]}
+        states = [model(a, b, loops, 1, return_states=True)[1] for a, b in zip(xs.split(250), ys.split(250))]
+        for target, t in targets.items():
+            found[target + name] = []
+            for layer in zip(*states):
+                h = torch.cat([torch.cat([state[:, -1], state.mean(1)], 1) for state in layer]).double()
+                h = F.pad(h, (0, 1), value=1.0)                                  # (N, 2C + 1)
+                fit, test = h[:n // 2], h[n // 2:]
+                W = torch.linalg.solve(fit.mT @ fit + ridge * torch.eye(h.shape[1], device=h.device), fit.mT @ t[:n // 2])
+                found[target + name].append(((test @ W - t[n // 2:]).square().sum() / t[n // 2:].square().sum()).item())
+    return found
+
+def measure(model, args, tables):
+    """Error by number of examples and by loops, baselines, and with --ood and --probe the rest; all as plain numbers."""
+    model.eval()
+    draw, loops = torch.Generator(args.device).manual_seed(20_000), args.loops if args.model == "looped" else 1
+    if tables:
+        xs, ys = tables.sample(args.n_eval, args.n_points, draw, "test")
+    else:
+        xs, ys = sample_prompts(args.task, args.n_eval, args.n_points, args.n_dims, draw, device=args.device)
+    results = dict(curve=bootstrap(errors(model, args, xs, ys, loops)[0]), n_params=sum(p.numel() for p in model.parameters()))
+    divisor = scale(args.task, args.n_dims)
+    results["baselines"] = {name: bootstrap((function(xs, ys) - ys).square() / divisor)
+                            for name, (function, tasks) in BASELINES.items() if args.task in tasks}
+    if args.model == "looped":
+        results["by_loops"] = errors(model, args, xs, ys, 10 * loops, 10 * loops)[..., -1].mean(1).tolist()
+    if args.ood and not tables:
+        for name, xs, ys, divisor in shifted_prompts(args, args.n_eval, draw):
+            pairs = errors(model, args, xs, ys, loops)[0, :, -1] * scale(args.task, args.n_dims), (least_squares(xs, ys) - ys)[:, -1].square()
+            results.setdefault("ood", {})[name] = [(x.mean() / divisor).item() for x in pairs]
+    if args.probe and not tables:
+        results["probe"] = probe(model, args, loops)
+    return results
+
+# ---- The command, its tables and its figures ------------------------------------------------------------------------
+by_task = lambda *values: dict(zip(TASKS, values))       # linear, noisy-linear, sparse-linear, decision-tree, relu-2nn, openml
+PRESETS = {
+    "quick": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=3, n_points=8, n_embd=64, n_head=4, loops=8, window=4,
+                  steps=2_500, batch_size=64, lr=3e-3, warmup=200, schedule="cosine", dims_start=1, points_start=8, points_step=2,
+                  curriculum_every=400, loops_every=100, eval_every=250),
+    "paper": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=20, n_points=by_task(41, 41, 41, 101, 101, 41), n_embd=256,
+                  n_head=8, loops=by_task(20, 20, 20, 70, 12, 30), window=by_task(15, 15, 10, 15, 5, 15),
+                  steps=by_task(*[500_000] * 5, 100_000), batch_size=by_task(*[64] * 5, 40), lr=1e-4, warmup=0, schedule="constant",
+                  dims_start=by_task(*[5] * 5, 20), points_start=by_task(11, 11, 11, 26, 26, 41), points_step=by_task(2, 2, 2, 5, 5, 2),
+                  curriculum_every=5_000, loops_every=500, eval_every=2_500),
+}
+SWEEP = ["task", "model", "inject", "held_out", "seed"]
+# The paper's accuracies of OpenML's ten tables, each held out in turn
+PUBLISHED = {"standard": [.627, .511, .656, .395, .406, .463, .483, .668, .533, .650],
+             "looped": [.662, .504, .721, .401, .416, .462, .568, .757, .510, .648]}
+
+def parse_args(argv=None):
+    """The command line. What cannot be run ends here, before anything is written."""
+    parser = argparse.ArgumentParser(description="Looped Transformers are Better at Learning Learning Algorithms, Yang et al., ICLR 2024",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add, count = parser.add_argument, common.positive_int
+    add("--task", nargs="+", choices=TASKS, help="function classes")
+    add("--model", nargs="+", choices=["looped", "standard", "tied"], help="one layer looped; layers; layers of one block")
+    add("--inject", nargs="+", choices=["add", "multiply", "none"], help="how the prompt enters each loop")
+    add("--n-layer", type=count, default=12, help="layers of standard and tied")
+    add("--n-head", type=count, help="heads a layer")
+    add("--n-embd", type=count, help="width")
+    add("--n-dims", type=count, help="dimensions d of x")
+    add("--n-points", type=count, help="pairs in a prompt; the last is predicted from the others")
+    add("--loops", type=count, help="b: loops, at the end of the curriculum")
+    add("--window", type=count, help="T: last loops, on which the loss is taken")
+    add("--loops-every", type=count, help="steps until two loops are added, from T up to b")
+    add("--dims-start", type=count, help="dimensions at first; one more at every stage")
+    add("--points-start", type=count, help="points at first")
+    add("--points-step", type=count, help="points added at every stage")
+    add("--curriculum-every", type=count, help="steps of a stage")
+    add("--steps", type=count, help="training steps")
+    add("--batch-size", type=count, help="prompts a step")
+    add("--lr", type=float, help="peak learning rate of Adam")
+    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--schedule", choices=["constant", "cosine"], help="the learning rate afterwards; cosine ends at 0")
+    add("--n-eval", type=count, default=1_280, help="prompts of each measurement")
+    add("--ood", action="store_true", help="measure on other inputs than trained on")
+    add("--probe", action="store_true", help="probe the hidden states for X^T y and w")
+    add("--data-dir", default="tables", help="openml: a folder of tables, CSVs with the label (two classes) in the last column")
+    add("--fetch", nargs="+", type=count, default=[], help="openml: ids of data sets to download there first")
+    add("--held-out", nargs="+", type=int, help="openml: number of the table to test on, by file name")
+    add("--seed", nargs="+", type=int, default=[0], help="seeds of weights and prompts")
+    args = common.parse_args(parser, PRESETS, argv)
+    if args.n_embd % args.n_head:
+        parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
+    for task in args.task:
+        own = {key: value[task] if isinstance(value, dict) else value for key, value in vars(args).items()}
+        if own["window"] > own["loops"]:
+            parser.error(f"--window {own['window']} is larger than --loops {own['loops']}")
+        if own["dims_start"] > own["n_dims"] or own["points_start"] > own["n_points"]:
+            parser.error(f"the curriculum starts with {own['dims_start']} dimensions and {own['points_start']} points, above --n-dims "
+                         f"{own['n_dims']} or --n-points {own['n_points']}: give a smaller --dims-start or --points-start")
+        if task == "openml":
+            try:
+                for number in args.fetch:
+                    if not (Path(args.data_dir) / f"{number}.csv").exists():
+                        fetch(number, args.data_dir)
+                for held_out in args.held_out:
+                    Tables(args.data_dir, held_out, n_dims=own["n_dims"])
+            except (OSError, ValueError) as error:
+                parser.error(f"{error}")
+    return args
+
+def print_results(runs, results):
+    """Error by number of examples and by loops, with the baselines; then what --ood and --probe found."""
+    def table(title, first, header, rows):
+        print(f"\n{title}")
+        common.print_table([first, *map(str, header)], [[name, *(f"{x:.3f}" for x in values)] for name, values in rows])
+    for task in dict.fromkeys(run.args.task for run in runs):
+        own = [(run, result) for run, result in zip(runs, results) if run.args.task == task]
+        a = own[0][0].args
+        shown = sorted({*range(0, a.n_points, max(1, a.n_points // 10)), a.n_points - 1})
+        lines = [(run.name, result["curve"]) for run, result in own] + list(own[0][1]["baselines"].items())
+        what = "Share of wrong labels in the table held out" if task == "openml" else "Squared error, normalised,"
+        table(f"{task}: {what} by number of examples (90% of bootstraps at the last: " + ", ".join(
+            f"{name} {low[-1]:.3f} to {high[-1]:.3f}" for name, (_, low, high) in lines) + ")", "examples", shown,
+            [(name, [curve[0][i] for i in shown]) for name, curve in lines])
+        if task == "openml":
+            table("Accuracy with all examples, beside the paper's for tables of its own", "run", ["ours", "paper"], [
+                (run.name, [1 - result["curve"][0][-1], PUBLISHED.get(run.args.model, [math.nan] * 10)[run.args.held_out % 10]]) for run, result in own])
+        looped = [(run.name, result["by_loops"]) for run, result in own if "by_loops" in result]
+        if looped:
+            b = a.loops
+            counts = sorted({1, max(1, b // 4), max(1, b // 2), b, *(k * b for k in (2, 3, 5, 7, 10))})
+            table(f"The same with all examples, by number of loops; trained with {b}", "loops", counts,
+                  [(name, [curve[n - 1] for n in counts]) for name, curve in looped])
+        for key, title in [("ood", "error, error of least squares (normalised) on other inputs"), ("probe", "relative error of the probe")]:
+            for run, result in ((run, result) for run, result in own if key in result):
+                print(f"\n{run.name}: {title}{'' if key == 'ood' else ', by loop or layer'}")
+                for name, values in result[key].items():
+                    print(f"{name:>32}  " + " ".join(f"{x:.3f}" for x in values))
+    print("\nParameters:")
+    for a, result in ((run.args, result) for run, result in zip(runs, results)):
+        with torch.device("meta"):
+            deep = InContextTransformer(a.n_dims, a.n_points, 12, a.n_head, a.n_embd, n_out=2 if a.task == "openml" else 1)
+        deep = sum(p.numel() for p in deep.parameters())
+        print(f"{a.model}: {result['n_params']:,}, {result['n_params'] / deep:.1%} of the {deep:,} of 12 layers")
+
+def plot(runs, results, folder):
+    """Fig. 3, error by examples, and Fig. 2, error by loops, with 90% intervals; probes by loop."""
+    import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    lines = {run.name: result["curve"] for run, result in zip(runs, results)} | results[0]["baselines"]
+    for name, (mean, low, high) in lines.items():
+        axes[0].plot(range(len(mean)), mean, label=name)
+        axes[0].fill_between(range(len(mean)), low, high, alpha=0.2)
+    axes[0].set(title=runs[0].args.task, xlabel="examples", ylabel="error", ylim=(0, 1.5))
+    for run, result in zip(runs, results):
+        if "by_loops" in result:
+            axes[1].semilogy(range(1, len(result["by_loops"]) + 1), result["by_loops"], label=run.name)
+            axes[1].axvline(run.args.loops, color="gray", linestyle=":")
+        for name, values in result.get("probe", {}).items():
+            axes[2].plot(range(1, len(values) + 1), values, label=f"{run.args.model}: {name}")
+    axes[1].set(title="dotted: the loops trained with", xlabel="loops", ylabel="error with all examples")
+    axes[2].set(title="probes (--probe)", xlabel="loop or layer", ylabel="relative error", ylim=(0, 1.2))
+    for axis in axes:
+        axis.legend(fontsize=6) if axis.get_legend_handles_labels()[0] else None
+    figure.tight_layout()
+    figure.savefig(folder / f"{runs[0].args.task}.png", dpi=130)
+    print(f"figure: {folder / runs[0].args.task}.png")
+
+def main():
+    """Trains what the flags ask for, prints the tables."""
+    args = parse_args()
+    runs = common.sweep(args, PRESETS, SWEEP)
+    results = common.complete(runs, train)
+    print_results(runs, results)
+    for task in args.task if args.plot else []:
+        own = [(run, result) for run, result in zip(runs, results) if run.args.task == task]
+        plot(*zip(*own), Path(args.out_dir) / "looped_icl")
+
+if __name__ == "__main__":
+    main()
