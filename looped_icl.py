@@ -254,10 +254,11 @@ BASELINES = {"least squares": (least_squares, TASKS[:5]), "averaging": (averagin
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 def build(args):
-    """The tables of a run (None but for openml) and its model; with n_layer 0 the looped model's one layer."""
-    tables = Tables(args.data_dir, args.held_out, args.device) if args.task == "openml" else None
-    model = InContextTransformer(args.n_dims, args.n_points, 1 if args.model == "looped" else args.n_layer, args.n_head, args.n_embd,
-                                 args.inject, args.model == "tied", 2 if tables else 1)
+    """The tables of a run (None but for openml), and its model."""
+    tables = Tables(args.data_dir, args.held_out, args.device, n_dims=args.n_dims) if args.task == "openml" else None
+    n_layer, inject = (1, args.inject) if args.model == "looped" else (args.n_layer, "none")
+    model = InContextTransformer(args.n_dims, args.n_points, n_layer, args.n_head, args.n_embd, inject, args.model == "tied",
+                                 2 if tables else 1)
     return tables, model.to(args.device)
 
 def curriculum(args, step):
@@ -396,7 +397,7 @@ def measure(model, args, tables):
 # ---- The command, its tables and its figures ------------------------------------------------------------------------
 by_task = lambda *values: dict(zip(TASKS, values))       # linear, noisy-linear, sparse-linear, decision-tree, relu-2nn, openml
 PRESETS = {
-    "quick": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=3, n_points=8, n_embd=64, n_head=4, loops=8, window=4,
+    "quick": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=3, n_points=8, n_embd=64, n_head=4, loops=8, window=6,
                   steps=2_500, batch_size=64, lr=3e-3, warmup=200, schedule="cosine", dims_start=1, points_start=8, points_step=2,
                   curriculum_every=400, loops_every=100, eval_every=250),
     "paper": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=20, n_points=by_task(41, 41, 41, 101, 101, 41), n_embd=256,

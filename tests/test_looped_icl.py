@@ -1,0 +1,470 @@
+"""looped_icl.py: function classes and baselines against plain NumPy, what a loop and a window are, tables, the command."""
+import csv
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import common
+import looped_icl
+from looped_icl import (InContextTransformer, Tables, averaging, gd_network, greedy_tree, lasso, least_squares, nearest_neighbors,
+                        sample_prompts)
+from test_common import numpy_block
+
+SCRIPT = Path(looped_icl.__file__)
+TINY = ["--device", "cpu", "--n-dims", "3", "--n-points", "6", "--points-start", "4", "--n-embd", "16", "--n-head", "2", "--n-layer", "2",
+        "--loops", "4", "--window", "2", "--loops-every", "10", "--curriculum-every", "10", "--batch-size", "8", "--steps", "60",
+        "--eval-every", "10", "--n-eval", "20"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- The prompts ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", looped_icl.TASKS[:5])
+def test_prompts_have_the_variance_that_errors_are_divided_by(task):
+    xs, ys = sample_prompts(task, 4_000, 12, 6, generator())
+    assert xs.shape == (4_000, 12, 6) and ys.shape == (4_000, 12)
+    assert abs(xs.mean()) < 0.02 and abs(xs.var() - 1) < 0.02
+    assert ys.var().item() == pytest.approx(looped_icl.scale(task, 6) + (0.01 if task == "noisy-linear" else 0), rel=0.1)
+    xs, ys = sample_prompts(task, 50, 12, 6, generator(), active_dims=4)
+    assert not xs[..., 4:].any() and xs[..., :4].all() and torch.equal(ys, sample_prompts(task, 50, 12, 6, generator(), 4)[1])
+
+
+def test_linear_classes_are_linear():
+    for task, d in [("linear", 5), ("sparse-linear", 9)]:
+        xs, ys = sample_prompts(task, 100, 30, d, generator())
+        w = np.stack([np.linalg.lstsq(x, y, rcond=None)[0] for x, y in zip(xs.double().numpy(), ys.double().numpy())])
+        assert np.abs(np.einsum("bnd,bd->bn", xs.numpy(), w) - ys.numpy()).max() < 1e-4
+        assert set((np.abs(w) > 1e-4).sum(1)) == {3 if task == "sparse-linear" else d}
+        if task == "sparse-linear":
+            assert (np.abs(w) > 1e-4).sum(0).min() > 10                          # every coordinate has its turn
+            active = sample_prompts(task, 200, 30, d, generator(), active_dims=3)
+            assert torch.linalg.lstsq(active[0][..., :3], active[1][..., None]).solution.abs().min() > 1e-5
+    xs, ys = sample_prompts("noisy-linear", 200, 40, 3, generator())
+    residual = [y - x @ np.linalg.lstsq(x, y, rcond=None)[0] for x, y in zip(xs.numpy(), ys.numpy())]
+    assert np.sqrt(np.sum(np.square(residual)) / 200 / 37) == pytest.approx(0.1, rel=0.05)
+
+
+def test_trees_and_networks_against_plain_recursion():
+    xs = torch.randn(50, 20, 7, generator=generator(1))
+    ys, again = looped_icl.label("decision-tree", xs, generator(), 5), generator()
+    coordinates, leaves = torch.randint(5, (50, 15), generator=again).tolist(), torch.randn(50, 16, generator=again).tolist()
+
+    def walk(x, coordinates, leaves, node=0, depth=0):
+        if depth == 4:
+            return leaves[node - 15]
+        return walk(x, coordinates, leaves, 2 * node + (2 if x[coordinates[node]] > 0 else 1), depth + 1)
+    for b in range(50):
+        assert ys[b].tolist() == [walk(x, coordinates[b], leaves[b]) for x in xs[b].tolist()]
+
+    ys, again = looped_icl.label("relu-2nn", xs, generator(), 7), generator()
+    W1, W2 = torch.randn(50, 7, 100, generator=again).double().numpy(), torch.randn(50, 100, 1, generator=again).double().numpy()
+    expected = [math.sqrt(0.02) * np.maximum(x @ w1, 0) @ w2 for x, w1, w2 in zip(xs.double().numpy(), W1, W2)]
+    np.testing.assert_allclose(ys, np.stack(expected)[..., 0], rtol=1e-3, atol=1e-3)
+
+
+# ---- The model --------------------------------------------------------------------------------------------------------
+
+def test_parameter_counts_at_the_papers_sizes():
+    count = lambda *args, **kw: sum(p.numel() for p in InContextTransformer(*args, **kw).parameters())
+    assert count(20, 101, 1, 8, 256) == 847_873 and count(20, 101, 12, 8, 256) == 9_535_233
+    assert count(20, 101, 12, 8, 256, tied=True) == 847_873
+    # 41 points need 83 positions: 120 x 256 parameters fewer
+    assert count(20, 41, 1, 8, 256) == 847_873 - 120 * 256
+    n_points, d, L, C = 7, 3, 2, 16
+    assert count(d, n_points, L, 4, C) == (d + 1) * C + (2 * n_points + 1) * C + L * (12 * C**2 + 13 * C) + 2 * C + C + 1
+
+
+def norm(x, layer):
+    w, b = (p.detach().numpy() for p in (layer.weight, layer.bias))
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w + b
+
+
+@pytest.mark.parametrize("inject, tied, loops", [("add", False, 3), ("multiply", False, 3), ("none", False, 3), ("none", True, 1)])
+def test_forward_agrees_with_numpy(inject, tied, loops):
+    torch.manual_seed(0)
+    model = InContextTransformer(3, 5, 3 if tied else 2, 2, 12, inject, tied).double()
+    for p in model.parameters():
+        p.data.normal_(std=0.4)
+    assert len(model.h) == (1 if tied else 2)
+    xs, ys = torch.randn(2, 5, 3).double(), torch.randn(2, 5).double()
+    predictions = model(xs, ys, loops, loops).detach()
+    assert predictions.shape == (loops, 2, 5)
+    for b in range(2):
+        tokens = np.array([token for x, y in zip(xs[b].tolist(), ys[b].tolist()) for token in (x, [y, 0, 0])])
+        e = tokens @ model.read_in.weight.detach().numpy().T + model.read_in.bias.detach().numpy()
+        z = e if inject == "none" else np.zeros_like(e)
+        for i in range(loops):
+            z = (z + e if inject == "add" else z * e if inject == "multiply" else z) + model.wpe.weight.detach().numpy()[:10]
+            for block in list(model.h) * (3 if tied else 1):
+                z = numpy_block(block, z)[0]
+            z = norm(z, model.ln_f)
+            expected = z[::2] @ model.read_out.weight.detach().numpy()[0] + model.read_out.bias.item()
+            np.testing.assert_allclose(predictions[i, b], expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("model", [InContextTransformer(3, 6, 1, 2, 16), InContextTransformer(3, 6, 3, 2, 16, "none")])
+def test_a_prediction_sees_neither_its_label_nor_later_pairs(model):
+    xs, ys = sample_prompts("linear", 4, 6, 3, generator())
+    before = model(xs, ys, 3, 3)
+    for i in range(6):
+        other_xs, other_ys = xs.clone(), ys.clone()
+        other_ys[:, i:] += 1
+        other_xs[:, i + 1:] -= 1
+        after = model(other_xs, other_ys, 3, 3)
+        torch.testing.assert_close(after[:, :, :i + 1], before[:, :, :i + 1])
+        assert i == 5 or (after[:, :, i + 1:] != before[:, :, i + 1:]).all()
+    fewer = model(xs[:, :4], ys[:, :4], 3, 3)
+    torch.testing.assert_close(fewer, before[:, :, :4])
+
+
+@pytest.mark.parametrize("inject", ["add", "multiply", "none"])
+def test_loops_and_windows(inject):
+    model = InContextTransformer(3, 6, 1, 2, 16, inject)
+    xs, ys = sample_prompts("linear", 4, 6, 3, generator())
+    whole = model(xs, ys, 7, 7)
+    for loops in range(1, 8):
+        torch.testing.assert_close(model(xs, ys, loops, 1)[0], whole[loops - 1])
+    torch.testing.assert_close(model(xs, ys, 7, 3), whole[4:])
+
+    def gradient(predictions):
+        return torch.autograd.grad(predictions.square().sum(), model.h[0].mlp.c_fc.weight)[0]
+    with_window = gradient(model(xs, ys, 5, 2))
+    trunk, calls = model.trunk, []
+
+    def detached(x, states):                                                     # the same by hand: cut after the third loop
+        calls.append(1)
+        z = trunk(x, states)
+        return z.detach() if len(calls) == 3 else z
+    model.trunk = detached
+    calls.clear()
+    by_hand = gradient(model(xs, ys, 5, 5)[3:])
+    del model.trunk
+    torch.testing.assert_close(with_window, by_hand)
+    assert not torch.allclose(with_window, gradient(model(xs, ys, 5, 5)[3:]))
+
+
+# ---- Baselines --------------------------------------------------------------------------------------------------------
+
+def test_least_squares_averaging_and_neighbours_agree_with_numpy():
+    xs, ys = sample_prompts("relu-2nn", 20, 15, 6, generator())                  # not linear: no baseline is exact
+    for b in range(20):
+        x, y = xs[b].double().numpy(), ys[b].double().numpy()
+        for i in range(15):
+            w = np.linalg.lstsq(x[:i], y[:i], rcond=None)[0] if i else np.zeros(6)   # minimum norm below 6 pairs
+            assert least_squares(xs, ys)[b, i].item() == pytest.approx(x[i] @ w, abs=1e-3) if b == 0 or i == 3 else True
+            mean = (x[:i] * y[:i, None]).mean(0) if i else np.zeros(6)
+            assert averaging(xs, ys)[b, i].item() == pytest.approx(x[i] @ mean, abs=1e-4)
+            nearest = np.argsort(((x[:i] - x[i]) ** 2).sum(1))[:3]
+            assert nearest_neighbors(xs, ys)[b, i].item() == pytest.approx(y[nearest].mean() if i else 0, abs=1e-5)
+
+
+def test_lasso_satisfies_its_optimality_conditions():
+    xs, ys = sample_prompts("sparse-linear", 4, 14, 6, generator())
+    alpha = 0.05
+    for i in (1, 4, 13):
+        # predictions are x . w: ask at the unit vectors for w itself
+        w = torch.stack([lasso(torch.cat([xs[:, :i], torch.eye(6)[j].expand(4, 1, 6)], 1),
+                               torch.cat([ys[:, :i], torch.zeros(4, 1)], 1), alpha)[:, -1] for j in range(6)], 1)      # (8, 6)
+        residual = ys[:, :i] - (xs[:, :i] @ w[..., None])[..., 0]
+        correlation = (xs[:, :i] * residual[..., None]).mean(1)
+        active = w.abs() > 1e-6
+        torch.testing.assert_close(correlation[active], alpha * w.sign()[active], atol=1e-3, rtol=0)
+        assert correlation.abs().max() < alpha + 1e-3 and active.any() and not active.all()
+    assert (lasso(xs, ys, alpha=100.0) == 0).all()
+
+
+def test_the_greedy_tree_agrees_with_a_plain_one():
+    xs, ys = sample_prompts("decision-tree", 10, 40, 4, generator())
+
+    def plain(x, y, query, depth):
+        if depth == 0 or len(y) == 0:
+            return y.mean() if len(y) else None
+        def error(j):
+            return sum(((side - side.mean()) ** 2).sum() for side in (y[x[:, j] > 0], y[x[:, j] <= 0]))
+        splits = [j for j in range(4) if 0 < (x[:, j] > 0).sum() < len(y)]
+        if not splits:
+            return y.mean()
+        j = min(splits, key=error)
+        side = (x[:, j] > 0) == (query[j] > 0)
+        return plain(x[side], y[side], query, depth - 1)
+    ours = greedy_tree(xs.double(), ys.double(), depth=3)
+    for b in range(10):
+        x, y = xs[b].double().numpy(), ys[b].double().numpy()
+        assert ours[b, 0] == 0
+        for i in range(1, 40):
+            assert ours[b, i].item() == pytest.approx(plain(x[:i], y[:i], x[i], 3), abs=1e-9)
+
+
+def test_the_trained_network_learns_from_its_own_prompt():
+    xs, ys = sample_prompts("relu-2nn", 20, 21, 2, generator())
+    ours = gd_network(xs, ys, hidden=50)
+    error = (ours - ys).square().mean(0) / 2
+    assert error[0] > 0.5 and error[-6:].mean() < 0.25                           # from 1 without examples
+    xs, ys = xs[:, -4:], ys[:, -4:].clone()
+    before = gd_network(xs, ys)[:, -1]
+    ys[:, -1] = 0                                                                # its own label is not looked at
+    torch.testing.assert_close(gd_network(xs, ys)[:, -1], before)
+
+
+# ---- Measurement ------------------------------------------------------------------------------------------------------
+
+def test_bootstrap_intervals_cover_as_they_should():
+    mean, low, high = looped_icl.bootstrap(torch.randn(2_000, 300, generator=generator()))
+    assert 0.84 < np.mean([l < 0 < h for l, h in zip(low, high)]) < 0.96         # 90% of intervals hold the true mean
+    assert np.mean([h - l for l, h in zip(low, high)]) == pytest.approx(2 * 1.645 / math.sqrt(2_000), rel=0.05)
+    assert np.abs(mean).max() < 5 / math.sqrt(2_000)
+
+
+def test_other_inputs_are_what_their_names_say():
+    args = SimpleNamespace(task="linear", n_dims=4, n_points=30, device="cpu")
+    found = {name: (xs, ys, divisor) for name, xs, ys, divisor in looped_icl.shifted_prompts(args, 200, generator())}
+    xs = found["skewed covariance"][0]
+    spectrum = torch.linalg.eigvalsh((xs.mT @ xs / 30)).mean(0).flip(0)          # (4,)
+    assert spectrum.sum().item() == pytest.approx(4, rel=0.05) and spectrum[0] / spectrum.sum() > 0.6
+    xs, ys, _ = found["query orthogonal to the prompt"]
+    assert (xs[:, :-1] @ xs[:, -1, :, None]).abs().max() < 1e-4 and torch.linalg.matrix_rank(xs[:, :-1], atol=1e-3).eq(2).all()
+    for factor in (0.5, 2, 3):
+        assert found[f"x times {factor}"][0].std().item() == pytest.approx(factor, rel=0.03)
+        xs, ys, divisor = found[f"y times {factor}"]
+        assert (ys.square().mean() / divisor).item() == pytest.approx(1, rel=0.2)
+        assert ys.square().mean().item() == pytest.approx(4 * factor**2, rel=0.2)
+    xs, ys, _ = found["label noise of variance 1"]
+    clean = least_squares(xs, ys)[:, -1]
+    assert 0.05 < (clean - ys[:, -1]).square().mean() < 1                        # the last label has no noise
+
+
+def test_the_probe_finds_what_is_there():
+    class Fake(nn.Module):
+        """Its first hidden state says nothing, its second has x_i y_i at each y."""
+        def forward(self, xs, ys, loops, window, return_states):
+            tokens = torch.stack([torch.zeros_like(xs), xs * ys[..., None]], 2).flatten(1, 2)[:, :-1]
+            return None, [torch.zeros_like(tokens), tokens]
+    args = SimpleNamespace(task="linear", n_dims=3, n_points=15, device="cpu")
+    found = looped_icl.probe(Fake(), args, 1, n=1_000)
+    assert found["X^T y"][0] == pytest.approx(1, abs=0.05) and found["X^T y"][1] < 0.01
+    assert 0.02 < found["least squares w"][1] < 0.5                              # X^T y is close to n w
+    assert found["least squares w (w constant)"][0] < 1e-4                       # the control needs no hidden state
+
+
+# ---- Tables -----------------------------------------------------------------------------------------------------------
+
+def write_table(path, rows=1_000, features=6, seed=0, edit=None):
+    """A table whose label is the sign of a random direction."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, features)) * 10 + 3
+    labels = np.where((x - 3) @ rng.normal(size=features) > 0, "yes", "no")
+    lines = [[*map("{:.4f}".format, row), label] for row, label in zip(x, labels)]
+    header = [*(f"f{i}" for i in range(features)), "class"]
+    if edit:
+        edit(header, lines)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *lines])
+
+
+def test_tables_are_standardised_padded_and_split(tmp_path):
+    for number in range(3):
+        write_table(tmp_path / f"{number}.csv", 1_000 + 100 * number, 5 + number, number)
+    tables = Tables(tmp_path, 1)
+    features, labels = tables.splits["test"][0]
+    assert features.shape == (1_100, 20) and not features[:, :14].any() and set(labels.tolist()) == {0, 1}
+    torch.testing.assert_close(features[:, 14:].mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features[:, 14:].var(0, correction=0), torch.ones(6))
+    assert [len(labels) for _, labels in tables.splits["train"]] == [950, 1_140]
+    assert [len(labels) for _, labels in tables.splits["valid"]] == [50, 60]
+    rows = {part: {tuple(row) for features, _ in own for row in features.tolist()} for part, own in tables.splits.items()}
+    assert not rows["train"] & rows["valid"] and not rows["train"] & rows["test"] and len(rows["train"]) == 2_090
+    xs, ys = tables.sample(300, 41, generator())
+    known = {tuple(row): label for features, labels in tables.splits["train"] for row, label in zip(features.tolist(), labels.tolist())}
+    narrow = 0
+    for x, y in zip(xs.tolist(), ys.tolist()):
+        assert len({tuple(row) for row in x}) == 41                              # no row twice
+        assert [known[tuple(row)] for row in x] == y
+        narrow += not any(row[13] for row in x)
+    assert 100 < narrow < 200                                                    # both tables, about equally often
+    with pytest.raises(ValueError, match="3 tables"):
+        Tables(tmp_path, 3)
+
+
+@pytest.mark.parametrize("edit, error", [
+    (lambda header, lines: lines[7].__setitem__(2, "?"), "row 9: a value is missing"),
+    (lambda header, lines: lines[7].__setitem__(2, ""), "row 9: a value is missing"),
+    (lambda header, lines: lines[5].__setitem__(1, "red"), "column f1, row 7: 'red' is not a number"),
+    (lambda header, lines: lines[5].__setitem__(1, "nan"), "is not a number"),
+    (lambda header, lines: [line.__setitem__(-1, "abc"[i % 3]) for i, line in enumerate(lines)], "column class: not two classes"),
+    (lambda header, lines: [line.__setitem__(-1, "a" if i % 4 else "b") for i, line in enumerate(lines)], "half of the other's rows"),
+    (lambda header, lines: lines.__delitem__(slice(500)), "500 rows are fewer than 1000"),
+    (lambda header, lines: [line.__delitem__(slice(2)) for line in [header, *lines]], "4 features"),
+])
+def test_bad_tables_are_refused_with_file_place_and_reason(tmp_path, capsys, edit, error):
+    write_table(tmp_path / "good.csv")
+    write_table(tmp_path / "poor.csv", edit=edit)
+    with pytest.raises(SystemExit) as stop:
+        looped_icl.parse_args([*TINY, "--task", "openml", "--n-dims", "20", "--data-dir", str(tmp_path)])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error in line and "poor.csv" in line
+
+
+def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch):
+    arff = """% a comment
+@RELATION bank
+@ATTRIBUTE 'the age' NUMERIC
+@attribute Class {1, 2}
+@attribute job {'a b', c}
+@attribute height real
+@DATA
+31.5, 1, 'a b', -2e3
+% another
+40, 2, c, 7
+
+"""
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        about = dict(data_set_description=dict(url="https://host/bank.arff", default_target_attribute="Class"))
+        return io.BytesIO((json.dumps(about) if "json" in url else arff).encode())
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    looped_icl.fetch(1462, tmp_path / "tables")
+    assert asked == ["https://www.openml.org/api/v1/json/data/1462", "https://host/bank.arff"]
+    with open(tmp_path / "tables" / "1462.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "1"], ["40", "7", "2"]]
+
+
+def test_ten_tables_leave_one_out(tmp_path):
+    for number in range(10):
+        write_table(tmp_path / f"{number}.csv", seed=number)
+    flags = ["--task", "openml", "--data-dir", str(tmp_path), "--held-out", "0", "9", "--n-dims", "20", "--dims-start", "20",
+             "--points-start", "6", "--steps", "20"]
+    done = call(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert sum(line[-1] in ("0.662", "0.648") for line in lines if len(line) == 3 and "held_out" in line[0] + "held_out") == 2
+    assert "Share of wrong labels" in done.stdout
+    folders = {path.name for path in (tmp_path / "out" / "looped_icl").iterdir()}
+    assert folders == {"quick,task=openml,seed=0", "quick,task=openml,held_out=9,seed=0"}
+
+
+# ---- Training and the command -----------------------------------------------------------------------------------------
+
+def one_run(tmp_path, *flags):
+    args = looped_icl.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
+    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
+    common.seed_everything(0)
+    return run
+
+
+def test_the_curriculum_of_the_paper():
+    args = looped_icl.parse_args(["--preset", "paper", "--device", "cpu"])
+    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
+    at = lambda step: looped_icl.curriculum(run.args, step)
+    assert at(0) == (5, 11, 15) and at(499) == (5, 11, 15) and at(500) == (5, 11, 17) and at(1_500) == (5, 11, 20)
+    assert at(5_000) == (6, 13, 20) and at(74_999) == (19, 39, 20) and at(75_000) == at(499_999) == (20, 41, 20)
+    args = looped_icl.parse_args(["--preset", "paper", "--task", "decision-tree", "--model", "standard", "--device", "cpu"])
+    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
+    assert at(5_000) == (6, 31, 1) and at(75_000) == (20, 101, 1)
+    assert (run.args.loops, run.args.window, run.args.steps, run.args.batch_size, run.args.lr) == (70, 15, 500_000, 64, 1e-4)
+
+
+@pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
+                                             (["--schedule", "cosine", "--warmup", "10"], [0.1, 0.5, 0.5, 0.0027])])
+def test_learning_rates(tmp_path, monkeypatch, flags, expected):
+    run, rates = one_run(tmp_path, "--lr", "1e-2", "--steps", "30", *flags), []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"]) / 1e-2), step(self))[1])
+    looped_icl.train(run.args, run)
+    assert [rates[0], rates[15], rates[15], rates[29]] == pytest.approx(expected, abs=0.005) and len(rates) == 30
+
+
+@pytest.mark.parametrize("model", ["looped", "standard", "tied"])
+def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
+    run = one_run(tmp_path, "--model", model, "--points-start", "6", "--dims-start", "1", "--curriculum-every", "100", "--lr", "1e-2")
+    before = looped_icl.build(run.args)[1]
+    common.seed_everything(0)
+    result = looped_icl.train(run.args, run)
+    after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
+    assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
+    assert len(result["curve"][0]) == 6 and ("by_loops" in result) == (model == "looped")
+    assert run.metrics[-1]["error"] < run.metrics[0]["error"]                    # on the same prompts
+
+
+def command(tmp_path, *flags):
+    return [sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags]
+
+
+def call(tmp_path, *flags):
+    return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
+
+
+def outcome(tmp_path):
+    folder, = (tmp_path / "out" / "looped_icl").iterdir()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
+    whole = call(tmp_path / "whole")
+    assert whole.returncode == 0 and "least squares" in whole.stdout and "of 12 layers" in whole.stdout
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command(tmp_path / number.name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while "step 20:" not in process.stdout.readline() and process.poll() is None:
+            pass
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGKILL)
+        assert "step 10:" not in call(tmp_path / number.name).stdout
+        assert outcome(tmp_path / number.name) == outcome(tmp_path / "whole")
+
+
+def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = call(tmp_path, "--steps", "2", "--task", *looped_icl.TASKS[:5], "--model", "looped", "standard", "--ood", "--probe", "--plot")
+    assert done.returncode == 0, done.stderr
+    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "least squares w (w constant)"):
+        assert wanted in done.stdout, wanted
+    assert all((tmp_path / "out" / "looped_icl" / f"{task}.png").stat().st_size > 10_000 for task in looped_icl.TASKS[:5])
+
+
+@pytest.mark.parametrize("flags, error", [
+    (["--n-embd", "10", "--n-head", "4"], "not divisible"),
+    (["--window", "5"], "--window 5 is larger than --loops 4"),
+    (["--dims-start", "4"], "--dims-start"),
+    (["--points-start", "7"], "--points-start"),
+    (["--task", "openml", "--data-dir", "nowhere"], "nowhere has 0 tables"),
+    (["--steps", "-1"], "positive integer"),
+])
+def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
+    with pytest.raises(SystemExit) as stop:
+        looped_icl.parse_args([*TINY, "--out-dir", str(tmp_path / "out"), *flags])
+    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path):
+    args = looped_icl.parse_args(["--device", "cpu", "--out-dir", str(tmp_path), "--seed", "3"])
+    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
+    common.seed_everything(3)
+    result = looped_icl.train(run.args, run)
+    last = {name: curve[0][-1] for name, curve in result["baselines"].items()}
+    b, by_loops = run.args.loops, result["by_loops"]
+    assert result["curve"][0][-1] < 0.12 and last["averaging"] > 0.4 and last["3-NN"] > 0.4
+    assert max(by_loops[b - 1:5 * b]) < 2 * by_loops[b - 1] < by_loops[0] / 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graph_and_bfloat16(tmp_path):
+    done = call(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--model", "looped", "standard")
+    assert done.returncode == 0, done.stderr
