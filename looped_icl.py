@@ -274,8 +274,8 @@ def prompts(args, tables, batch, n_points, active_dims, generator):
     return sample_prompts(args.task, batch, n_points, args.n_dims, generator, active_dims, args.device)
 
 def losses(predictions, ys):
-    """Squared errors (.., B, n) of predictions (.., B, n), or of logits (.., B, n, 2) the cross-entropies."""
-    if predictions.shape[-1] != 2 or predictions.shape[-2:] == ys.shape[-2:]:
+    """Squared errors (T, B, n) of predictions (T, B, n), or of logits (T, B, n, 2) the cross-entropies."""
+    if predictions.dim() == 3:
         return (predictions - ys).square()
     return -predictions.log_softmax(-1).gather(-1, ys.long().expand(predictions.shape[:-1])[..., None])[..., 0]
 
@@ -466,27 +466,27 @@ def parse_args(argv=None):
 
 def print_results(runs, results):
     """Error by number of examples and by loops, with the baselines; then what --ood and --probe found."""
-    def table(title, first, header, rows):
+    def table(title, header, rows):
         print(f"\n{title}")
-        common.print_table([first, *map(str, header)], [[name, *(f"{x:.3f}" for x in values)] for name, values in rows])
+        common.print_table([str(x) for x in header], [[x if isinstance(x, str) else f"{x:.3f}" for x in row] for row in rows])
     for task in dict.fromkeys(run.args.task for run in runs):
         own = [(run, result) for run, result in zip(runs, results) if run.args.task == task]
         a = own[0][0].args
         shown = sorted({*range(0, a.n_points, max(1, a.n_points // 10)), a.n_points - 1})
         lines = [(run.name, result["curve"]) for run, result in own] + list(own[0][1]["baselines"].items())
-        what = "Share of wrong labels in the table held out" if task == "openml" else "Squared error, normalised,"
-        table(f"{task}: {what} by number of examples (90% of bootstraps at the last: " + ", ".join(
-            f"{name} {low[-1]:.3f} to {high[-1]:.3f}" for name, (_, low, high) in lines) + ")", "examples", shown,
-            [(name, [curve[0][i] for i in shown]) for name, curve in lines])
+        what = "share of wrong labels in the table held out" if task == "openml" else "squared error, normalised,"
+        table(f"{task}: {what} by number of examples, and its 90% interval after the last", ["examples", *shown, "90%"],
+              [(name, *(mean[i] for i in shown), f"{low[-1]:.3f} to {high[-1]:.3f}") for name, (mean, low, high) in lines])
         if task == "openml":
-            table("Accuracy with all examples, beside the paper's for tables of its own", "run", ["ours", "paper"], [
-                (run.name, [1 - result["curve"][0][-1], PUBLISHED.get(run.args.model, [math.nan] * 10)[run.args.held_out % 10]]) for run, result in own])
+            table("Accuracy with all examples, beside the paper's on its own tables", ["run", "ours", "paper"], [
+                (run.name, 1 - result["curve"][0][-1], PUBLISHED.get(run.args.model, [math.nan] * 10)[run.args.held_out % 10])
+                for run, result in own])
         looped = [(run.name, result["by_loops"]) for run, result in own if "by_loops" in result]
         if looped:
             b = a.loops
             counts = sorted({1, max(1, b // 4), max(1, b // 2), b, *(k * b for k in (2, 3, 5, 7, 10))})
-            table(f"The same with all examples, by number of loops; trained with {b}", "loops", counts,
-                  [(name, [curve[n - 1] for n in counts]) for name, curve in looped])
+            table(f"{task}: after the last example, by number of loops; trained with {b}", ["loops", *counts],
+                  [(name, *(curve[n - 1] for n in counts)) for name, curve in looped])
         for key, title in [("ood", "error, error of least squares (normalised) on other inputs"), ("probe", "relative error of the probe")]:
             for run, result in ((run, result) for run, result in own if key in result):
                 print(f"\n{run.name}: {title}{'' if key == 'ood' else ', by loop or layer'}")
@@ -503,7 +503,8 @@ def plot(runs, results, folder):
     """Fig. 3, error by examples, and Fig. 2, error by loops, with 90% intervals; probes by loop."""
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    probed = any("probe" in result for result in results)
+    figure, axes = plt.subplots(1, 2 + probed, figsize=(9 + 5 * probed, 4))
     lines = {run.name: result["curve"] for run, result in zip(runs, results)} | results[0]["baselines"]
     for name, (mean, low, high) in lines.items():
         axes[0].plot(range(len(mean)), mean, label=name)
@@ -516,7 +517,8 @@ def plot(runs, results, folder):
         for name, values in result.get("probe", {}).items():
             axes[2].plot(range(1, len(values) + 1), values, label=f"{run.args.model}: {name}")
     axes[1].set(title="dotted: the loops trained with", xlabel="loops", ylabel="error with all examples")
-    axes[2].set(title="probes (--probe)", xlabel="loop or layer", ylabel="relative error", ylim=(0, 1.2))
+    if probed:
+        axes[2].set(title="probes", xlabel="loop or layer", ylabel="relative error", ylim=(0, 1.2))
     for axis in axes:
         axis.legend(fontsize=6) if axis.get_legend_handles_labels()[0] else None
     figure.tight_layout()

@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 
-# script: the setting that is timed
+# script and variant: the setting that is timed
 NEEDLE = ["--preset", "paper", "--task", "needle", "--train", "embeddings", "--n-embd", "256", "--batch-size", "250"]
+LOOPED = ["--preset", "paper", "--dims-start", "20", "--points-start", "41", "--loops-every", "1", "--n-eval", "1", "--eval-every", "1000000"]
 SETTINGS = {"random_transformer": [*NEEDLE, "--eval-every", "1000000"],
+            "looped_icl": LOOPED, "looped_icl standard": [*LOOPED, "--model", "standard"],
             "memory_birth": ["--preset", "paper", "--eval-every", "1000000"],
             "hop_induction": ["--preset", "paper", "--n-layer", "4", "--eval-every", "1000000", "--n-eval", "1"],
             "ntp_convergence": ["--steps-ov", "1", "--steps", "500"]}
@@ -69,7 +71,7 @@ class Stopwatch(common.Run):
         for step in range(start, stop):                                          # the last step evaluates as well
             synchronize(torch.device(self.args.device))
             begin = time.perf_counter()
-            if step == 1:
+            if step == 4:                                                        # looped_icl has all its loops by then
                 with FlopCounterMode(display=False) as counter:
                     yield step
                 self.flops = counter.get_total_flops()
@@ -77,12 +79,12 @@ class Stopwatch(common.Run):
                 yield step
             synchronize(torch.device(self.args.device))
             self.times.append(time.perf_counter() - begin)
-        self.times = self.times[2:-1]
+        self.times = self.times[5:-1]
 
 
 def bench(name, device, steps):
     """Times one script; returns a row of the table."""
-    script = __import__(name)
+    script = __import__(name.split()[0])
     with tempfile.TemporaryDirectory() as folder:
         args = script.parse_args(["--device", str(device), "--steps", str(steps), "--out-dir", folder, *SETTINGS[name]])
         first = common.sweep(args, script.PRESETS, script.SWEEP)[0]
@@ -91,8 +93,10 @@ def bench(name, device, steps):
         script.train(run.args, run)
         after = matrix_product(device)
     task, data, step = script.build(run.args)[0], torch.Generator(device).manual_seed(0), statistics.median(run.times)
-    samples = hasattr(task, "sample")                                            # else the whole dataset is every batch
-    sampling = seconds(lambda: task.sample(run.args.batch_size, data), device) if samples else 0
+    if name.startswith("looped_icl"):
+        sampling = seconds(lambda: script.prompts(run.args, task, run.args.batch_size, run.args.n_points, None, data), device)
+    else:                                                                        # ntp_convergence: the dataset is the batch
+        sampling = seconds(lambda: task.sample(run.args.batch_size, data), device) if hasattr(task, "sample") else 0
     product = (before + after) / 2
     return [name, " ".join(SETTINGS[name]), f"{1e3 * step:.1f}", f"{100 * sampling / step:.1f}%", f"{1e-9 * run.flops:.1f}",
             f"{1e-9 * run.flops / step:.0f}", f"{product:.0f}", f"{100e-9 * run.flops / step / product:.0f}%"]
@@ -126,7 +130,7 @@ def savings(device):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", nargs="*", default=list(SETTINGS), help="names without .py; default: all")
+    parser.add_argument("script", nargs="*", default=[name.split()[0] for name in SETTINGS], help="names without .py; default: all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=12, help="steps to time")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
@@ -136,7 +140,7 @@ if __name__ == "__main__":
     device = common.pick_device(flags.device)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
     common.print_table(["script", "setting", "ms a step", "sampling", "GFLOP a step", "GFLOP/s", "matrix product", "share"],
-                       [bench(name, device, flags.steps) for name in flags.script])
+                       [bench(name, device, flags.steps) for name in SETTINGS if name.split()[0] in flags.script])
     if "random_transformer" in flags.script:
         print("\nrandom_transformer, the same setting: forward and backward with what the script leaves out")
         common.print_table(["step", "ms", "times"], savings(device))
