@@ -21,9 +21,19 @@ the second for an error that stays flat from b loops on.
     Tables of OpenML, downloaded by id or a folder of your own, one held out in turn, b = 30, T = 15:
     python looped_icl.py --preset paper --task openml --data-dir tables --fetch 1462 1494 --held-out 0 1
 """
-import argparse, csv, json, math, re, urllib.request
+import argparse
+import csv
+import json
+import math
+import re
+import urllib.request
 from pathlib import Path
-import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
 import common
 
 # ---- The prompts (after Garg et al. 2022) ---------------------------------------------------------------------------
@@ -108,7 +118,7 @@ class Tables:
     def __init__(self, folder, held_out, device="cpu", **limits):
         self.paths = sorted(Path(folder).glob("*.csv"))
         if not 0 <= held_out < len(self.paths) or len(self.paths) < 2:
-            raise ValueError(f"{folder} has {len(self.paths)} tables (*.csv): --held-out {held_out} leaves none to train on or is none")
+            raise ValueError(f"{folder} has {len(self.paths)} tables (*.csv): --held-out {held_out} is none, or leaves none")
         order, self.device, self.splits = np.random.default_rng(0), device, dict(train=[], valid=[], test=[])
         for number, path in enumerate(self.paths):
             features, labels = read_table(path, **limits)
@@ -236,7 +246,8 @@ def greedy_tree(xs, ys, depth=4):
 @torch.enable_grad()
 def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
     """A two-layer ReLU network, trained by Adam from scratch on the pairs before each x, one for each prompt. -> (B, n)."""
-    out, (B, n, d), draw = torch.zeros_like(ys), xs.shape, dict(generator=torch.Generator(xs.device).manual_seed(0), device=xs.device)
+    out, (B, n, d) = torch.zeros_like(ys), xs.shape
+    draw = dict(generator=torch.Generator(xs.device).manual_seed(0), device=xs.device)
     for i in range(1, n):
         W1 = (torch.randn(B, d, hidden, **draw) / math.sqrt(d)).requires_grad_()
         W2 = (torch.randn(B, hidden, 1, **draw) / math.sqrt(hidden)).requires_grad_()
@@ -248,8 +259,8 @@ def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
         out[:, i] = ((xs[:, i:i + 1] @ W1).relu() @ W2)[:, 0, 0].detach()
     return out
 
-BASELINES = {"least squares": (least_squares, TASKS[:5]), "averaging": (averaging, TASKS[:5]), "3-NN": (nearest_neighbors, TASKS[:5]),
-             "Lasso": (lasso, ["sparse-linear"]), "greedy tree": (greedy_tree, ["decision-tree"]),
+BASELINES = {"least squares": (least_squares, TASKS[:5]), "averaging": (averaging, TASKS[:5]),
+             "3-NN": (nearest_neighbors, TASKS[:5]), "Lasso": (lasso, ["sparse-linear"]), "greedy tree": (greedy_tree, ["decision-tree"]),
              "2-layer network": (gd_network, ["relu-2nn"])}
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -267,10 +278,10 @@ def curriculum(args, step):
     return (min(args.n_dims, args.dims_start + stage), min(args.n_points, args.points_start + args.points_step * stage),
             min(args.loops, loops) if args.model == "looped" else 1)
 
-def prompts(args, tables, batch, n_points, active_dims, generator):
-    """A batch of training prompts: xs (B, n, d), ys (B, n)."""
+def prompts(args, tables, batch, n_points, active_dims, generator, part="train"):
+    """A batch of prompts, of tables from `part`: xs (B, n, d), ys (B, n)."""
     if tables:
-        return tables.sample(batch, n_points, generator)
+        return tables.sample(batch, n_points, generator, part)
     return sample_prompts(args.task, batch, n_points, args.n_dims, generator, active_dims, args.device)
 
 def losses(predictions, ys):
@@ -306,7 +317,8 @@ def train(args, run):
         lr.fill_(args.lr * warm * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1))
         loss = step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            xs, ys = prompts(args, tables, 256, args.n_points, args.n_dims, torch.Generator(args.device).manual_seed(10_000))
+            draw = torch.Generator(args.device).manual_seed(10_000)
+            xs, ys = prompts(args, tables, 256, args.n_points, args.n_dims, draw, "valid")
             error = errors(model, args, xs, ys, args.loops if args.model == "looped" else 1)[0, :, -1].mean()
             run.log(step + 1, loss=loss.item(), error=error.item(), dims=stage[0], points=stage[1], loops=stage[2])
             run.save(step + 1)
@@ -326,7 +338,8 @@ def bootstrap(values, n=1_000, level=0.9):
     """Mean over rows of values (N, n_points), and the ends of its bootstrap interval: three lists of n_points."""
     draw = torch.Generator().manual_seed(0)
     values = values.double().cpu()
-    picks = torch.stack([torch.randint(len(values), (len(values),), generator=draw).bincount(minlength=len(values)) for _ in range(n)])
+    picks = torch.stack([torch.randint(len(values), (len(values),), generator=draw).bincount(minlength=len(values))
+                         for _ in range(n)])                                     # how often each row is drawn, (n, N)
     means = picks.double() @ values / len(values)                                # (n, n_points)
     return [x.tolist() for x in (values.mean(0), means.quantile((1 - level) / 2, 0), means.quantile((1 + level) / 2, 0))]
 
@@ -339,7 +352,7 @@ def shifted_prompts(args, n, generator):
     skewed = xs * deviation / deviation.square().mean().sqrt() @ basis.mT
     halves = (xs @ basis) * (torch.arange(d, device=args.device) < d // 2)
     halves[:, -1] = (xs[:, -1:] @ basis)[:, 0] * (torch.arange(d, device=args.device) >= d // 2)
-    for name, inputs in {"as trained": xs, "skewed covariance": skewed, "query orthogonal to the prompt": halves @ basis.mT}.items():
+    for name, inputs in [("as trained", xs), ("skewed covariance", skewed), ("query orthogonal to the prompt", halves @ basis.mT)]:
         yield name, inputs, label(args.task, inputs, generator, d), usual
     for factor in (0.5, 2, 3):
         yield f"x times {factor}", factor * xs, label(args.task, factor * xs, generator, d), usual * factor**2
@@ -352,9 +365,9 @@ def shifted_prompts(args, n, generator):
 
 @torch.no_grad()
 def probe(model, args, loops, n=2_000, ridge=1.0):
-    """Sec. 6: what a linear probe reads off the hidden states (at the last x, and their mean) after each loop or layer: X^T y, and the
-    least-squares w. Relative squared errors on prompts that the probe was not fitted on, {name: a list by loop}. As a
-    control the same with w = (1, .., 1) in all prompts: w is then no news."""
+    """Sec. 6: what a linear probe reads off the hidden states (at the last x, and their mean) after each loop or layer: X^T y,
+    and the least-squares w. Relative squared errors on prompts that the probe was not fitted on, {name: a list by loop}.
+    As a control the same with w = (1, .., 1) in all prompts: w is then no news."""
     found, draw = {}, torch.Generator(args.device).manual_seed(40_000)
     for name in ("", " (w constant)"):
         xs, ys = sample_prompts("linear", n, args.n_points, args.n_dims, draw, device=args.device)
@@ -376,10 +389,7 @@ def measure(model, args, tables):
     """Error by number of examples and by loops, baselines, and with --ood and --probe the rest; all as plain numbers."""
     model.eval()
     draw, loops = torch.Generator(args.device).manual_seed(20_000), args.loops if args.model == "looped" else 1
-    if tables:
-        xs, ys = tables.sample(args.n_eval, args.n_points, draw, "test")
-    else:
-        xs, ys = sample_prompts(args.task, args.n_eval, args.n_points, args.n_dims, draw, device=args.device)
+    xs, ys = prompts(args, tables, args.n_eval, args.n_points, args.n_dims, draw, "test")
     results = dict(curve=bootstrap(errors(model, args, xs, ys, loops)[0]), n_params=sum(p.numel() for p in model.parameters()))
     divisor = scale(args.task, args.n_dims)
     results["baselines"] = {name: bootstrap((function(xs, ys) - ys).square() / divisor)
@@ -388,8 +398,9 @@ def measure(model, args, tables):
         results["by_loops"] = errors(model, args, xs, ys, 10 * loops, 10 * loops)[..., -1].mean(1).tolist()
     if args.ood and not tables:
         for name, xs, ys, divisor in shifted_prompts(args, args.n_eval, draw):
-            pairs = errors(model, args, xs, ys, loops)[0, :, -1] * scale(args.task, args.n_dims), (least_squares(xs, ys) - ys)[:, -1].square()
-            results.setdefault("ood", {})[name] = [(x.mean() / divisor).item() for x in pairs]
+            ours = errors(model, args, xs, ys, loops)[0, :, -1] * scale(args.task, args.n_dims)
+            theirs = (least_squares(xs, ys) - ys)[:, -1].square()
+            results.setdefault("ood", {})[name] = [(x.mean() / divisor).item() for x in (ours, theirs)]
     if args.probe and not tables:
         results["probe"] = probe(model, args, loops)
     return results
@@ -397,13 +408,14 @@ def measure(model, args, tables):
 # ---- The command, its tables and its figures ------------------------------------------------------------------------
 by_task = lambda *values: dict(zip(TASKS, values))       # linear, noisy-linear, sparse-linear, decision-tree, relu-2nn, openml
 PRESETS = {
-    "quick": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=3, n_points=8, n_embd=64, n_head=4, loops=8, window=6,
-                  steps=2_500, batch_size=64, lr=3e-3, warmup=200, schedule="cosine", dims_start=1, points_start=8, points_step=2,
-                  curriculum_every=400, loops_every=100, eval_every=250),
-    "paper": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=20, n_points=by_task(41, 41, 41, 101, 101, 41), n_embd=256,
-                  n_head=8, loops=by_task(20, 20, 20, 70, 12, 30), window=by_task(15, 15, 10, 15, 5, 15),
-                  steps=by_task(*[500_000] * 5, 100_000), batch_size=by_task(*[64] * 5, 40), lr=1e-4, warmup=0, schedule="constant",
-                  dims_start=by_task(*[5] * 5, 20), points_start=by_task(11, 11, 11, 26, 26, 41), points_step=by_task(2, 2, 2, 5, 5, 2),
+    "quick": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=3, n_points=8, n_embd=64, n_head=4,
+                  loops=8, window=6, steps=2_500, batch_size=64, lr=3e-3, warmup=200, schedule="cosine", dims_start=1,
+                  points_start=8, points_step=2, curriculum_every=400, loops_every=100, eval_every=250),
+    "paper": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=20, n_embd=256, n_head=8,
+                  n_points=by_task(41, 41, 41, 101, 101, 41), loops=by_task(20, 20, 20, 70, 12, 30),
+                  window=by_task(15, 15, 10, 15, 5, 15), steps=by_task(*[500_000] * 5, 100_000), lr=1e-4, warmup=0,
+                  schedule="constant", batch_size=by_task(*[64] * 5, 40), dims_start=by_task(*[5] * 5, 20),
+                  points_start=by_task(11, 11, 11, 26, 26, 41), points_step=by_task(2, 2, 2, 5, 5, 2),
                   curriculum_every=5_000, loops_every=500, eval_every=2_500),
 }
 SWEEP = ["task", "model", "inject", "held_out", "seed"]
@@ -413,8 +425,9 @@ PUBLISHED = {"standard": [.627, .511, .656, .395, .406, .463, .483, .668, .533, 
 
 def parse_args(argv=None):
     """The command line. What cannot be run ends here, before anything is written."""
-    parser = argparse.ArgumentParser(description="Looped Transformers are Better at Learning Learning Algorithms, Yang et al., ICLR 2024",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Looped Transformers are Better at Learning Learning Algorithms, Yang et al., ICLR 2024",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add, count = parser.add_argument, common.positive_int
     add("--task", nargs="+", choices=TASKS, help="function classes")
     add("--model", nargs="+", choices=["looped", "standard", "tied"], help="one layer looped; layers; layers of one block")
@@ -451,8 +464,8 @@ def parse_args(argv=None):
         if own["window"] > own["loops"]:
             parser.error(f"--window {own['window']} is larger than --loops {own['loops']}")
         if own["dims_start"] > own["n_dims"] or own["points_start"] > own["n_points"]:
-            parser.error(f"the curriculum starts with {own['dims_start']} dimensions and {own['points_start']} points, above --n-dims "
-                         f"{own['n_dims']} or --n-points {own['n_points']}: give a smaller --dims-start or --points-start")
+            parser.error(f"the curriculum starts with {own['dims_start']} dimensions and {own['points_start']} points, above "
+                         f"--n-dims {own['n_dims']} or --n-points {own['n_points']}: lower --dims-start or --points-start")
         if task == "openml":
             try:
                 for number in args.fetch:
@@ -487,9 +500,10 @@ def print_results(runs, results):
             counts = sorted({1, max(1, b // 4), max(1, b // 2), b, *(k * b for k in (2, 3, 5, 7, 10))})
             table(f"{task}: after the last example, by number of loops; trained with {b}", ["loops", *counts],
                   [(name, *(curve[n - 1] for n in counts)) for name, curve in looped])
-        for key, title in [("ood", "error, error of least squares (normalised) on other inputs"), ("probe", "relative error of the probe")]:
+        for key, title in [("ood", "normalised error on other inputs, and that of least squares"),
+                           ("probe", "relative error of the probe, by loop or layer")]:
             for run, result in ((run, result) for run, result in own if key in result):
-                print(f"\n{run.name}: {title}{'' if key == 'ood' else ', by loop or layer'}")
+                print(f"\n{run.name}: {title}")
                 for name, values in result[key].items():
                     print(f"{name:>32}  " + " ".join(f"{x:.3f}" for x in values))
     print("\nParameters:")
