@@ -159,12 +159,13 @@ class InContextTransformer(nn.Module):
         common.gpt2_init_(self.h, n_layer)
         nn.init.normal_(self.wpe.weight, std=0.02)
         self.read_out = nn.Linear(n_embd, n_out)
-    def trunk(self, x, states):
-        """f: positions, blocks, final norm; (B, T, C) -> (B, T, C). Appends the residual stream after each block."""
+    def trunk(self, x, states=None):
+        """f: positions, blocks, final norm; (B, T, C) -> (B, T, C). Appends to states what leaves each block."""
         x = x + self.wpe.weight[:x.shape[1]]
         for block in list(self.h) * self.repeat:
             x = block(x)
-            states.append(x)
+            if states is not None:
+                states.append(x)
         return self.ln_f(x)
     def forward(self, xs, ys, loops=1, window=1, return_states=False):
         """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or logits (window, B, n, 2);
@@ -174,7 +175,8 @@ class InContextTransformer(nn.Module):
         z_0 = e and z_(i+1) = f(z_i). One loop is an ordinary transformer.
         """
         tokens = torch.stack([xs, F.pad(ys[..., None], (0, xs.shape[2] - 1))], 2).flatten(1, 2)[:, :-1]  # (B, 2n-1, d)
-        e, states, predictions = self.read_in(tokens), [], []                    # the last y is never looked at
+        e, predictions = self.read_in(tokens), []                                # the last y is never looked at
+        states = [] if return_states else None
         z = e if self.inject == "none" else torch.zeros_like(e)
         for i in range(loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= loops - window):
