@@ -2,12 +2,44 @@
 import argparse
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 import common
+
+
+def cut_and_continued(script, folder, flags, before, until):
+    """Runs a command three times at once: whole, and cut off by Ctrl-C and by SIGKILL after the line `until`, then repeated.
+    Asserts that the repetition does not print the evaluation `before`, whose checkpoint was safe by then, and that all three
+    leave the same metrics and results. Returns the whole run's output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def one(number):
+        command = [sys.executable, "-u", str(script), *flags, "--out-dir", str(folder / f"{number}")]
+        if number:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+            while until not in process.stdout.readline() and process.poll() is None:
+                pass
+            process.send_signal(number)
+            process.communicate(timeout=60)
+            assert process.returncode in (130, -signal.SIGKILL)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert (before in done.stdout) == (not number)                           # it went on, it did not start again
+        own, = (folder / f"{number}" / script.stem).iterdir()
+        metrics = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (own / "results.json").read_text(), done.stdout
+    with ThreadPoolExecutor(3) as pool:
+        whole, *cut = pool.map(one, (0, int(signal.SIGINT), int(signal.SIGKILL)))
+    assert all(other[:2] == whole[:2] for other in cut)
+    return whole[2]
 
 
 def numpy_block(block, x):

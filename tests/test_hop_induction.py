@@ -1,8 +1,6 @@
 """hop_induction.py: find against a string search, the model against NumPy, the construction, the machines, the command."""
-import json
 import math
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 import common
 import hop_induction
 from hop_induction import HopLSTM, HopTask, HopTransformer, construct, find, hop_errors
-from test_common import numpy_block
+from test_common import cut_and_continued, numpy_block
 
 SCRIPT = Path(hop_induction.__file__)
 TINY = ["--device", "cpu", "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--seq-len", "12", "--max-hops", "2",
@@ -273,25 +271,9 @@ def call(tmp_path, *flags):
     return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
 
 
-def outcome(tmp_path):
-    folder, = (tmp_path / "out" / "hop_induction").iterdir()
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
-
-
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    flags = ["--n-train", "30", "--dropout", "0.1"]
-    whole = call(tmp_path / "whole", *flags)
-    assert whole.returncode == 0 and "by construction" in whole.stdout
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(command(tmp_path / number.name, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while "step 20:" not in process.stdout.readline() and process.poll() is None:
-            pass
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode in (130, -signal.SIGKILL)
-        assert "step 10:" not in call(tmp_path / number.name, *flags).stdout
-        assert outcome(tmp_path / number.name) == outcome(tmp_path / "whole")
+    out = cut_and_continued(SCRIPT, tmp_path, [*TINY, "--n-train", "30", "--dropout", "0.1"], "step 10:", "step 20:")
+    assert "by construction" in out
 
 
 def test_construct_and_mpc_print_their_tables(tmp_path, capsys, monkeypatch):

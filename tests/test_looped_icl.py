@@ -3,7 +3,6 @@ import csv
 import io
 import json
 import math
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import common
 import looped_icl
 from looped_icl import (InContextTransformer, Tables, averaging, gd_network, greedy_tree, lasso, least_squares, nearest_neighbors,
                         sample_prompts)
-from test_common import numpy_block
+from test_common import cut_and_continued, numpy_block
 
 SCRIPT = Path(looped_icl.__file__)
 TINY = ["--device", "cpu", "--n-dims", "3", "--n-points", "6", "--points-start", "4", "--n-embd", "16", "--n-head", "2", "--n-layer", "2",
@@ -408,24 +407,9 @@ def call(tmp_path, *flags):
     return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
 
 
-def outcome(tmp_path):
-    folder, = (tmp_path / "out" / "looped_icl").iterdir()
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
-
-
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    whole = call(tmp_path / "whole")
-    assert whole.returncode == 0 and "least squares" in whole.stdout and "of 12 layers" in whole.stdout
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(command(tmp_path / number.name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while "step 20:" not in process.stdout.readline() and process.poll() is None:
-            pass
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode in (130, -signal.SIGKILL)
-        assert "step 10:" not in call(tmp_path / number.name).stdout
-        assert outcome(tmp_path / number.name) == outcome(tmp_path / "whole")
+    out = cut_and_continued(SCRIPT, tmp_path, TINY, "step 10:", "step 20:")
+    assert "least squares" in out and "of 12 layers" in out
 
 
 def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path):

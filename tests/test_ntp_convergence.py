@@ -1,9 +1,7 @@
 """ntp_convergence.py: the data against their definition, gradients against autograd, max-margin solutions against KKT and
 exhaustive search, Algorithm 1 step by step, the command from end to end."""
 import itertools
-import json
 import math
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 
 import common
 import ntp_convergence as ntp
+from test_common import cut_and_continued
 
 SCRIPT = Path(ntp.__file__)
 TINY = ["--device", "cpu", "--vocab-size", "6", "--n-sentences", "15", "--seq-len", "3", "--steps-ov", "300", "--steps", "1500"]
@@ -242,25 +241,9 @@ def call(tmp_path, *flags):
                           capture_output=True, text=True, timeout=100)
 
 
-def outcome(tmp_path):
-    folder, = (tmp_path / "out" / "ntp_convergence").iterdir()
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
-
-
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    whole = call(tmp_path / "whole", "--optimizer", "adam")
-    assert whole.returncode == 0 and "Theorems 1, 2 and 3" in whole.stdout
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen([sys.executable, str(SCRIPT), *TINY, "--optimizer", "adam", "--out-dir",
-                                    str(tmp_path / number.name / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while "step 108:" not in process.stdout.readline() and process.poll() is None:
-            pass
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode in (130, -signal.SIGKILL)
-        call(tmp_path / number.name, "--optimizer", "adam")
-        assert outcome(tmp_path / number.name) == outcome(tmp_path / "whole")
+    out = cut_and_continued(SCRIPT, tmp_path, [*TINY, "--optimizer", "adam"], "step 1:", "step 108:")
+    assert "Theorems 1, 2 and 3" in out
 
 
 def write(path, *lines):

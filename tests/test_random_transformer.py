@@ -1,9 +1,7 @@
 """random_transformer.py: tasks against plain rules, models against NumPy, what is frozen, the probes, the download, the command."""
 import hashlib
-import json
 import math
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +17,7 @@ import torch.nn as nn
 import common
 import random_transformer
 from random_transformer import TASKS, TRAINABLE, Recurrent, Transformer, answers, explained_variance, train_only
-from test_common import numpy_block
+from test_common import cut_and_continued, numpy_block
 
 SCRIPT = Path(random_transformer.__file__)
 TINY = ["--device", "cpu", "--task", "parens", "--size", "3", "--n-embd", "16", "--train", "embeddings", "--batch-size", "8",
@@ -439,24 +437,9 @@ def call(tmp_path, *flags):
     return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
 
 
-def outcome(tmp_path):
-    folder, = (tmp_path / "out" / "random_transformer").iterdir()
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
-
-
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    whole = call(tmp_path / "whole")
-    assert whole.returncode == 0 and "embeddings 16" in whole.stdout and "Tables 4, 5" in whole.stdout
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(command(tmp_path / number.name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while "step 20:" not in process.stdout.readline() and process.poll() is None:
-            pass
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode in (130, -signal.SIGKILL)
-        assert "step 10:" not in call(tmp_path / number.name).stdout
-        assert outcome(tmp_path / number.name) == outcome(tmp_path / "whole")
+    out = cut_and_continued(SCRIPT, tmp_path, TINY, "step 10:", "step 20:")
+    assert "embeddings 16" in out and "Tables 4, 5" in out
 
 
 def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path):
@@ -469,7 +452,7 @@ def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path):
     for wanted in ("imitate 16", "Prose", "query to value", "symmetricity", "entropy"):
         assert wanted in done.stdout, wanted
     assert len(list((tmp_path / "out" / "random_transformer").glob("*.png"))) == 3
-    assert "step 2" not in call(tmp_path, *flags).stdout                         # all finished: the table alone
+    assert "step 2" not in call(tmp_path, *flags[:-1]).stdout                    # all finished: the table alone
 
 
 def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsys):
