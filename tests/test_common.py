@@ -18,7 +18,7 @@ import common
 def cut_and_continued(script, folder, flags, before, until):
     """Runs a command three times at once: whole, and cut off by Ctrl-C and by SIGKILL after the line `until`, then repeated.
     Asserts that the repetition does not print the evaluation `before`, whose checkpoint was safe by then, and that all three
-    leave the same metrics and results. Returns the whole run's output."""
+    leave the same metrics and results. Returns what the whole run printed; its folder is folder / "0"."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def one(number):
@@ -28,8 +28,9 @@ def cut_and_continued(script, folder, flags, before, until):
             while until not in process.stdout.readline() and process.poll() is None:
                 pass
             process.send_signal(number)
-            process.communicate(timeout=60)
-            assert process.returncode in (130, -signal.SIGKILL)
+            error = process.communicate(timeout=60)[1]
+            assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]
+            assert number == signal.SIGKILL or "saved at step" in error and "the same command" in error
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
         assert done.returncode == 0, done.stderr
         assert (before in done.stdout) == (not number)                           # it went on, it did not start again
@@ -40,6 +41,17 @@ def cut_and_continued(script, folder, flags, before, until):
         whole, *cut = pool.map(one, (0, int(signal.SIGINT), int(signal.SIGKILL)))
     assert all(other[:2] == whole[:2] for other in cut)
     return whole[2]
+
+
+def call_main(monkeypatch, module, *flags):
+    """The command in this process, which saves the seconds of importing torch; signals are handled as before afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+    try:
+        module.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def numpy_block(block, x):

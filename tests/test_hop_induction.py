@@ -12,7 +12,7 @@ import torch
 import common
 import hop_induction
 from hop_induction import HopLSTM, HopTask, HopTransformer, construct, find, hop_errors
-from test_common import cut_and_continued, numpy_block
+from test_common import call_main, cut_and_continued, numpy_block
 
 SCRIPT = Path(hop_induction.__file__)
 TINY = ["--device", "cpu", "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--seq-len", "12", "--max-hops", "2",
@@ -277,17 +277,14 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
 
 
 def test_construct_and_mpc_print_their_tables(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["hop_induction.py", "--construct", "--max-hops", "3", "--n-eval", "10", "--device", "cpu"])
-    hop_induction.main()
+    call_main(monkeypatch, hop_induction, "--construct", "--max-hops", "3", "--n-eval", "10", "--device", "cpu")
     out = capsys.readouterr().out
     assert "depth 3 = floor(log2 3) + 2" in out and "N = 100" in out and "find^2" in out
-    monkeypatch.setattr(sys, "argv", ["hop_induction.py", "--mpc", "--device", "cpu"])
-    hop_induction.main()
+    call_main(monkeypatch, hop_induction, "--mpc", "--device", "cpu")
     out = capsys.readouterr().out
     assert out.count("yes") == 5 and "NO" not in out
-    monkeypatch.setattr(sys, "argv", ["hop_induction.py", "--mpc", "--words", "60", "--device", "cpu"])
     with pytest.raises(SystemExit):
-        hop_induction.main()
+        call_main(monkeypatch, hop_induction, "--mpc", "--words", "60", "--device", "cpu")
     assert "--words" in capsys.readouterr().err
 
 
@@ -308,10 +305,9 @@ def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, fla
     assert not (tmp_path / "out").exists()
 
 
-def test_the_figures_are_drawn(tmp_path):
+def test_the_figures_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    done = call(tmp_path, "--plot", "--steps", "10", "--n-layer", "1", "2")
-    assert done.returncode == 0, done.stderr
+    call_main(monkeypatch, hop_induction, *command(tmp_path, "--plot", "--steps", "10", "--n-layer", "1", "2")[2:])
     for name in ("errors", "heads", "attention"):
         assert (tmp_path / "out" / "hop_induction" / f"{name}.png").stat().st_size > 5_000
 

@@ -17,7 +17,7 @@ import common
 import looped_icl
 from looped_icl import (InContextTransformer, Tables, averaging, gd_network, greedy_tree, lasso, least_squares, nearest_neighbors,
                         sample_prompts)
-from test_common import cut_and_continued, numpy_block
+from test_common import call_main, cut_and_continued, numpy_block
 
 SCRIPT = Path(looped_icl.__file__)
 TINY = ["--device", "cpu", "--n-dims", "3", "--n-points", "6", "--points-start", "4", "--n-embd", "16", "--n-head", "2", "--n-layer", "2",
@@ -342,16 +342,16 @@ def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch)
         assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "1"], ["40", "7", "2"]]
 
 
-def test_ten_tables_leave_one_out(tmp_path):
+def test_ten_tables_leave_one_out(tmp_path, monkeypatch, capsys):
     for number in range(10):
         write_table(tmp_path / f"{number}.csv", seed=number)
     flags = ["--task", "openml", "--data-dir", str(tmp_path), "--held-out", "0", "9", "--n-dims", "20", "--dims-start", "20",
              "--points-start", "6", "--steps", "20"]
-    done = call(tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+    call_main(monkeypatch, looped_icl, *command(tmp_path, *flags)[2:])
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
     assert [line[-1] for line in lines if len(line) == 3 and line[0].startswith("quick")] == ["0.662", "0.648"]      # the paper's
-    assert "share of wrong labels" in done.stdout
+    assert "share of wrong labels" in out
     folders = {path.name for path in (tmp_path / "out" / "looped_icl").iterdir()}
     assert folders == {"quick,task=openml,seed=0", "quick,task=openml,held_out=9,seed=0"}
 
@@ -412,12 +412,13 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     assert "least squares" in out and "of 12 layers" in out
 
 
-def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path):
+def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    done = call(tmp_path, "--steps", "2", "--task", *looped_icl.TASKS[:5], "--model", "looped", "standard", "--ood", "--probe", "--plot")
-    assert done.returncode == 0, done.stderr
+    flags = ["--steps", "2", "--task", *looped_icl.TASKS[:5], "--model", "looped", "standard", "--ood", "--probe", "--plot"]
+    call_main(monkeypatch, looped_icl, *command(tmp_path, *flags)[2:])
+    out = capsys.readouterr().out
     for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "least squares w (w constant)"):
-        assert wanted in done.stdout, wanted
+        assert wanted in out, wanted
     assert all((tmp_path / "out" / "looped_icl" / f"{task}.png").stat().st_size > 10_000 for task in looped_icl.TASKS[:5])
 
 

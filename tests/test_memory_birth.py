@@ -1,7 +1,6 @@
 """memory_birth.py: the task against its definition, the model against NumPy, the probes, the command from end to end."""
 import bisect
 import itertools
-import json
 import math
 import os
 import random
@@ -19,6 +18,7 @@ import torch
 import common
 import memory_birth
 from memory_birth import BigramTask, FullTransformer, SimpleTransformer
+from test_common import call_main, cut_and_continued
 
 SCRIPT = Path(memory_birth.__file__)
 TINY = ["--device", "cpu", "--seq-len", "16", "--n-embd", "16", "--batch-size", "32", "--steps", "60", "--eval-every", "10"]
@@ -328,49 +328,33 @@ def call(tmp_path, *flags, **options):
     return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100, **options)
 
 
-def outcome(tmp_path):
-    """Everything that a finished run says, less the seconds it took."""
-    folder, = (tmp_path / "out" / "memory_birth").iterdir()
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (folder / "results.json").read_text()
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    out = cut_and_continued(SCRIPT, tmp_path, TINY, "step 10:", "step 20:")
+    call_main(monkeypatch, memory_birth, *TINY, "--out-dir", tmp_path / "0")     # finished: it is read, not trained again
+    assert capsys.readouterr().out.strip() == out[out.index("\n\n"):].strip()
+    with pytest.raises(SystemExit) as stop:
+        call_main(monkeypatch, memory_birth, *TINY, "--out-dir", tmp_path / "0", "--lr", "0.3")
+    assert stop.value.code == 2 and "lr (0.2 there, 0.3 here)" in capsys.readouterr().err
 
 
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    whole = call(tmp_path / "whole")
-    assert whole.returncode == 0 and "first evaluated step" in whole.stdout
-    again = call(tmp_path / "whole")                                             # finished: reads, does not train
-    assert again.returncode == 0 and "step 10:" not in again.stdout
-    assert again.stdout.strip() == whole.stdout[whole.stdout.index("\n\n"):].strip()
+def test_torchrun_deals_the_runs_out_and_the_same_command_finishes_after_a_kill(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += command(tmp_path, "--seed", "0", "1", "2", "3", "--steps", "60")[1:]
+    process = subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while "seed=2 step" not in process.stdout.readline() and process.poll() is None:    # the second run of rank 0
+        pass
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    finished = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/results.json")}
+    assert process.returncode == 1 and 1 <= len(finished) <= 3
 
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while "step 20:" not in process.stdout.readline() and process.poll() is None:
-            pass
-        process.send_signal(number)
-        error = process.communicate(timeout=60)[1]
-        if number == signal.SIGINT:
-            assert process.returncode == 130 and "saved at step" in error and "the same command" in error
-            call(tmp_path / "cut")
-            assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-            refused = call(tmp_path / "cut", "--lr", "0.3")
-            assert refused.returncode == 2 and "lr (0.2 there, 0.3 here)" in refused.stderr
-            for path in (tmp_path / "cut" / "out" / "memory_birth").glob("*/*"):
-                path.unlink()
-        else:
-            assert process.returncode == -signal.SIGKILL
-            resumed = call(tmp_path / "cut")
-            assert "step 10:" not in resumed.stdout
-            assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-
-
-def test_torchrun_deals_the_runs_out_and_prints_one_table(tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = ["--seed", "0", "1", "2", "--steps", "10"]
-    done = subprocess.run(run + command(tmp_path, *flags)[1:], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("first evaluated step") == 1
-    folders = list((tmp_path / "out" / "memory_birth").iterdir())
-    assert len(folders) == 3 and all((folder / "results.json").exists() for folder in folders)
+    times = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/results.json")}
+    assert len(times) == 4 and finished.items() <= times.items()                 # the finished ones were left alone
 
 
 def test_a_loss_that_explodes_stops_with_advice(tmp_path):
@@ -429,10 +413,9 @@ def test_an_explicit_flag_beats_the_preset():
     assert args.seq_len == 7 and args.batch_size == 512 and args.triggers == ["random"]
 
 
-def test_the_figure_is_drawn(tmp_path):
+def test_the_figure_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    done = call(tmp_path, "--plot", "--steps", "10", "--freeze", "--freeze", "wo2:5")
-    assert done.returncode == 0, done.stderr
+    call_main(monkeypatch, memory_birth, *command(tmp_path, "--plot", "--steps", "10", "--freeze", "--freeze", "wo2:5")[2:])
     assert (tmp_path / "out" / "memory_birth" / "curves.png").stat().st_size > 10_000
 
 

@@ -2,8 +2,6 @@
 exhaustive search, Algorithm 1 step by step, the command from end to end."""
 import itertools
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 
 import common
 import ntp_convergence as ntp
-from test_common import cut_and_continued
+from test_common import call_main, cut_and_continued
 
 SCRIPT = Path(ntp.__file__)
 TINY = ["--device", "cpu", "--vocab-size", "6", "--n-sentences", "15", "--seq-len", "3", "--steps-ov", "300", "--steps", "1500"]
@@ -236,11 +234,6 @@ def test_an_underflowing_gradient_ends_in_one_line_without_nan(tmp_path, capsys)
 
 # ---- The command ------------------------------------------------------------------------------------------------------
 
-def call(tmp_path, *flags):
-    return subprocess.run([sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags],
-                          capture_output=True, text=True, timeout=100)
-
-
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     out = cut_and_continued(SCRIPT, tmp_path, [*TINY, "--optimizer", "adam"], "step 1:", "step 108:")
     assert "Theorems 1, 2 and 3" in out
@@ -254,10 +247,10 @@ def write(path, *lines):
 PAIRS = ["0 1", "1 2", "2 0"]
 
 
-def test_sentences_from_a_file_are_trained(tmp_path):
-    done = call(tmp_path, *write(tmp_path / "data", *PAIRS, "0 1 2 1", "1 0 2 1", "2 1 0 0"))
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split("training accuracy")[1].split()[0]) == 1.0
+def test_sentences_from_a_file_are_trained(tmp_path, monkeypatch, capsys):
+    flags = write(tmp_path / "data", *PAIRS, "0 1 2 1", "1 0 2 1", "2 1 0 0")
+    call_main(monkeypatch, ntp, *TINY, "--out-dir", tmp_path / "out", *flags)
+    assert float(capsys.readouterr().out.split("training accuracy")[1].split()[0]) == 1.0
 
 
 @pytest.mark.parametrize("lines, error", [
@@ -289,9 +282,9 @@ def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_figure_is_drawn(tmp_path):
+def test_the_figure_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    assert call(tmp_path, "--plot", "--steps", "50").returncode == 0
+    call_main(monkeypatch, ntp, *TINY, "--out-dir", tmp_path / "out", "--plot", "--steps", "50")
     assert (tmp_path / "out" / "ntp_convergence" / "fig2.png").stat().st_size > 10_000
 
 

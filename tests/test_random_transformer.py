@@ -17,7 +17,7 @@ import torch.nn as nn
 import common
 import random_transformer
 from random_transformer import TASKS, TRAINABLE, Recurrent, Transformer, answers, explained_variance, train_only
-from test_common import cut_and_continued, numpy_block
+from test_common import call_main, cut_and_continued, numpy_block
 
 SCRIPT = Path(random_transformer.__file__)
 TINY = ["--device", "cpu", "--task", "parens", "--size", "3", "--n-embd", "16", "--train", "embeddings", "--batch-size", "8",
@@ -442,17 +442,18 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     assert "embeddings 16" in out and "Tables 4, 5" in out
 
 
-def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path):
+def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
     text.write_text("one two three. " * 3_000)
-    flags = ["--steps", "2", "--task", *TASKS, "--size", "5", "--text", str(text), "--plot"]
-    done = call(tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
+    flags = command(tmp_path, "--steps", "2", "--task", *TASKS, "--size", "5", "--text", str(text), "--plot")[2:]
+    call_main(monkeypatch, random_transformer, *flags)
+    out = capsys.readouterr().out
     for wanted in ("imitate 16", "Prose", "query to value", "symmetricity", "entropy"):
-        assert wanted in done.stdout, wanted
+        assert wanted in out, wanted
     assert len(list((tmp_path / "out" / "random_transformer").glob("*.png"))) == 3
-    assert "step 2" not in call(tmp_path, *flags[:-1]).stdout                    # all finished: the table alone
+    call_main(monkeypatch, random_transformer, *flags[:-1])                      # all finished: the table alone
+    assert "step 2" not in capsys.readouterr().out
 
 
 def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsys):
@@ -462,9 +463,7 @@ def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsy
         asked.extend(runs)
         return [dict(accuracy=0.5, loss=1.0, found={}, n_trained=1) for _ in runs]
     monkeypatch.setattr(common, "complete", complete)
-    monkeypatch.setattr(sys, "argv", ["random_transformer.py", "--preset", "paper", "--table1", "--device", "cpu", "--seed", "0", "1",
-                                      "--out-dir", str(tmp_path)])
-    random_transformer.main()
+    call_main(monkeypatch, random_transformer, "--preset", "paper", "--table1", "--device", "cpu", "--seed", "0", "1", "--out-dir", tmp_path)
     assert len(asked) == 4 * 5 * 2
     lstm = next(run.args for run in asked if run.args.model == "lstm" and run.args.task == "needle")
     assert (lstm.train, lstm.n_embd, lstm.batch_size, lstm.steps, lstm.lr_lstm) == ("full", 1024, 1_000, 10_000, 5e-3)
@@ -474,8 +473,7 @@ def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsy
 
 
 def test_parameters_are_counted_without_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["random_transformer.py", *TINY, "--params", "--out-dir", str(tmp_path / "out")])
-    random_transformer.main()
+    call_main(monkeypatch, random_transformer, *TINY, "--params", "--out-dir", tmp_path / "out")
     assert capsys.readouterr().out.splitlines()[1].split() == [
         "parens", "transformer", "16", "embeddings", "64", "1,280", "64", "8,000", "1,408"]
     assert not (tmp_path / "out").exists()
