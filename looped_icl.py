@@ -96,22 +96,26 @@ def read_table(path, n_dims=20, least_rows=1_000):
     return np.pad(features, ((0, 0), (n_dims - features.shape[1], 0))).astype(np.float32), labels
 
 def fetch(number, folder):
-    """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, then its target. OSError."""
+    """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, then its target. OSError where that
+    fails, ValueError where it is no dense table with a target."""
     def get(url):
         return urllib.request.urlopen(url, timeout=60).read().decode("utf-8", "replace")
     about = json.loads(get(f"https://www.openml.org/api/v1/json/data/{number}"))["data_set_description"]
-    head, data = re.split(r"(?im)^@data.*$", get(about["url"]), maxsplit=1)
+    head, data = re.split(r"(?im)^@data.*$", get(about["url"]) + "\n@data", maxsplit=1)
     attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", head)
     names = [name.strip("'\"") for name, _ in attributes]
-    keep = [i for i, (_, kind) in enumerate(attributes) if kind.lower() in ("numeric", "real", "integer")]
+    lines = [line for line in data.splitlines() if line.strip() and not line.startswith(("%", "@"))]
+    rows = list(csv.reader(lines, quotechar="'", skipinitialspace=True))
+    if about.get("default_target_attribute") not in names or {len(row) for row in rows} != {len(names)}:
+        raise ValueError(f"OpenML {number}: not a dense table with one target")
     target = names.index(about["default_target_attribute"])
-    keep = [i for i in keep if i != target] + [target]
-    lines = [line for line in data.splitlines() if line.strip() and not line.startswith("%")]
+    numeric = [i for i, (_, kind) in enumerate(attributes) if kind.lower() in ("numeric", "real", "integer")]
+    keep = [i for i in numeric if i != target] + [target]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / f"{number}.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([names[i] for i in keep])
-        writer.writerows([[row[i] for i in keep] for row in csv.reader(lines, quotechar="'", skipinitialspace=True)])
+    part = Path(folder) / f"{number}.part"
+    with open(part, "w", newline="") as file:
+        csv.writer(file).writerows([row[i] for i in keep] for row in [names, *rows])
+    part.rename(part.with_suffix(".csv"))
 
 class Tables:
     """Prompts from real tables, all but the one held out: 41 rows of one table, in random order, without repetition."""
@@ -480,28 +484,35 @@ def parse_args(argv=None):
     return args
 
 def print_results(runs, results):
-    """Error by number of examples and by loops, with the baselines; then what --ood and --probe found."""
-    def table(title, header, rows):
+    """Error by number of examples and by loops, median [range] over seeds, with the baselines; what --ood and --probe found."""
+    def table(title, corner, columns, rows):                                     # columns: a list of numbers for each seed
         print(f"\n{title}")
-        common.print_table([str(x) for x in header], [[x if isinstance(x, str) else f"{x:.3f}" for x in row] for row in rows])
+        common.print_table([corner, *columns], [[str(name), *(common.spread([numbers[i] for numbers in column])
+                                                              for column in columns.values())] for name, i in rows.items()])
     for task in dict.fromkeys(run.args.task for run in runs):
-        own = [(run, result) for run, result in zip(runs, results) if run.args.task == task]
-        a = own[0][0].args
-        shown = sorted({*range(0, a.n_points, max(1, a.n_points // 10)), a.n_points - 1})
-        lines = [(run.name, result["curve"]) for run, result in own] + list(own[0][1]["baselines"].items())
+        own, seeds = [(run, result) for run, result in zip(runs, results) if run.args.task == task], {}
+        for run, result in own:
+            a = run.args
+            name = a.model + f" {a.inject}" * (a.inject != "add") + f" {a.held_out}" * (task == "openml")
+            seeds.setdefault(name, []).append(result)
+        curves = {name: [result["curve"] for result in group] for name, group in seeds.items()}
+        curves |= {name: [curve] for name, curve in own[0][1]["baselines"].items()}
+        curves = {name: [[*mean, low[-1], high[-1]] for mean, low, high in column] for name, column in curves.items()}
+        shown = {i: i for i in [*range(0, a.n_points - 1, max(1, a.n_points // 10)), a.n_points - 1]}
         what = "share of wrong labels in the table held out" if task == "openml" else "squared error, normalised,"
-        table(f"{task}: {what} by number of examples, and its 90% interval after the last", ["examples", *shown, "90%"],
-              [(name, *(mean[i] for i in shown), f"{low[-1]:.3f} to {high[-1]:.3f}") for name, (mean, low, high) in lines])
+        table(f"{task}: {what} by number of examples; the last one's 90% interval", "examples", curves,
+              shown | {"90% from": -2, "to": -1})
         if task == "openml":
-            table("Accuracy with all examples, beside the paper's on its own tables", ["run", "ours", "paper"], [
-                (run.name, 1 - result["curve"][0][-1], PUBLISHED.get(run.args.model, [math.nan] * 10)[run.args.held_out % 10])
+            print("\nAccuracy with all examples, beside the paper's on its own tables")
+            common.print_table(["run", "ours", "paper"], [
+                [run.name, f"{1 - result['curve'][0][-1]:.3f}", str(PUBLISHED.get(run.args.model, "-" * 10)[run.args.held_out % 10])]
                 for run, result in own])
-        looped = [(run.name, result["by_loops"]) for run, result in own if "by_loops" in result]
+        looped = {name: [result["by_loops"] for result in group] for name, group in seeds.items() if "by_loops" in group[0]}
         if looped:
             b = a.loops
-            counts = sorted({1, max(1, b // 4), max(1, b // 2), b, *(k * b for k in (2, 3, 5, 7, 10))})
-            table(f"{task}: after the last example, by number of loops; trained with {b}", ["loops", *counts],
-                  [(name, *(curve[n - 1] for n in counts)) for name, curve in looped])
+            counts = {1, max(1, b // 4), max(1, b // 2), b, *(k * b for k in (2, 3, 5, 7, 10))}
+            table(f"{task}: after the last example, by number of loops; trained with {b}", "loops", looped,
+                  {n: n - 1 for n in sorted(counts)})
         for key, title in [("ood", "normalised error on other inputs, and that of least squares"),
                            ("probe", "relative error of the probe, by loop or layer")]:
             for run, result in ((run, result) for run, result in own if key in result):
@@ -509,11 +520,11 @@ def print_results(runs, results):
                 for name, values in result[key].items():
                     print(f"{name:>32}  " + " ".join(f"{x:.3f}" for x in values))
     print("\nParameters:")
-    for a, result in ((run.args, result) for run, result in zip(runs, results)):
+    for (task, model), (a, result) in {(run.args.task, run.args.model): (run.args, result) for run, result in zip(runs, results)}.items():
         with torch.device("meta"):
-            deep = InContextTransformer(a.n_dims, a.n_points, 12, a.n_head, a.n_embd, n_out=2 if a.task == "openml" else 1)
+            deep = InContextTransformer(a.n_dims, a.n_points, 12, a.n_head, a.n_embd, n_out=2 if task == "openml" else 1)
         deep = sum(p.numel() for p in deep.parameters())
-        print(f"{a.model}: {result['n_params']:,}, {result['n_params'] / deep:.1%} of the {deep:,} of 12 layers")
+        print(f"{task}, {model}: {result['n_params']:,}, {result['n_params'] / deep:.1%} of the {deep:,} of 12 layers")
 
 def plot(runs, results, folder):
     """Fig. 3, error by examples, and Fig. 2, error by loops, with 90% intervals; probes by loop."""

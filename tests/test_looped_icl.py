@@ -316,8 +316,7 @@ def test_bad_tables_are_refused_with_file_place_and_reason(tmp_path, capsys, edi
     assert stop.value.code == 2 and error in line and "poor.csv" in line
 
 
-def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch):
-    arff = """% a comment
+ARFF = """% a comment
 @RELATION bank
 @ATTRIBUTE 'the age' NUMERIC
 @attribute Class {1, 2}
@@ -329,17 +328,35 @@ def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch)
 40, 2, c, 7
 
 """
+
+
+def serve(monkeypatch, arff, target="Class"):
+    """OpenML's API as its documentation shows it; returns the list of what is asked for."""
     asked = []
 
     def urlopen(url, timeout):
         asked.append(url)
-        about = dict(data_set_description=dict(url="https://host/bank.arff", default_target_attribute="Class"))
+        about = dict(data_set_description=dict(url="https://host/bank.arff", default_target_attribute=target))
         return io.BytesIO((json.dumps(about) if "json" in url else arff).encode())
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    return asked
+
+
+def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch):
+    asked = serve(monkeypatch, ARFF)
     looped_icl.fetch(1462, tmp_path / "tables")
     assert asked == ["https://www.openml.org/api/v1/json/data/1462", "https://host/bank.arff"]
     with open(tmp_path / "tables" / "1462.csv", newline="") as file:
         assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "1"], ["40", "7", "2"]]
+
+
+@pytest.mark.parametrize("arff, target", [(ARFF, None), (ARFF.replace("40, 2, c, 7", "{0 40, 1 2}"), "Class"), ("<html>", "Class")])
+def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch, capsys, arff, target):
+    serve(monkeypatch, arff, target)
+    with pytest.raises(SystemExit) as stop:
+        looped_icl.parse_args(["--device", "cpu", "--task", "openml", "--fetch", "7", "--data-dir", str(tmp_path / "tables")])
+    assert stop.value.code == 2 and "OpenML 7: not a dense table" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "tables").exists()
 
 
 def test_ten_tables_leave_one_out(tmp_path, monkeypatch, capsys):
