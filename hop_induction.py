@@ -222,6 +222,60 @@ def construct(max_hops, n_chars=4, seq_len=100):
     """The transformer of Theorem 4.2 for up to max_hops hops: HopTransformer's forward, .n_layer, no training."""
     return Construction(max_hops, n_chars, seq_len)
 
+# ---- Training (Tables 1, 2) -----------------------------------------------------------------------------------------
+def build(args):
+    """The task and the model of a run."""
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
+    model = HopTransformer(args.n_layer, args.n_head, args.n_embd, task.vocab_size, task.block_size, args.dropout)
+    if args.arch == "lstm":
+        model = HopLSTM(sum(p.numel() for p in model.parameters()), task.vocab_size)
+    return task, model.to(args.device)
+
+def train(args, run):
+    """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
+    task, model = build(args)
+    lr = torch.tensor(0.0, device=args.device)                                   # a tensor: a CUDA graph sees it change
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True,
+                                  capturable=lr.is_cuda)
+    data = torch.Generator(args.device).manual_seed(args.seed)                   # training data alone
+    if args.n_train:                                                             # fixed sequences in a fixed order
+        fixed = task.sample(args.n_train, torch.Generator(args.device).manual_seed(args.seed))
+    start = run.restore(model=model, optimizer=optimizer, data=data)
+    optimizer.param_groups[0]["lr"] = lr
+    cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
+
+    def training_step():
+        if args.n_train:
+            tokens, targets = (x[cursor % args.n_train] for x in fixed)          # (B, N)
+            cursor.add_(args.batch_size)
+        else:
+            tokens, targets = task.sample(args.batch_size, data)                 # (B, N)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = model(tokens)                                               # (B, N, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # every position counts
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    step_once = common.compile_step(training_step, model, data) if args.compile else training_step
+    for step in run.steps(start, args.steps):
+        lr.fill_(args.lr * min(1, (step + 1) / args.warmup) * (1 - step / args.steps))
+        loss = step_once()
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            model.eval()
+            errors = hop_errors(model, task, 50, torch.Generator(args.device).manual_seed(10_000))
+            model.train()
+            run.log(step + 1, loss=loss.item(), error=errors[1:].mean().item(), errors=errors.tolist())
+            run.save(step + 1)
+
+    model.eval()
+    errors, se = hop_errors(model, task, args.n_eval, torch.Generator(args.device).manual_seed(30_000), return_se=True)
+    results = dict(errors=errors.tolist(), se=se.tolist(), n_params=sum(p.numel() for p in model.parameters()))
+    if args.arch == "transformer":
+        results["alignment"] = [layer.tolist() for layer in head_alignment(model, task)]
+    return results
+
 # ---- Measurement ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False):
@@ -337,60 +391,6 @@ def mpc_hops(X, k, q, s, n_chars=4):
         k >>= 1
     hop, = ask(("r", "X"))
     return [x for part in hop for x in part], cluster
-
-# ---- Training (Tables 1, 2) -----------------------------------------------------------------------------------------
-def build(args):
-    """The task and the model of a run."""
-    task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
-    model = HopTransformer(args.n_layer, args.n_head, args.n_embd, task.vocab_size, task.block_size, args.dropout)
-    if args.arch == "lstm":
-        model = HopLSTM(sum(p.numel() for p in model.parameters()), task.vocab_size)
-    return task, model.to(args.device)
-
-def train(args, run):
-    """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
-    task, model = build(args)
-    lr = torch.tensor(0.0, device=args.device)                                   # a tensor: a CUDA graph sees it change
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True,
-                                  capturable=lr.is_cuda)
-    data = torch.Generator(args.device).manual_seed(args.seed)                   # training data alone
-    if args.n_train:                                                             # fixed sequences in a fixed order
-        fixed = task.sample(args.n_train, torch.Generator(args.device).manual_seed(args.seed))
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    optimizer.param_groups[0]["lr"] = lr
-    cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
-
-    def training_step():
-        if args.n_train:
-            tokens, targets = (x[cursor % args.n_train] for x in fixed)          # (B, N)
-            cursor.add_(args.batch_size)
-        else:
-            tokens, targets = task.sample(args.batch_size, data)                 # (B, N)
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens)                                               # (B, N, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # every position counts
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    step_once = common.compile_step(training_step, model, data) if args.compile else training_step
-    for step in run.steps(start, args.steps):
-        lr.fill_(args.lr * min(1, (step + 1) / args.warmup) * (1 - step / args.steps))
-        loss = step_once()
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            model.eval()
-            errors = hop_errors(model, task, 50, torch.Generator(args.device).manual_seed(10_000))
-            model.train()
-            run.log(step + 1, loss=loss.item(), error=errors[1:].mean().item(), errors=errors.tolist())
-            run.save(step + 1)
-
-    model.eval()
-    errors, se = hop_errors(model, task, args.n_eval, torch.Generator(args.device).manual_seed(30_000), return_se=True)
-    results = dict(errors=errors.tolist(), se=se.tolist(), n_params=sum(p.numel() for p in model.parameters()))
-    if args.arch == "transformer":
-        results["alignment"] = [layer.tolist() for layer in head_alignment(model, task)]
-    return results
 
 # ---- The command, its tables and its figure -------------------------------------------------------------------------
 PRESETS = {
@@ -528,9 +528,8 @@ def show_mpc(args):
 
 def plot(runs, results, folder):
     """Fig. 2: error against hops by depth. Figs. 3, 4: heads against find^j, and the deepest run's attention maps."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     figure, axis = plt.subplots(figsize=(6, 4))
     for run, result in zip(runs, results):
         axis.semilogy(range(run.args.max_hops + 1), [max(error, 1e-4) for error in result["errors"]], marker="o",

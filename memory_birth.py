@@ -181,76 +181,6 @@ class FullTransformer(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
-# ---- Measurement: the memories' probes (Sec. 5), and what the model does on fresh sequences -------------------------
-@torch.no_grad()
-def recall_wk1(model, first=None):
-    """Share of positions 1 <= t < first (None: all) at which W_K1 points to t - 1: argmax_s p_t . W_K1 p_s = t - 1."""
-    P = model.P[:first]
-    return ((P @ model.W_K1 @ P.mT).argmax(1)[1:] == torch.arange(len(P) - 1, device=P.device)).float().mean().item()
-
-@torch.no_grad()
-def probes(model, task):
-    """What a SimpleTransformer's matrices hold, four numbers (Sec. 5).
-
-    wk1: share of positions t with argmax_s p_t . W_K1 p_s = t - 1.
-    wk2: share of trigger characters q (any character where triggers are random) whose key is their own,
-         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q.
-    wo2: share of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
-    wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters that are not fixed triggers; a model
-         without W_F counts as W_F = 0.
-    """
-    E, everyone = model.W_E, torch.arange(task.vocab_size, device=model.W_E.device)
-    key = (E @ model.W_K2 @ (E @ (model.W_O1 @ model.W_V1).mT).mT).argmax(1) == everyone
-    out = (E @ (model.W_U @ model.W_O2 @ model.W_V2).mT).argmax(1) == everyone
-    W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
-    log_p = (E @ (model.W_U @ W_F).mT).log_softmax(-1)
-    kl = (torch.special.xlogy(task.bigram, task.bigram) - task.bigram * log_p).sum(1)                    # (V,)
-    fixed = torch.zeros_like(key).index_fill(0, task.fixed, task.triggers == "fixed")
-    return dict(wk1=recall_wk1(model), wk2=(key[fixed] if fixed.any() else key).float().mean().item(),
-                wo2=out.float().mean().item(), wf=kl[~fixed].mean().item() if not fixed.all() else 0.0)
-
-def chunk_size(task):
-    """Sequences to work on at once: on a CPU few enough that a layer's attention weights, 4 MB, stay in the cache."""
-    return max(1, 2**20 // task.seq_len**2) if torch.device(task.device).type == "cpu" else 2**20
-
-@torch.no_grad()
-def evaluate(model, task, n=256, seed=10_000):
-    """On n fresh sequences, the same at every call: cross-entropies in nats, in-context accuracy, attention.
-
-    Global: tokens that follow no trigger. In context: a trigger's second and later occurrences. attn_prev: share of
-    queries right after a trigger at which layer 1 attends most to the previous position; attn_match: share of queries
-    at a repeated trigger at which the last layer attends most to a position that follows the same character; both of
-    the best head.
-    """
-    batches = []
-    generator = torch.Generator(task.device).manual_seed(seed)
-    for tokens, occurrence in zip(*(x.split(chunk_size(task)) for x in task.sample(n, generator))):
-        z, y = tokens[:, :-1], tokens[:, 1:]
-        logits, attns = model(z, return_attn=True)
-        ce = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-        right = (logits.argmax(-1) == y).float()
-        repeat, after = occurrence >= 2, F.pad(occurrence[:, :-1] > 0, (1, 0))
-        tops = [attn.argmax(-1).transpose(0, 1) for attn in attns]               # (H, B, T): where each head looks
-        previous = tops[0] == torch.arange(-1, z.shape[1] - 1, device=z.device)
-        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(tops[-1])          # each position's predecessor
-        match = before.gather(2, tops[-1]) == z
-        batches.append([ce.flatten(), ce[occurrence == 0], ce[repeat], right[repeat],
-                        previous[:, after].float(), match[:, repeat].float()])
-    loss, loss_global, loss_in_context, accuracy, previous, match = (torch.cat(x, -1).mean(-1) for x in zip(*batches))
-    return dict(loss_all=loss.item(), loss_global=loss_global.item(), loss_in_context=loss_in_context.item(),
-                accuracy=accuracy.item(), attn_prev=previous.max().item(),
-                attn_match=match.max().item() if len(attns) > 1 else None)
-
-def measure(args, model, task):
-    """All that a line of metrics.jsonl holds; `loss` is the one that is trained."""
-    model.eval()
-    metrics = evaluate(model, task)
-    if args.model == "simple":
-        metrics.update(probes(model, task), wk1_64=recall_wk1(model, 64))
-    model.train()
-    loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
-    return dict(loss=loss, accuracy=metrics.pop("accuracy"), **metrics)
-
 # ---- Training (App. E) ----------------------------------------------------------------------------------------------
 def build(args):
     """The task and the model of a run."""
@@ -260,6 +190,10 @@ def build(args):
     else:
         model = FullTransformer(task.vocab_size, args.seq_len, args.n_layer, args.n_head, args.n_embd)
     return task, model.to(args.device)
+
+def chunk_size(task):
+    """Sequences to work on at once: on a CPU few enough that a layer's attention weights, 4 MB, stay in the cache."""
+    return max(1, 2**20 // task.seq_len**2) if torch.device(task.device).type == "cpu" else 2**20
 
 def train(args, run):
     """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
@@ -351,6 +285,72 @@ def three_steps(args, seed):
             W *= logit / stored(name)
         rows.append(dict(step=name, **probes(model, task), **evaluate(model, task, n=4096)))
     return rows
+
+# ---- Measurement: the memories' probes (Sec. 5), and what the model does on fresh sequences -------------------------
+@torch.no_grad()
+def recall_wk1(model, first=None):
+    """Share of positions 1 <= t < first (None: all) at which W_K1 points to t - 1: argmax_s p_t . W_K1 p_s = t - 1."""
+    P = model.P[:first]
+    return ((P @ model.W_K1 @ P.mT).argmax(1)[1:] == torch.arange(len(P) - 1, device=P.device)).float().mean().item()
+
+@torch.no_grad()
+def probes(model, task):
+    """What a SimpleTransformer's matrices hold, four numbers (Sec. 5).
+
+    wk1: share of positions t with argmax_s p_t . W_K1 p_s = t - 1.
+    wk2: share of trigger characters q (any character where triggers are random) whose key is their own,
+         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q.
+    wo2: share of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
+    wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters that are not fixed triggers; a model
+         without W_F counts as W_F = 0.
+    """
+    E, everyone = model.W_E, torch.arange(task.vocab_size, device=model.W_E.device)
+    key = (E @ model.W_K2 @ (E @ (model.W_O1 @ model.W_V1).mT).mT).argmax(1) == everyone
+    out = (E @ (model.W_U @ model.W_O2 @ model.W_V2).mT).argmax(1) == everyone
+    W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
+    log_p = (E @ (model.W_U @ W_F).mT).log_softmax(-1)
+    kl = (torch.special.xlogy(task.bigram, task.bigram) - task.bigram * log_p).sum(1)                    # (V,)
+    fixed = torch.zeros_like(key).index_fill(0, task.fixed, task.triggers == "fixed")
+    return dict(wk1=recall_wk1(model), wk2=(key[fixed] if fixed.any() else key).float().mean().item(),
+                wo2=out.float().mean().item(), wf=kl[~fixed].mean().item() if not fixed.all() else 0.0)
+
+@torch.no_grad()
+def evaluate(model, task, n=256, seed=10_000):
+    """On n fresh sequences, the same at every call: cross-entropies in nats, in-context accuracy, attention.
+
+    Global: tokens that follow no trigger. In context: a trigger's second and later occurrences. attn_prev: share of
+    queries right after a trigger at which layer 1 attends most to the previous position; attn_match: share of queries
+    at a repeated trigger at which the last layer attends most to a position that follows the same character; both of
+    the best head.
+    """
+    batches = []
+    generator = torch.Generator(task.device).manual_seed(seed)
+    for tokens, occurrence in zip(*(x.split(chunk_size(task)) for x in task.sample(n, generator))):
+        z, y = tokens[:, :-1], tokens[:, 1:]
+        logits, attns = model(z, return_attn=True)
+        ce = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+        right = (logits.argmax(-1) == y).float()
+        repeat, after = occurrence >= 2, F.pad(occurrence[:, :-1] > 0, (1, 0))
+        tops = [attn.argmax(-1).transpose(0, 1) for attn in attns]               # (H, B, T): where each head looks
+        previous = tops[0] == torch.arange(-1, z.shape[1] - 1, device=z.device)
+        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(tops[-1])          # each position's predecessor
+        match = before.gather(2, tops[-1]) == z
+        batches.append([ce.flatten(), ce[occurrence == 0], ce[repeat], right[repeat],
+                        previous[:, after].float(), match[:, repeat].float()])
+    loss, loss_global, loss_in_context, accuracy, previous, match = (torch.cat(x, -1).mean(-1) for x in zip(*batches))
+    return dict(loss_all=loss.item(), loss_global=loss_global.item(), loss_in_context=loss_in_context.item(),
+                accuracy=accuracy.item(), attn_prev=previous.max().item(),
+                attn_match=match.max().item() if len(attns) > 1 else None)
+
+def measure(args, model, task):
+    """All that a line of metrics.jsonl holds; `loss` is the one that is trained."""
+    model.eval()
+    metrics = evaluate(model, task)
+    if args.model == "simple":
+        metrics.update(probes(model, task), wk1_64=recall_wk1(model, 64))
+    model.train()
+    loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
+    return dict(loss=loss, accuracy=metrics.pop("accuracy"), **metrics)
 
 # ---- The command, its tables and its figure -------------------------------------------------------------------------
 # A dict holds what differs between the models. The full model's learning rate and initialisation are our choice.
@@ -450,9 +450,8 @@ def print_summary(runs, results):
 
 def plot(runs, path):
     """Fig. 3: a column a run, with its accuracy and its probes against the step, and both layers' attention below."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     figure, axes = plt.subplots(4, len(runs), figsize=(4.2 * len(runs), 14), squeeze=False)
     for run, (top, middle, *maps) in zip(runs, axes.T):
         metrics = run.read("metrics.jsonl")

@@ -12,7 +12,7 @@ accuracy on unseen sentences is 1 wherever the training data decide the answer.
 
     python ntp_convergence.py                                       the paper's run, Fig. 2 as rows of numbers
     python ntp_convergence.py --plot                                Fig. 2 as six panels
-    python ntp_convergence.py --seed 0 1 2 3 4 5 6 7 8 9            mean and range
+    python ntp_convergence.py --seed 0 1 2 3 4 5 6 7 8 9            median and range
     python ntp_convergence.py --order total partial --embedding orthonormal gaussian
     What the normalisation and the two stages buy:
     python ntp_convergence.py --optimizer ngd gd adam --stages two joint
@@ -31,7 +31,6 @@ import torch.nn.functional as F
 import common
 
 # ---- The data (Sec. 3, Assumption 1): collocations, and a strict partial order for each query -----------------------
-
 def make_orders(vocab_size, kind, rng):
     """A strict order for each query: (V, V, V) bool, [q, a, b] where a >_q b. total: a random permutation for each q;
     partial: each pair of it kept with probability 1/4, and closed transitively."""
@@ -129,7 +128,6 @@ def read_dataset(path):
     return longer[:, :-1], longer[:, -1], collocation, check_realizable(longer[:, :-1], longer[:, -1], collocation)
 
 # ---- The model (Sec. 3) ---------------------------------------------------------------------------------------------
-
 class OneLayer(nn.Module):
     """logits(X) = W_OV X softmax(X^T W_KQ x_q): W_OV (V, d) and W_KQ (d, d) from zero, float64; x_q is X's last token."""
 
@@ -173,7 +171,6 @@ def gradients(model, sentences, next_tokens, weights):
     return weights @ losses, residual.mT @ mixture @ model.E.mT, model.E @ by_pair @ model.E.mT
 
 # ---- Max-margin solutions (Sec. 4) ----------------------------------------------------------------------------------
-
 def max_margin(A, tolerance=1e-12):
     """argmin |w| subject to A w >= 1, for A (m, n): w (n,) and the multipliers l (m,), w = A^T l, l >= 0.
 
@@ -223,7 +220,6 @@ def max_margin_kq(embedding, sentences, optimal):
     return max_margin(kq_constraints(embedding, sentences, optimal))[0].reshape(len(embedding), -1)
 
 # ---- Training (Algorithm 1) -----------------------------------------------------------------------------------------
-
 def build(args):
     """A run's dataset, its true orders (None for a file), its model, and weights of the collocation pairs (V,)."""
     rng = np.random.default_rng(args.seed + 10_000)
@@ -285,7 +281,6 @@ def train(args, run):
     return dict(**last, **rates(run.metrics), **generalisation(args, model, dataset, orders), steps_to_1e_3=first)
 
 # ---- Measurement ----------------------------------------------------------------------------------------------------
-
 def solutions(model, dataset):
     """Both max-margin solutions for a run's dataset, on the model's device: W_OV* (V, d), W_KQ* (d, d)."""
     E, (sentences, _, collocation, optimal) = model.E.cpu(), dataset
@@ -356,7 +351,6 @@ def generalisation(args, model, dataset, orders, n=20_000):
                 accuracy_undecided=float(right[known].mean()) if known.any() else None)
 
 # ---- The command, its tables and its figure -------------------------------------------------------------------------
-
 RUN = dict(optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"], weights=["random"],
            vocab_size=20, n_sentences=200, seq_len=5, steps_ov=2_000, steps=20_000, eval_every=None,
            lr_ov=dict(ngd=0.2, gd=40.0, adam=0.05), lr=dict(ngd=0.05, gd=40.0, adam=0.05))
@@ -437,9 +431,8 @@ def print_summary(runs, results):
 
 def plot(run, path):
     """Fig. 2: loss, alignment and norm of both stages."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     metrics = run.read("metrics.jsonl")
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5))
     for row, stage, loss, name in zip(axes, (1, 2), ("loss_ov", "excess"), ("ov", "kq")):
