@@ -8,7 +8,7 @@ the second for an error that stays flat from b loops on.
 
     python looped_icl.py                                                 three dimensions, in minutes
     python looped_icl.py --model looped standard                         beside 12 layers of the same width
-    python looped_icl.py --inject add multiply none                      what injecting the prompt is for
+    python looped_icl.py --inject none --lr 1e-3                         without it: the answer is lost past b loops
 
     Fig. 3, error by examples, and Fig. 2, by loops, of each task, with the paper's b and T (--loops, --window):
     python looped_icl.py --preset paper --task linear --model looped standard tied --plot              b = 20, T = 15

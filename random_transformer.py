@@ -224,7 +224,6 @@ def read_words(path, vocab_size):
     return np.fromiter((index.get(word, 0) for word in words()), np.int32), vocabulary
 
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-train.txt"
-
 def tinystories(url=TINYSTORIES):
     """The path of TinyStories' training text, downloaded to the cache folder on first use. A download that broke off is
     taken up where it did; the whole has the size and the SHA-256 of the repository's Git LFS pointer, or OSError."""
@@ -449,7 +448,8 @@ by_task = lambda *values: dict(zip(TASKS, values))       # of modadd, needle, ad
 PRESETS = {
     "quick": dict(task=["parens"], model=["transformer"], train=["embeddings", "full"], n_embd=[128, 16], target_width=[16],
                   size=by_task(59, 4, 3, 10, 64, 0, 1_000), steps=by_task(600, 3_000, 2_000, 1_000, 2_000, 500, 200),
-                  batch_size=by_task(1_500, 128, 128, 128, 512, 64, 4), lr=5e-3, weight_decay=1e-3, warmup=100, eval_every=100),
+                  batch_size=by_task(1_500, 128, 128, 128, 512, 64, 4), lr=by_task(5e-3, 1e-3, *[5e-3] * 5), weight_decay=1e-3,
+                  warmup=100, eval_every=100),
     "paper": dict(task=["modadd", "needle", "addition", "parens"], model=["transformer"], train=["embeddings", "full"],
                   n_embd=[1024, 16], target_width=[32], size=by_task(199, 30, 10, 30, 512, 0, 10_000),
                   steps=by_task(47_000, 10_000, 10_000, 10_000, 168_000, 10_000, 230_000),
