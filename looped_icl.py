@@ -380,12 +380,12 @@ def probe(model, args, loops, n=2_000, ridge=1.0):
         ys = xs.sum(2) if name else ys
         X, y = xs[:, :-1].double(), ys[:, :-1, None].double()
         targets = {"X^T y": (X.mT @ y)[..., 0] / X.shape[1], "least squares w": (torch.linalg.pinv(X) @ y)[..., 0]}
-        states = [model(a, b, loops, 1, return_states=True)[1] for a, b in zip(xs.split(250), ys.split(250))]
+        parts = [[torch.cat([state[:, -1], state.mean(1)], 1) for state in model(a, b, loops, 1, return_states=True)[1]]
+                 for a, b in zip(xs.split(250), ys.split(250))]                  # (250, 2C) for each loop
         for target, t in targets.items():
             found[target + name] = []
-            for layer in zip(*states):
-                h = torch.cat([torch.cat([state[:, -1], state.mean(1)], 1) for state in layer]).double()
-                h = F.pad(h, (0, 1), value=1.0)                                  # (N, 2C + 1)
+            for layer in zip(*parts):
+                h = F.pad(torch.cat(layer).double(), (0, 1), value=1.0)          # (N, 2C + 1)
                 fit, test = h[:n // 2], h[n // 2:]
                 W = torch.linalg.solve(fit.mT @ fit + ridge * torch.eye(h.shape[1], device=h.device), fit.mT @ t[:n // 2])
                 found[target + name].append(((test @ W - t[n // 2:]).square().sum() / t[n // 2:].square().sum()).item())
