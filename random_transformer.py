@@ -200,8 +200,8 @@ class LM(Task):
     metric, block_size, n_answers, sizes = "loss", 512, 512, range(2, 10**6)
     def __init__(self, vocab_size=10_000, text=None, device="cpu"):
         super().__init__(vocab_size, device)
-        self.vocab_size = vocab_size
         ids, self.words = read_words(text, vocab_size)
+        self.vocab_size = len(self.words)                                        # a small text may have fewer words
         self.train_ids, self.test_ids = torch.from_numpy(ids).to(device).tensor_split([len(ids) * 95 // 100])
         if len(self.test_ids) <= self.block_size:
             raise ValueError(f"lm: {len(ids):,} words of text are too few, {20 * (self.block_size + 1):,} would do")

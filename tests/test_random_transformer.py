@@ -217,6 +217,7 @@ def test_lm_reads_words_and_keeps_the_end_for_the_test(tmp_path):
         assert " ".join(task.words[i] for i in row) in whole
     assert set(task.test()[0].unique().tolist()) <= {task.words.index("the"), task.words.index("cat"), 0}
     assert int((task.train_ids == 0).sum() + (task.test_ids == 0).sum()) == 1    # "once" is the sixth word
+    assert TASKS["lm"](50, text=str(path)).vocab_size == 7                       # no more ids than words, and the unknown
     path.write_text("too few words")
     random_transformer.read_words.cache_clear()
     with pytest.raises(ValueError, match="too few"):
