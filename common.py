@@ -106,7 +106,7 @@ def positive_int(text):
 
 def parse_args(parser, presets, argv=None):
     """Adds the flags that every script has, puts the preset beneath the explicit flags, and picks the device."""
-    add = parser.add_argument_group("the run").add_argument
+    parser.usage, add = argparse.SUPPRESS, parser.add_argument_group("the run").add_argument     # errors of one line
     add("--preset", choices=list(presets), default="quick", help="quick: minutes on a CPU; paper: its own setting")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")

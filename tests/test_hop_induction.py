@@ -301,7 +301,8 @@ def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, fla
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(SystemExit) as stop:
         hop_induction.parse_args([*flags, "--out-dir", str(tmp_path / "out")])
-    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and error in line
     assert not (tmp_path / "out").exists()
 
 

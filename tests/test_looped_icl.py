@@ -312,7 +312,7 @@ def test_bad_tables_are_refused_with_file_place_and_reason(tmp_path, capsys, edi
     write_table(tmp_path / "poor.csv", edit=edit)
     with pytest.raises(SystemExit) as stop:
         looped_icl.parse_args([*TINY, "--task", "openml", "--n-dims", "20", "--data-dir", str(tmp_path)])
-    line = capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error in line and "poor.csv" in line
 
 
@@ -355,7 +355,8 @@ def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch,
     serve(monkeypatch, arff, target)
     with pytest.raises(SystemExit) as stop:
         looped_icl.parse_args(["--device", "cpu", "--task", "openml", "--fetch", "7", "--data-dir", str(tmp_path / "tables")])
-    assert stop.value.code == 2 and "OpenML 7: not a dense table" in capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "OpenML 7: not a dense table" in line
     assert not (tmp_path / "tables").exists()
 
 
@@ -450,7 +451,8 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, monkeyp
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
     with pytest.raises(SystemExit) as stop:
         looped_icl.parse_args([*TINY, "--out-dir", str(tmp_path / "out"), *flags])
-    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and error in line
     assert not (tmp_path / "out").exists()
 
 

@@ -264,7 +264,8 @@ def test_sentences_from_a_file_are_trained(tmp_path, monkeypatch, capsys):
 def test_bad_files_are_refused(tmp_path, capsys, lines, error):
     with pytest.raises(SystemExit) as stop:
         ntp.parse_args(write(tmp_path / "data", *lines))
-    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and error in line
 
 
 @pytest.mark.parametrize("flags, error", [
@@ -278,7 +279,8 @@ def test_bad_files_are_refused(tmp_path, capsys, lines, error):
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
     with pytest.raises(SystemExit) as stop:
         ntp.parse_args([*flags, "--out-dir", str(tmp_path / "out")])
-    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and error in line
     assert not (tmp_path / "out").exists()
 
 

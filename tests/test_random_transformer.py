@@ -492,7 +492,8 @@ def test_parameters_are_counted_without_training(tmp_path, monkeypatch, capsys):
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
     with pytest.raises(SystemExit) as stop:
         random_transformer.parse_args([*TINY, "--out-dir", str(tmp_path / "out"), *flags])
-    assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and error in line
     assert not (tmp_path / "out").exists()
 
 
@@ -503,7 +504,7 @@ def test_without_a_network_lm_names_text(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(SystemExit) as stop:
         random_transformer.parse_args(["--device", "cpu", "--task", "lm"])
-    line = capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "no route to host" in line and "--text" in line
 
 
