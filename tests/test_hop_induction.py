@@ -43,8 +43,21 @@ def test_find_agrees_with_a_string_search(n_chars):
             text = "".join("abcdefg"[c] for c in row)
             assert found == [-1 if (p := plain_find(text, i, k)) is None else p for i in range(30)]
     hops = torch.randint(17, (250,), generator=generator())
-    together = find(chars, hops)
-    assert all(torch.equal(together[b], find(chars[b:b + 1], int(hops[b]))[0]) for b in range(250))
+    for together in (find(chars, hops), find(chars, hops, 16)):
+        assert all(torch.equal(together[b], find(chars[b:b + 1], int(hops[b]))[0]) for b in range(250))
+
+
+@pytest.mark.parametrize("k", [1, 5, 6, 7, 8, 16, 40])
+def test_more_hops_than_characters(k):
+    chars = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 0, 1, 0, 1]])               # equal neighbours: a hop may stay
+    expected = []
+    for row in chars.tolist():
+        text = "".join(map(str, row))
+        found = [plain_find(text, i, k) for i in range(6)]
+        expected.append([-1 if p is None else p for p in found])
+    assert find(chars, k).tolist() == expected
+    assert find(chars, torch.tensor([k, k])).tolist() == expected
+    assert find(chars, torch.tensor([k, k]), max_hops=64).tolist() == expected
 
 
 def test_samples_are_the_papers_sequences():
@@ -69,6 +82,12 @@ def test_the_number_of_hops_can_be_given():
     assert task.sample(3, generator(), hops=torch.tensor([3, 0, 1]))[0][:, 0].tolist() == [3, 0, 1]
     tokens, targets = task.sample(5, generator(), hops=0)
     assert torch.equal(tokens[:, 1:], targets[:, 1:])
+
+
+@pytest.mark.parametrize("hops", [4, -1, torch.tensor([0, 1, 4])])
+def test_hops_without_a_token_are_refused(hops):
+    with pytest.raises(ValueError, match="0 to 3"):
+        HopTask(seq_len=20, max_hops=3).sample(3, generator(), hops=hops)
 
 
 @pytest.mark.parametrize("bad", [dict(seq_len=3), dict(n_chars=1), dict(max_hops=0)])
@@ -162,6 +181,15 @@ def test_head_alignment_against_plain_loops():
                 assert ours[layer][head, j - 1].item() == pytest.approx(np.mean(products), abs=1e-5)
 
 
+def test_no_measurement_needs_float64(no_float64_on_device, tmp_path, monkeypatch):
+    run = one_run(tmp_path, "--steps", "10")
+    results = hop_induction.train(run.args, run)
+    assert len(results["errors"]) == 3 and len(results["alignment"]) == 2
+    call_main(monkeypatch, hop_induction, "--construct", "--max-hops", "2", "--n-eval", "2", "--device", "cpu")
+    call_main(monkeypatch, hop_induction, "--mpc", "--max-hops", "1", "--device", "cpu")
+    call_main(monkeypatch, hop_induction, *command(tmp_path, "--arch", "lstm", "--steps", "10")[2:])
+
+
 # ---- Theorem 4.2 ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("max_hops", range(1, 17))
@@ -196,10 +224,11 @@ def test_the_construction_makes_no_error_on_a_thousand_sequences():
 
 def test_the_machines_agree_with_find_in_two_rounds_a_doubling():
     rng, rounds = random.Random(0), {}
-    for trial in range(60):
-        N, q, k = rng.randint(5, 70), rng.randint(2, 9), rng.choice([0, 1, 2, 3, 4, 7, 8, 16])
+    hops = [0, 1, 2, 3, 4, 7, 8, 16]
+    for trial in range(40):
+        N, q, k = rng.randint(300, 500), rng.randint(14, 60), hops[trial % 8]    # with q = 60 some machines stay empty
         X = [rng.randrange(4) for _ in range(N)]
-        hop, cluster = hop_induction.mpc_hops(X, k, q, 1_000)
+        hop, cluster = hop_induction.mpc_hops(X, k, q, N - 1)
         text = "".join("abcd"[c] for c in X)
         assert hop == [-1 if (p := plain_find(text, i, k)) is None else X[p] for i in range(N)]
         rounds[k] = cluster.rounds
@@ -216,19 +245,37 @@ def test_one_word_too_many_is_caught():
     cluster.words[1]["x"] = [0, 0, 0]
     with pytest.raises(RuntimeError, match="machine 1 holds 5 words"):
         cluster.exchange([(0, 1, (1, 2))])
-    X = HopTask().sample(1, generator())[0][0, 1:].sub(17).tolist()
-    most = hop_induction.mpc_hops(X, 16, 16, 1_000)[1]
+    X = HopTask(302).sample(1, generator())[0][0, 1:].sub(17).tolist()
+    most = hop_induction.mpc_hops(X, 16, 16, 299)[1]
     enough = max(most.memory, most.load)
     hop_induction.mpc_hops(X, 16, 16, enough)
     with pytest.raises(RuntimeError, match=f"{enough - 1} at most"):
         hop_induction.mpc_hops(X, 16, 16, enough - 1)
 
 
+def test_no_machine_may_hold_the_whole_input(capsys, monkeypatch):
+    X = HopTask(102).sample(1, generator())[0][0, 1:].sub(17).tolist()
+    for words in (100, 1_000):
+        with pytest.raises(ValueError, match="whole input of 100"):
+            hop_induction.mpc_hops(X, 2, 8, words)
+    call_main(monkeypatch, hop_induction, "--mpc", "--device", "cpu")
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert title == "hop_k of 1000 characters by 32 machines of 320 words"
+    for row, k in zip(rows, (1, 2, 4, 8, 16), strict=True):
+        hops, rounds, machines, words, memory, load, depth, agrees = row.split()
+        assert int(hops) == k and int(rounds) == 6 + 2 * k.bit_length() and agrees == "yes"
+        assert int(load) <= 320 and 3 * 1000 / 32 < int(memory) <= 320           # at least a character, two pointers
+
+
 # ---- Training and the command -----------------------------------------------------------------------------------------
 
+def runs_of(*flags):
+    args = hop_induction.parse_args(list(flags))
+    return common.sweep(args, hop_induction.PRESETS, hop_induction.SWEEP)
+
+
 def one_run(tmp_path, *flags):
-    args = hop_induction.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
-    run, = common.sweep(args, hop_induction.PRESETS, hop_induction.SWEEP)
+    run, = runs_of(*TINY, "--out-dir", str(tmp_path), *flags)
     common.seed_everything(0)
     return run
 
@@ -249,7 +296,25 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, monkeypatch):
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"])), step(self))[1])
     hop_induction.train(run.args, run)
-    assert rates[0] == pytest.approx(2e-4) and rates[9] == pytest.approx(2e-3 * 31 / 40) and rates[-1] == pytest.approx(2e-3 / 40)
+    warmup, peak = 10, 2e-3
+    expected = [peak * t / warmup for t in range(10)] + [peak * (40 - t) / (40 - warmup) for t in range(10, 40)]
+    assert rates == pytest.approx(expected, rel=1e-5) and rates[10] == pytest.approx(peak)
+
+
+def test_the_paper_trains_with_dropout(tmp_path, monkeypatch):
+    shares = []
+    dropout = torch.nn.functional.dropout
+
+    def watched(x, p=0.5, training=True, inplace=False):
+        if training:
+            shares.append(p)
+        return dropout(x, p, training, inplace)
+    monkeypatch.setattr(torch.nn.functional, "dropout", watched)
+    for preset, arch, p in ("paper", "transformer", 0.1), ("paper", "lstm", 0.1), ("quick", "lstm", 0.0):
+        run = one_run(tmp_path / arch, "--preset", preset, "--arch", arch, "--steps", "3")
+        shares.clear()
+        hop_induction.train(run.args, run)
+        assert set(shares) == {p}
 
 
 @pytest.mark.parametrize("arch", ["transformer", "lstm"])
@@ -261,6 +326,55 @@ def test_training_moves_every_parameter_and_lowers_the_loss(tmp_path, arch):
     after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] and len(results["errors"]) == 3
+
+
+def docstring_commands():
+    """The arguments of each command in the docstring, where two blanks end a command."""
+    commands = [line.strip().split("  ")[0].split() for line in hop_induction.__doc__.splitlines()]
+    return [words[2:] for words in commands if words[:2] == ["python", "hop_induction.py"]]
+
+
+def printed(capsys, flags):
+    """The table of errors that a command prints, its models making no error: for each run, the rows that follow it."""
+    runs = runs_of(*flags, "--device", "cpu", "--out-dir", "/nonexistent")
+    n_hops = runs[0].args.max_hops + 1
+    hop_induction.print_errors(runs, [dict(errors=[0.0] * n_hops, se=[0.0] * n_hops, n_params=1) for _ in runs])
+    table = capsys.readouterr().out.split("solved\n")[1].splitlines()
+    rows = []
+    for line in table:
+        if "paper" not in line:
+            rows.append([])
+        else:
+            label = line[:line.index("dropout o") + 11].split()[-1]
+            rows[-1].append((label, line.split()[-8:]))
+    return list(zip([run.args for run in runs], map(dict, rows), strict=True))
+
+
+def test_the_papers_commands_print_what_the_paper_has(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)           # matplotlib
+    last = {(2, 4, 0): "0.737", (3, 4, 0): "0.706", (4, 4, 0): "0.612", (5, 4, 0): "0.414", (6, 4, 0): "0.062",
+            (4, 8, 0): "0.334", (5, 8, 0): "0.027", (6, 8, 0): "0.002", (4, 4, 1000): "0.772", (4, 4, 3000): "0.632"}
+    without = {(2, 4, 0): "0.737", (3, 4, 0): "0.695", (4, 4, 0): "0.542", (5, 4, 0): "0.281",
+               (4, 4, 1000): "0.774", (4, 4, 3000): "0.592"}
+    seen = set()
+    for flags in docstring_commands():
+        if "paper" in flags:
+            for args, rows in printed(capsys, flags):
+                key = args.n_layer, args.n_head, args.n_train
+                seen.add(key)
+                assert args.n_embd == (256 if args.n_head == 8 else 128) and args.dropout == 0.1
+                assert rows.pop("on")[-1] == last[key]
+                assert {state: row[-1] for state, row in rows.items()} == ({"off": without[key]} if key in without else {})
+    assert seen == set(last)
+
+
+@pytest.mark.parametrize("other", ["--n-head 8", "--dropout 0", "--steps 1000", "--lr 1e-3", "--seq-len 90",
+                                   "--n-chars 5", "--batch-size 64", "--arch lstm", "--n-train 20", "--n-embd 256"])
+def test_the_papers_numbers_stand_beside_the_papers_setting_alone(capsys, other):
+    (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4"])
+    assert set(rows) == {"on", "off"}
+    (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4", *other.split()])
+    assert rows == {}
 
 
 def command(tmp_path, *flags):
@@ -284,7 +398,7 @@ def test_construct_and_mpc_print_their_tables(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("yes") == 5 and "NO" not in out
     with pytest.raises(SystemExit):
-        call_main(monkeypatch, hop_induction, "--mpc", "--words", "60", "--device", "cpu")
+        call_main(monkeypatch, hop_induction, "--mpc", "--words", "200", "--device", "cpu")
     assert "--words" in capsys.readouterr().err
 
 
@@ -294,6 +408,8 @@ def test_construct_and_mpc_print_their_tables(tmp_path, capsys, monkeypatch):
     (["--n-train", "-1"], "--n-train"),
     (["--seq-len", "3"], "seq_len 3"),
     (["--construct", "--plot"], "--plot"),
+    (["--mpc", "--words", "1000"], "whole input"),
+    (["--mpc", "--seq-len", "300"], "whole input"),
     (["--max-hops", "0"], "positive integer"),
     (["--device", "cuda:99"], "--device"),
 ])
