@@ -1,25 +1,59 @@
-"""What the five scripts share: GPT-2's blocks, seeding, devices, the command line, and the folder of a run."""
-import argparse, ctypes, datetime, importlib.util, io, itertools, json, math, os, platform, signal, statistics, sys, time
+"""
+What the five scripts share: GPT-2's blocks, seeds, devices, the command line, the folder of a run.
+
+To lift: each part under its ruler needs nothing of the others; GPT-2's blocks need torch alone.
+"""
+import argparse
+import datetime
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
-import torch, torch.nn as nn, torch.nn.functional as F
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
-# ---- GPT-2's blocks (Radford et al. 2019), under GPT-2's parameter names --------------------------------------------
+try:
+    import fcntl
+except ImportError:                                          # Windows: no lock on a run's folder
+    fcntl = None
+
+# ---- GPT-2's blocks (Radford et al. 2019), under GPT-2's parameter names ------------------------
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention. ValueError where n_head does not divide n_embd."""
+
     def __init__(self, n_embd, n_head, dropout=0.0):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
-        self.n_head, self.dropout = n_head, dropout
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd)                              # queries, keys and values in one
+        self.n_head = n_head
+        self.dropout = dropout
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd)          # queries, keys, values in one product
         self.c_proj = nn.Linear(n_embd, n_embd)
+
     def forward(self, x, return_attn=False):
-        """x (B, T, C) -> y (B, T, C), or with return_attn the pair y, attention weights (B, H, T, T)."""
+        """x (B, T, C) -> y (B, T, C), with return_attn also the attention weights (B, H, T, T)."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (B, H, T, C/H) each
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=True)
-        y = F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, H, T, C/H) each
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = F.dropout(y, self.dropout, self.training)
         if not return_attn:
             return y
         future = torch.full((T, T), -math.inf, device=x.device).triu(1)
@@ -27,224 +61,526 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Two linear maps around a GELU (tanh approximation, as in GPT-2), hidden width 4 n_embd."""
+
     def __init__(self, n_embd, dropout=0.0):
         super().__init__()
         self.c_fc = nn.Linear(n_embd, 4 * n_embd)
         self.c_proj = nn.Linear(4 * n_embd, n_embd)
         self.dropout = nn.Dropout(dropout)
+
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 class Block(nn.Module):
     """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
     def __init__(self, n_embd, n_head, dropout=0.0):
         super().__init__()
         self.ln_1 = nn.LayerNorm(n_embd)
         self.attn = CausalSelfAttention(n_embd, n_head, dropout)
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = MLP(n_embd, dropout)
+
     def forward(self, x, return_attn=False):
-        """x (B, T, C) -> x (B, T, C), or with return_attn the pair x, attention weights (B, H, T, T)."""
-        y, attn = self.attn(self.ln_1(x), return_attn=True) if return_attn else (self.attn(self.ln_1(x)), None)
+        """x (B, T, C) -> x (B, T, C), with return_attn also the attention weights (B, H, T, T)."""
+        y = self.attn(self.ln_1(x), return_attn)
+        y, attn = y if return_attn else (y, None)
         x = x + y
         x = x + self.mlp(self.ln_2(x))
         return (x, attn) if return_attn else x
 
 @torch.no_grad()
 def gpt2_init_(module, n_layer):
-    """GPT-2's initialisation, in place: N(0, 0.02), output projections N(0, 0.02 / sqrt(2 n_layer)), biases zero."""
+    """GPT-2's initialisation, in place: N(0, 0.02), c_proj 0.02 / sqrt(2 n_layer), biases zero."""
     for name, m in module.named_modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
-            m.weight.normal_(std=0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj") else 0.02)
+            residual = name.endswith("c_proj")               # writes to the residual stream
+            m.weight.normal_(std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02)
         if isinstance(m, nn.Linear) and m.bias is not None:
             m.bias.zero_()
 
-# ---- Seeds, devices, compilation ------------------------------------------------------------------------------------
+# ---- Seeds, devices, compilation ----------------------------------------------------------------
+
 def seed_everything(seed):
-    """Seeds torch's global generators: initial weights and dropout. Data is drawn from generators of its own."""
+    """Seeds torch's global generators: initial weights and dropout. Data has its own generators."""
     torch.manual_seed(seed)
 
-def pick_device(name):
-    """auto, cpu, cuda, cuda:N or mps -> torch.device; under torchrun, cuda is this process's GPU. ValueError."""
-    counts = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
-    kind, colon, index = (next(kind for kind in counts if counts[kind]) if name == "auto" else name).partition(":")
-    if colon and not index.isdecimal() or int(index or 0) >= counts.get(kind, 0):
-        raise ValueError(f"{name}: there is none here, but " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
-    if kind == "cuda":
-        torch.set_float32_matmul_precision("high")                               # TF32
-        return torch.device("cuda", int(index or int(os.environ.get("LOCAL_RANK", 0)) % counts["cuda"]))
-    if platform.libc_ver()[0] == "glibc":         # keep freed memory: fresh pages cost a CPU step a tenth of its time
-        list(map(ctypes.CDLL(None).mallopt, (-1, -2, -3), (2**31 - 1, 2**28, 2**25)))   # trim, top pad, mmap threshold
-    return torch.device(kind)
+def pick_device(name, kinds=("cuda", "mps", "cpu")):
+    """auto (the first of `kinds` that is here), cpu, cuda, cuda:N or mps -> torch.device.
+
+    Under torchrun, cuda is this process's own GPU. ValueError where there is no such device.
+    """
+    mps = int(torch.backends.mps.is_available())
+    counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
+    counts = {kind: counts[kind] for kind in kinds}
+    if name == "auto":
+        name = next(kind for kind in kinds if counts[kind])
+    kind, colon, index = name.partition(":")
+    if (colon and not index.isdecimal()) or int(index or 0) >= counts.get(kind, 0):
+        raise ValueError(f"{name} is not among what there is for this: {counts}")
+    if kind != "cuda":
+        return torch.device(kind)
+    torch.set_float32_matmul_precision("high")               # TF32
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", int(index) if index else rank % counts["cuda"])
 
 def compile_step(step, model, *generators):
-    """--compile: torch.compile for the model and, on CUDA, all of step() as one CUDA graph: launches cost most there.
-    step() has no arguments, returns the loss, works on tensors that stay in place (a changing learning rate, too) and
-    draws from `generators`. Its first three calls run eagerly, as a capture needs them to; they train as well."""
+    """--compile: torch.compile for the model and, on CUDA, all of step() as one CUDA graph.
+
+    Small models are bound by the launching of kernels; a graph launches a whole step at once.
+    step() has no arguments, returns the loss, works on tensors that stay in place (the learning
+    rate, too) and draws from `generators`. Its first three calls run eagerly, as a capture needs
+    them to; they train as well.
+    """
+    model.compile()
+    if not next(model.parameters()).is_cuda:
+        return step
+
     def calls():
         torch.cuda.synchronize()
-        torch.cuda.set_stream(torch.cuda.Stream())                               # the default one cannot be captured
+        torch.cuda.set_stream(torch.cuda.Stream())           # the default one cannot be captured
         for _ in range(3):
             yield step()
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):                                            # records, does not run
+        with torch.cuda.graph(graph):                        # records, does not run
             loss = step()
         while True:
             graph.replay()
             yield loss
-    model.compile()
-    return calls().__next__ if next(model.parameters()).is_cuda else step
+    return calls().__next__
 
-# ---- The command line -----------------------------------------------------------------------------------------------
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+# ---- The command line ---------------------------------------------------------------------------
 
-def parse_args(parser, presets, argv=None):
-    """Adds the flags that every script has, puts the preset beneath the explicit flags, and picks the device."""
-    parser.usage, add = argparse.SUPPRESS, parser.add_argument_group("the run").add_argument     # errors of one line
-    add("--preset", choices=list(presets), default="quick", help="quick: minutes on a CPU; paper: its own setting")
+def number(cast, low, high):
+    """argparse type: a number, int or float by `cast`, from low to high."""
+    def parse(text):
+        value = cast(text)                                   # ValueError: argparse says "invalid"
+        if not low <= value <= high:                         # nan is not, either
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+        return value
+    parse.__name__ = cast.__name__                           # argparse: "invalid int value: 'x'"
+    return parse
+
+positive_int = number(int, 1, 10**9)
+positive_float = number(float, 1e-9, 1000)                   # a learning rate
+non_negative = number(float, 0, 1000)                        # a weight decay
+seed_int = number(int, 0, 2**62)
+
+def data_path(text):
+    """argparse type: a file or folder of data. A run records a hash of what it holds."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is no {text!r}")
+    return Path(text)
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help shows the docstring as it stands, and defaults as they would be typed."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        values = action.default if isinstance(action.default, list) else [action.default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
+
+def make_parser(main):
+    """A parser whose help is the docstring of main's module; that file names the runs' folder."""
+    parser = argparse.ArgumentParser(
+        description=main.__globals__["__doc__"],
+        formatter_class=Help,
+        allow_abbrev=False,
+        usage=argparse.SUPPRESS,                             # errors are one line
+    )
+    parser.set_defaults(script=Path(main.__code__.co_filename))
+    return parser
+
+def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "cpu")):
+    """Adds the flags that every script has, but those in `without`; flags beat the preset.
+
+    Adds .script, the script's path, .given, the names of the flags on the command line, and .usual,
+    what all flags are where none is given.
+    """
+    def add(flag, **settings):
+        if flag not in without:
+            parser.add_argument(flag, **settings)
+    names = list(presets)
+    add("--preset", choices=names, default="quick", help="minutes, an hour, the paper's setting")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
-    add("--compile", action="store_true", help="torch.compile, and on CUDA the whole step in one CUDA graph")
-    add("--eval-every", type=positive_int, default=100, help="steps between evaluations, each followed by a checkpoint")
-    add("--out-dir", default="out", help="a run's folder is OUT_DIR/<script>/<what the sweep varies>")
+    add("--compile", action="store_true", help="torch.compile; on CUDA one graph a step")
+    add("--eval-every", type=positive_int, default=100, help="steps between two evaluations")
+    add("--out-dir", default="out", help="OUT_DIR/<script>/<preset>,<what differs>,seed=N/")
     add("--overwrite", action="store_true", help="start anew and replace what those folders hold")
     add("--plot", action="store_true", help="draw the figure, too (needs matplotlib)")
-    parser.set_defaults(**presets["quick"])
-    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    first.add_argument("--preset", choices=names, default="quick")
+    preset = first.parse_known_args(argv)[0].preset
+    parser.set_defaults(**presets[preset])
     args = parser.parse_args(argv)
+    args.usual = vars(parser.parse_args(["--preset", preset]))
+    words = {word.partition("=")[0] for word in argv}
+    args.given = [action.dest for action in parser._actions if words & set(action.option_strings)]
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
-        args.device = str(pick_device(args.device))
+        args.device = str(pick_device(args.device, devices))
     except ValueError as error:
         parser.error(f"--device {error}")
     return args
 
-def print_table(header, rows):
-    """Prints rows of strings under a header, columns aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    for row in [header, *rows]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+def refuse_others(parser, args, mode, *used):
+    """One line for flags that have no effect on `mode`, a flag that trains nothing."""
+    for flag in args.given:
+        if flag not in (mode, "preset", "device", *used):
+            parser.error(f"--{flag} has no effect on --{mode}: leave it out".replace("_", "-"))
 
-def spread(values, form=".3f"):
-    """Median and range of numbers over seeds as text, "0.95 [0.93, 0.97]"; - stands for None, a number not reached."""
-    values = [math.inf if value is None else value for value in values]
-    three = min(values), statistics.median(values), max(values)
-    low, mid, high = (f"{x:{form}}" if x < math.inf else "-" for x in three)
-    return mid if low == high else f"{mid} [{low}, {high}]"
-
-# ---- A run and its folder -------------------------------------------------------------------------------------------
 def fail(message, code=1):
     """Ends the program with one line."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
+def command(main):
+    """Runs main as a command: an interruption or a closed output ends it with one line."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        fail(*(stop.args or ["interrupted", 130]))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # what Python flushes at its end
+        fail("the output was closed; the same command goes on from what the folders hold")
+
+# ---- Tables and figures -------------------------------------------------------------------------
+
+def print_table(header, rows, keys=1, width=100):
+    """Prints rows of strings under a header, columns aligned to the right.
+
+    A wider table is printed in parts, each of which begins with the first `keys` columns.
+    """
+    columns = []
+    for cells in zip(header, *rows):
+        longest = max(map(len, cells))
+        columns.append(["  " + cell.rjust(longest) for cell in cells])
+    part = columns[:keys]
+    for column in columns[keys:] + [None]:
+        if column is None or sum(len(c[0]) for c in part + [column]) > width + 2:
+            for line in zip(*part):
+                print("".join(line)[2:])
+            part = columns[:keys]
+        part = part + [column]
+
+def spread(values, form=".3f"):
+    """Median and range over seeds, "0.95 [0.93, 0.97]"; - stands for None, a number not reached."""
+    values = [math.inf if value is None else value for value in values]
+    three = statistics.median(values), min(values), max(values)
+    median, low, high = [f"{x:{form}}" if x < math.inf else "-" for x in three]
+    return median if low == high else f"{median} [{low}, {high}]"
+
+def by_setting(runs, results):
+    """Groups runs that differ in their seed alone: pairs of the first's args, all results."""
+    groups = {}
+    for run, result in zip(runs, results):
+        args, group = groups.setdefault(run.name.rpartition(",seed=")[0], (run.args, []))
+        group.append(result)
+    return list(groups.values())
+
+def new_figure(rows=1, columns=1, width=4.5, height=3.5):
+    """A figure and its axes (rows, columns), each width x height inches."""
+    from matplotlib.figure import Figure                     # not pyplot: a notebook may use it
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+def save_figure(figure, runs, name):
+    """Writes a sweep's figure beside its runs, as <name>,<sweep>.png."""
+    path = runs[0].folder.parent / f"{name},{runs[0].sweep}.png"
+    figure.savefig(path, dpi=130)
+    print(f"figure: {path}")
+
+# ---- A run and its folder -----------------------------------------------------------------------
+
+# What training does not depend on, beside what a script names as only measured
+NOT_TRAINED = {"device", "eval_every", "out_dir", "overwrite", "plot", "preset"}
+NOT_TRAINED |= {"given", "script", "usual"}                  # what parse_args adds
+
+class RunError(Exception):
+    """What ends one run with one line, while its sweep goes on."""
+
 class Run:
-    """One run of a sweep and its folder: config.json, metrics.jsonl, ckpt.pt and, when finished, results.json."""
-    signals = []                                                                 # caught so far, see complete()
-    def __init__(self, args, folder):
-        self.args, self.folder, self.name, self.bar = args, folder, folder.name, None
-        self.config = {**vars(args), "device": torch.device(args.device).type, "torch": torch.__version__}
-        for name in ["results.json", "ckpt.pt", "metrics.jsonl", "config.json"] if args.overwrite else []:
-            (folder / name).exists() and (folder / name).unlink()
-        free = {"out_dir", "overwrite", "plot", "preset", "torch", *(["device"] if self.read("results.json") else [])}
-        there = self.read("config.json") or self.config
-        differ = [f"{key} ({there.get(key)} there, {value} here)" for key, value in self.config.items()
-                  if key not in free and json.dumps(value) != json.dumps(there.get(key))]
-        if differ:
-            fail(f"{folder} holds a run with other settings: {', '.join(differ)}. --overwrite replaces it, another "
-                 "--out-dir keeps both", 2)
+    """One run of a sweep: config.json, metrics.jsonl, ckpt.pt and, once finished, results.json."""
+
+    in_step = False                                          # training is within a step: let it end
+    caught = 0                                               # the signal that came meanwhile
+
+    def __init__(self, args, folder, sweep, measured):
+        self.args = args
+        self.folder = folder
+        self.name = folder.name
+        self.sweep = sweep                                   # the name of all the runs together
+        self.measured = {key: getattr(args, key) for key in measured}
+        self.number = ""                                     # "2/4", once they are counted
+        apart = NOT_TRAINED.union(measured)
+        settings = {key: value for key, value in vars(args).items() if key not in apart}
+        self.config = {
+            "settings": {key: str(x) if isinstance(x, Path) else x for key, x in settings.items()},
+            "data": {key: fingerprint(x) for key, x in settings.items() if isinstance(x, Path)},
+            "code": fingerprint(args.script) + fingerprint(Path(__file__)),
+            "device": torch.device(args.device).type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
 
     def read(self, name):
-        """A JSON file of the folder (of .jsonl the list of its lines), or None where there is none."""
-        if not (self.folder / name).is_file():
+        """A JSON file of the folder, of .jsonl the list of its lines; None where there is none."""
+        path = self.folder / name
+        if not path.exists():
             return None
-        text = (self.folder / name).read_text()
-        return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+        try:
+            if name.endswith(".jsonl"):
+                return [json.loads(line) for line in path.read_text().splitlines()]
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}); --overwrite starts anew") from None
 
     def write(self, name, content):
-        """Writes a file of the folder whole: under a temporary name, then moved into place."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{name}.tmp").write_bytes(content)
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
+        """Writes bytes, or what JSON can hold, to a file: under another name, then moved."""
+        if not isinstance(content, bytes):
+            content = json.dumps(content, indent=1).encode()
+        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / name)
+
+    def say(self, text, *parts):
+        """A line on what happens to the run, and which of these `parts` of its config changed."""
+        there = self.read("config.json") or {}
+        changed = [part for part in parts if there.get(part) != self.config[part]]
+        since = f"; changed since: {', '.join(changed)}; --overwrite starts anew" if changed else ""
+        print(f"{self.number} {self.name}: {text}{since}", flush=True)
 
     def restore(self, **objects):
-        """Names what training changes (model, optimizer, generators), loads the checkpoint if any, returns its step."""
-        path, state, device = self.folder / "ckpt.pt", {}, torch.device(self.args.device)
-        dropout = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-        self.objects = {**objects, "dropout": dropout}
+        """Takes what training changes (model, optimizer, generators), and loads the checkpoint.
+
+        Returns the step to go on from. With --overwrite the old files go here, where the new run is
+        ready to start.
+        """
+        if self.args.overwrite:
+            for name in ["results.json", "ckpt.pt", "metrics.jsonl", "config.json"]:
+                (self.folder / name).unlink(missing_ok=True)
+        device = torch.device(self.args.device)
+        self.objects = {**objects, "dropout": torch.default_generator}
+        if device.type == "cuda":
+            self.objects["dropout"] = torch.cuda.default_generators[device.index]
+        state = {"step": 0, "seconds": 0}
+        path = self.folder / "ckpt.pt"
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            for key, thing in self.objects.items():
-                (getattr(thing, "set_state", None) or thing.load_state_dict)(state[key])
-        self.metrics = [line for line in self.read("metrics.jsonl") or [] if line["step"] <= state.get("step", -1)]
-        self.started = time.perf_counter() - state.get("seconds", 0)
-        return state.get("step", 0)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                for name, thing in self.objects.items():
+                    generator = isinstance(thing, torch.Generator)
+                    load_state = thing.set_state if generator else thing.load_state_dict
+                    load_state(state[name])
+            except Exception as error:                       # of many kinds, for a damaged file
+                reason = f"{path} does not fit: {error}".partition("\n")[0]
+                raise RunError(f"{reason}; --overwrite starts anew") from None
+            self.say(f"continues at step {state['step']:,}", *self.config)
+        else:
+            self.say("new")
+        self.write("config.json", {**self.config, "measured": self.measured})
+        lines = self.read("metrics.jsonl") or []
+        self.metrics = [line for line in lines if line["step"] <= state["step"]]
+        self.started = time.perf_counter() - state["seconds"]
+        return state["step"]
 
     def save(self, step):
-        """Writes ckpt.pt: all that the steps to come depend on."""
-        state = {key: (getattr(thing, "get_state", None) or thing.state_dict)() for key, thing in self.objects.items()}
-        torch.save({"step": step, "seconds": time.perf_counter() - self.started, **state}, buffer := io.BytesIO())
+        """Writes ckpt.pt: all that the steps to come depend on. RunError for weights of nan."""
+        state = {"step": step, "seconds": time.perf_counter() - self.started}
+        for name, thing in self.objects.items():
+            generator = isinstance(thing, torch.Generator)
+            state[name] = thing.get_state() if generator else thing.state_dict()
+        total = sum(w.float().abs().sum() for w in state["model"].values())
+        self.check(total.item(), "the sum of all weights", step)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
         self.write("ckpt.pt", buffer.getvalue())
 
+    def check(self, value, what, step):
+        """RunError for a number that is not finite, with what to try."""
+        if not math.isfinite(value):
+            kept = "its last checkpoint stays" if (self.folder / "ckpt.pt").exists() else "unsaved"
+            rates = {key: x for key, x in vars(self.args).items() if key.startswith("lr") and x}
+            tried = " or ".join(f"--{key} {x}".replace("_", "-") for key, x in rates.items())
+            raise RunError(f"{what} is {value} at step {step} ({kept}); try less than {tried}")
+
     def steps(self, start, stop):
-        """range(start, stop) under a progress bar. Ctrl-C and SIGTERM end the program between two steps, saved."""
-        self.bar = tqdm(range(start, stop), initial=start, total=stop, desc=self.name, disable=None)
-        for step in self.bar:
-            yield step
-            if self.signals:
-                self.save(step + 1)
-                self.bar.close()
-                fail(f"interrupted, saved at step {step + 1}; the same command continues it", 128 + self.signals[0])
+        """range(start, stop) with a progress bar. Ctrl-C and SIGTERM end it after a step, saved."""
+        steps = range(start, stop)
+        self.bar = tqdm(steps, initial=start, total=stop, desc=self.number, disable=None)
+        Run.in_step = True
+        try:
+            for step in self.bar:
+                yield step
+                if Run.caught:
+                    self.save(step + 1)
+                    line = f"interrupted, saved at step {step + 1:,}; the same command continues it"
+                    line += " (without --overwrite)" if self.args.overwrite else ""
+                    raise KeyboardInterrupt(line, 128 + Run.caught)
+        finally:
+            Run.in_step = False
+            self.bar.close()
 
     def log(self, step, **metrics):
-        """Adds an evaluation to metrics.jsonl and shows it. A loss that is not finite ends the program (exit 1)."""
-        if not math.isfinite(metrics["loss"]):
-            fail(f"{self.name}: the loss is {metrics['loss']} at step {step}, learning rate {self.args.lr}; the last "
-                 f"checkpoint stays. Try a smaller --lr{' or --dtype float32' if self.args.dtype != 'float32' else ''}")
-        self.metrics.append({"step": step, "seconds": round(time.perf_counter() - self.started, 2), **metrics})
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
-        shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
-        if self.bar and not self.bar.disable:
-            return self.bar.set_postfix_str(", ".join(shown[:2]))                # the loss and the paper's main metric
-        print(f"{self.name} step {step}: {', '.join(shown)}", flush=True)
+        """Adds a line to metrics.jsonl and shows its first two numbers: loss and main metric."""
+        self.check(metrics["loss"], "the loss", step)
+        seconds = round(time.perf_counter() - self.started, 2)
+        self.metrics.append({"step": step, "seconds": seconds, **metrics})
+        lines = [json.dumps(line) + "\n" for line in self.metrics]
+        self.write("metrics.jsonl", "".join(lines).encode())
+        shown = list(metrics.items())[:2]
+        text = ", ".join(f"{key} {value:.4g}" for key, value in shown)
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            print(f"{self.number} step {step:,}: {text}", flush=True)
 
-def sweep(args, presets, over):
-    """The product of the lists in args that `over` names, as Runs; what differs from the preset names the folder.
-    A setting may be a dict: the run takes what it has for the run's first flag of `over` (its model, its task)."""
-    runs, script = {}, Path(sys.argv[0]).stem
-    for values in itertools.product(*(getattr(args, key) for key in over)):
+def fingerprint(path):
+    """A hash of a file, or of a folder's files, names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+def folder_name(settings, usual, apart):
+    """The preset and what differs from it; what is longer than 160 characters ends in a hash."""
+    name = settings["preset"]
+    for key, value in settings.items():
+        if key not in apart and value is not None and value != usual[key]:
+            items = value if isinstance(value, list) else [value]
+            name += f",{key}=" + "+".join(map(str, items))
+    name = re.sub(r"[^\w.,=+-]", "_", name)
+    if len(name) > 160:
+        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+def sweep(args, over, resolve=None, measured=()):
+    """The product of the lists in args that `over` names: a Run for each different training.
+
+    resolve(args) completes the settings of one run in place: what a preset leaves to the model or
+    the task, and None for what has no effect. `measured`: what training does not depend on.
+    """
+    apart = NOT_TRAINED.union(measured)
+    script = args.script.stem if args.script.is_file() else "stdin"
+    whole = folder_name(vars(args), args.usual, apart)
+    runs = {}
+    for values in itertools.product(*[getattr(args, key) for key in over]):
         picked = dict(zip(over, values))
-        own = [f"{key}={'+'.join(value) if isinstance(value, list) else value}".replace(":", "-")
-               for key, value in picked.items() if [value] != presets[args.preset].get(key, [[]])]
-        name = ",".join([args.preset, *own])
-        settings = {k: v[values[0]] if isinstance(v, dict) else v for k, v in {**vars(args), **picked}.items()}
-        runs[name] = Run(argparse.Namespace(**settings), Path(args.out_dir) / script / name)
-    return list(runs.values())
+        own = argparse.Namespace(**{**vars(args), **picked})
+        usual = argparse.Namespace(**{**args.usual, **picked})
+        for settings in (own, usual):
+            if resolve:
+                resolve(settings)
+        for key in over:                                     # usual is what the preset has alone
+            if args.usual[key] != [picked[key]]:
+                setattr(usual, key, None)
+        name = folder_name(vars(own), vars(usual), apart | {"seed"})
+        folder = Path(args.out_dir) / script / f"{name},seed={own.seed}"
+        runs.setdefault(folder, Run(own, folder, whole, measured))
+    runs = list(runs.values())
+    for key in args.given:
+        if all(getattr(run.args, key) is None for run in runs):
+            fail(f"--{key.replace('_', '-')} has no effect on what was asked for: leave it out", 2)
+    for i, run in enumerate(runs):
+        run.number = f"{i + 1}/{len(runs)}"
+    return runs
 
-def complete(runs, train):
-    """Trains the runs that are not finished, under torchrun this process's share; rank 0 returns all their results."""
-    catch = lambda number, frame: signal.default_int_handler() if Run.signals else Run.signals.append(number)
-    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)    # Run.steps looks between two steps
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def load(folder, build, device="cpu"):
+    """A run's task and its trained model, in eval mode. build(args) -> task, model."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    task, model = build(argparse.Namespace(**config["settings"], device=str(device)))
+    state = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    return task, model.eval()
+
+def caught(number, frame):
+    """Ctrl-C and SIGTERM: the first within a training step waits for its end, in Run.steps."""
+    if Run.in_step and not Run.caught:
+        Run.caught = number
+    else:
+        line = "interrupted; the same command goes on from the last checkpoint"
+        raise KeyboardInterrupt(line, 128 + number)
+
+def attempt(run, train, measure):
+    """Trains and measures a run, or what of that is not done yet. Returns whether it succeeded."""
+    Run.in_step = False
     try:
-        if world > 1:
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-            torch.distributed.barrier()                                          # all have removed what they overwrite
-        for run in [run for run in runs[rank::world] if not run.read("results.json")]:
-            run.write("config.json", json.dumps(run.config, indent=1).encode())
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run.folder / ".lock", "w")
+        if fcntl:                                            # held until the file is closed
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        trained = not run.args.overwrite and run.read("results.json") is not None
+        again = []
+        if trained:
+            results = run.read("results.json")
+            for key, value in run.measured.items():
+                if value and value != results.get("measured", {}).get(key):
+                    again.append(key)
+            when = results.get("finished", "an unknown day")[:10]
+            how = f"measured again for {', '.join(again)}" if again else "read"
+            run.say(f"finished on {when}, {how}", "settings", "code", "data")
+        else:
             seed_everything(run.args.seed)
-            run.write("results.json", json.dumps(train(run.args, run)).encode())
+            train(run.args, run)
+        if again or not trained:
+            print(f"{run.number} measuring", flush=True)
+            now = datetime.datetime.now().isoformat(timespec="seconds")
+            about = {"finished": now, "measured": run.measured}
+            run.write("results.json", {**about, **measure(run.args, run)})
+        return True
+    except BrokenPipeError:
+        raise                                                # nobody reads what is printed: see command()
+    except BlockingIOError:
+        reason = "another process is at work on it; the same command reads it later"
+    except RunError as error:
+        reason = str(error)
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+        place = f"{Path(ours.filename).name}, line {ours.lineno}"
+        reason = f"{type(error).__name__}: {str(error).strip()[:200]} ({place})".replace("\n", " ")
+    print(f"error: {run.number} {run.name}: {reason}", file=sys.stderr, flush=True)
+    return False
+
+def complete(runs, train, measure, show):
+    """Trains and measures the runs that need it, and calls show(runs, results) with all of them.
+
+    train(args, run) leaves a checkpoint; measure(args, run) returns a dict for results.json. Under
+    torchrun each process takes its share, and rank 0 shows all. Returns the results, each with its
+    run's folder. A run that fails is left out; the program then ends with exit status 1.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, caught)
+    try:
+        Run.caught = 0
+        failed = [run for run in runs[rank::world] if not attempt(run, train, measure)]
         if world > 1:
             torch.distributed.barrier()
-    except KeyboardInterrupt:
-        fail("interrupted; the same command continues from the last checkpoint", 130)
-    except OSError as error:
-        fail(f"cannot write to {run.folder}: {error.strerror}")
-    return [run.read("results.json") for run in runs] if rank == 0 else sys.exit()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if rank > 0:
+        return []
+    done = [run for run in runs if run not in failed and run.read("results.json")]
+    results = [{**run.read("results.json"), "folder": str(run.folder)} for run in done]
+    if done:
+        show(done, results)
+    if len(done) < len(runs):
+        fail(f"{len(runs) - len(done)} of {len(runs)} runs did not finish")
+    return results

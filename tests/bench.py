@@ -87,8 +87,8 @@ def bench(name, device, steps):
     script = __import__(name.split()[0])
     with tempfile.TemporaryDirectory() as folder:
         args = script.parse_args(["--device", str(device), "--steps", str(steps), "--out-dir", folder, *SETTINGS[name]])
-        first = common.sweep(args, script.PRESETS, script.SWEEP)[0]
-        run = Stopwatch(first.args, first.folder)
+        first = common.sweep(args, script.SWEEP, script.resolve)[0]
+        run = Stopwatch(first.args, first.folder, first.sweep, [])
         before = matrix_product(device)
         script.train(run.args, run)
         after = matrix_product(device)
@@ -106,7 +106,7 @@ def savings(device):
     """What random_transformer leaves out of a step of NEEDLE, and what each omission buys; rows of a table."""
     script = __import__("random_transformer")
     args = script.parse_args(["--device", str(device), *NEEDLE])
-    task, model = script.build(common.sweep(args, script.PRESETS, script.SWEEP)[0].args)
+    task, model = script.build(common.sweep(args, script.SWEEP, script.resolve)[0].args)
     trained, data = script.train_only(model, "embeddings"), torch.Generator(device).manual_seed(0)
 
     def step(gradients, everywhere, padding):

@@ -1,58 +1,80 @@
-"""common.py: GPT-2's blocks against NumPy, initialisation, devices, the run folder and the dealing out of runs."""
-import argparse
+"""common.py: GPT-2's blocks against NumPy, devices, the command line, tables, and what happens to runs and their folders.
+
+Runs are tried on toy.py, a script of the form that all five have.
+"""
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import common
+import toy
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def cut_and_continued(script, folder, flags, before, until):
     """Runs a command three times at once: whole, and cut off by Ctrl-C and by SIGKILL after the line `until`, then repeated.
+
     Asserts that the repetition does not print the evaluation `before`, whose checkpoint was safe by then, and that all three
-    leave the same metrics and results. Returns what the whole run printed; its folder is folder / "0"."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    leave the same metrics and results. Returns what the whole run printed; its folder is folder / "0".
+    """
+    exits = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
 
     def one(number):
         command = [sys.executable, "-u", str(script), *flags, "--out-dir", str(folder / f"{number}")]
         if number:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
             while until not in process.stdout.readline() and process.poll() is None:
                 pass
             process.send_signal(number)
             error = process.communicate(timeout=60)[1]
-            assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]
-            assert number == signal.SIGKILL or "saved at step" in error and "the same command" in error
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+            assert process.returncode == exits[number]
+            assert number == signal.SIGKILL or "saved at step" in error and "the same command continues it" in error
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
+        assert ("continues at step" in done.stdout) == bool(number)
         assert (before in done.stdout) == (not number)                           # it went on, it did not start again
-        own, = (folder / f"{number}" / script.stem).iterdir()
-        metrics = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics], (own / "results.json").read_text(), done.stdout
+        own, = [path for path in (folder / f"{number}" / script.stem).iterdir() if path.is_dir()]
+        return metrics_of(own), results_of(own), done.stdout
+
     with ThreadPoolExecutor(3) as pool:
         whole, *cut = pool.map(one, (0, int(signal.SIGINT), int(signal.SIGKILL)))
-    assert all(other[:2] == whole[:2] for other in cut)
+    for other in cut:
+        assert other[:2] == whole[:2]
     return whole[2]
 
 
-def call_main(monkeypatch, module, *flags):
-    """The command in this process, which saves the seconds of importing torch; signals are handled as before afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
-    try:
-        module.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def metrics_of(folder):
+    """The lines of a run's metrics.jsonl without the seconds."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
+
+def results_of(folder):
+    """A run's results.json without the time."""
+    results = json.loads((folder / "results.json").read_text())
+    del results["finished"]
+    return results
+
+
+def call_main(module, *flags):
+    """The command in this process, which saves the seconds of importing torch; returns what main returns."""
+    return module.main([str(flag) for flag in flags])
+
+
+# ---- The blocks -----------------------------------------------------------------------------------------------------
 
 def numpy_block(block, x):
     """A pre-norm GPT-2 block on x (T, C) in plain NumPy, one head and one query at a time."""
@@ -129,41 +151,191 @@ def test_pick_device():
             common.pick_device(name)
 
 
-def settings(tmp_path, **changes):
-    return argparse.Namespace(**{**dict(preset="quick", seed=[0, 1], model=["a", "b"], size=dict(a=1, b=2), lr=0.1, dtype="float32",
-                                        device="cpu", overwrite=False, plot=False, out_dir=str(tmp_path)), **changes})
+def test_auto_takes_the_first_device_that_the_script_can_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert common.pick_device("auto").type == "mps"
+    assert common.pick_device("auto", kinds=("cuda", "cpu")).type == "cpu"
+    with pytest.raises(ValueError, match="mps"):
+        common.pick_device("mps", kinds=("cuda", "cpu"))
 
 
-def test_a_sweep_is_the_product_of_its_lists(tmp_path):
-    runs = common.sweep(settings(tmp_path), {"quick": dict(model=["a"])}, over=["model", "seed"])
-    assert [run.name for run in runs] == ["quick,seed=0", "quick,seed=1", "quick,model=b,seed=0", "quick,model=b,seed=1"]
-    assert [(run.args.model, run.args.size, run.args.seed) for run in runs] == [("a", 1, 0), ("a", 1, 1), ("b", 2, 0), ("b", 2, 1)]
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+def test_spread():
+    assert common.spread([0.5]) == "0.500"
+    assert common.spread([3, 1, 2], ".0f") == "2 [1, 3]"
+    assert common.spread([None, 100, 200], ".0f") == "200 [100, -]"
+    assert common.spread([None]) == "-"
 
 
-def start_run(tmp_path, **changes):
-    run, = common.sweep(settings(tmp_path, seed=[0], model=["a"], **changes), {"quick": {}}, over=["model", "seed"])
-    if not run.read("config.json"):
-        run.write("config.json", json.dumps(run.config).encode())
-    return run
+def test_a_table_is_aligned(capsys):
+    common.print_table(["a", "long"], [["100", "2"]])
+    assert capsys.readouterr().out == "  a  long\n100     2\n"
 
 
-def test_another_setting_is_refused_by_name(tmp_path, capsys):
-    start_run(tmp_path)
-    start_run(tmp_path, plot=True, preset="quick")                               # not a setting of the training
+def test_a_wide_table_is_split_and_repeats_what_names_the_rows(capsys):
+    header = ["model", "task", *(f"column {i:02}" for i in range(20))]
+    rows = [["big", "one", *(f"{i}.000" for i in range(20))], ["small", "two", *(f"{i}.500" for i in range(20))]]
+    common.print_table(header, rows, keys=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * 3 and max(map(len, lines)) <= 100
+    for line, start in zip(lines, ["model  task", "  big   one", "small   two"] * 3):
+        assert line.startswith(start)
+    words = " ".join(lines).split()
+    assert [word for word in words if word.endswith(".500")] == [f"{i}.500" for i in range(20)]
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+BAD = ["--steps 0", "--steps -1", "--steps 1.5", "--steps x", "--steps 1e3", "--lr 0", "--lr -1", "--lr nan", "--lr inf", "--lr 1e308",
+       "--lr x", "--seed -1", "--seed 9223372036854775808", "--seed x", "--seed", "--model tree", "--model", "--text nowhere.txt",
+       "--device tpu", "--device cuda:99", "--device cpu:1", "--preset huge", "--preset", "--compile", "--wdith 3", "quick",
+       "--eval-every 0", "--width 4", "--depth 3", "--width 0 --model mlp", "--step 3"]
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_a_bad_argument_is_one_line_and_writes_nothing(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        start_run(tmp_path, lr=0.2)
+        toy.main([*flags.split(), "--out-dir", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_the_docstring_and_the_values_of_the_preset(capsys):
+    for flags in (["--preset", "paper", "--help"], ["--help", "--preset=paper"]):
+        with pytest.raises(SystemExit) as stop:
+            toy.main(flags)
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and "    python toy.py" in out
+        assert "(default: linear mlp)" in out and "(default: 50)" in out
+
+
+def test_an_explicit_flag_beats_the_preset():
+    args = toy.parse_args(["--preset", "paper", "--steps", "7", "--width=3"])
+    assert (args.steps, args.width, args.model) == (7, [3], ["linear", "mlp"])
+    assert sorted(args.given) == ["preset", "steps", "width"] and args.usual["steps"] == 50
+
+
+# ---- Folders --------------------------------------------------------------------------------------------------------
+
+def names(*flags):
+    args = toy.parse_args([str(flag) for flag in flags])
+    return [run.name for run in common.sweep(args, toy.SWEEP, toy.resolve, measured=["n_eval"])]
+
+
+def test_a_folder_is_named_for_what_differs_from_the_preset():
+    assert names() == ["quick,seed=0"]
+    assert names("--steps", 20, "--lr", 0.1, "--model", "linear", "--seed", 0) == ["quick,seed=0"]         # nothing differs
+    assert names("--steps", 30, "--seed", 0, 1) == ["quick,steps=30,seed=0", "quick,steps=30,seed=1"]
+    assert names("--lr", 0.5, "--preset", "paper") == ["paper,model=linear,lr=0.5,seed=0", "paper,model=mlp,lr=0.5,seed=0"]
+    assert names("--n-eval", 3, "--eval-every", 2, "--plot", "--overwrite", "--device", "cpu") == ["quick,seed=0"]
+
+
+def test_equal_trainings_are_one_run():
+    assert names("--width", 4, 5, "--model", "linear", "mlp") == ["quick,seed=0", "quick,model=mlp,seed=0",
+                                                                  "quick,model=mlp,width=5,seed=0"]
+    assert names("--seed", 1, 1, 1) == ["quick,seed=1"]
+
+
+def test_a_long_name_ends_in_a_hash_of_its_own(tmp_path):
+    found = set()
+    for i in range(3):
+        text = tmp_path / f"{'long ' * 30}{i}.txt"
+        text.write_text("text")
+        name, = names("--text", text)
+        assert len(name) <= 200 and name.endswith(",seed=0") and "/" not in name and " " not in name
+        found.add(name)
+    assert len(found) == 3
+
+
+def test_a_sweep_is_named_as_a_whole(tmp_path):
+    args = toy.parse_args(["--model", "linear", "mlp", "--steps", "30"])
+    assert common.sweep(args, toy.SWEEP, toy.resolve)[0].sweep == "quick,model=linear+mlp,steps=30"
+
+
+# ---- What happens to a run ------------------------------------------------------------------------------------------
+
+def test_a_run_says_what_happens_to_it(tmp_path, capsys):
+    toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1"])
+    out = capsys.readouterr().out
+    assert "1/2 quick,seed=0: new\n1/2 step 5: loss" in out and "2/2 quick,seed=1: new\n" in out and "2/2 measuring\n" in out
+    toy.main(["--out-dir", str(tmp_path), "--seed", "1", "2"])
+    out = capsys.readouterr().out
+    assert "1/2 quick,seed=1: finished on 20" in out and ", read\n" in out and "2/2 quick,seed=2: new" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_main_returns_the_results_and_load_the_model_twice_in_one_session(tmp_path):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        result, = toy.main(["--out-dir", str(tmp_path)])
+        _, model = toy.load(result["folder"])
+        assert not model.training and model(torch.ones(1, 1)).item() == pytest.approx(2, abs=0.5)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path, capsys):
+    result, = toy.main(["--out-dir", str(tmp_path)])
+    before = (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns
+    again, = toy.main(["--out-dir", str(tmp_path), "--n-eval", "9", "--eval-every", "3", "--plot"])
+    assert "measured again for n_eval" in capsys.readouterr().out
+    assert again["n_eval"] == 9 and again["error"] != result["error"]
+    assert (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns == before
+    assert (tmp_path / "toy" / "curve,quick.png").exists()
+
+
+def test_overwrite_trains_anew_and_removes_nothing_before_it_can_start(tmp_path, monkeypatch, capsys):
+    flags = ["--out-dir", str(tmp_path), "--overwrite"]
+    toy.main(flags)
+    folder = tmp_path / "toy" / "quick,seed=0"
+    (folder / "ckpt.pt").write_bytes(b"old")
+    build = toy.build
+    monkeypatch.setattr(toy, "build", lambda args: (_ for _ in ()).throw(MemoryError("too large")))
+    with pytest.raises(SystemExit) as stop:
+        toy.main(flags)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "lr (0.1 there, 0.2 here)" in error and "--overwrite" in error and "--out-dir" in error
-    assert "size" not in error
-    assert start_run(tmp_path).read("config.json")["lr"] == 0.1                  # untouched
-    assert start_run(tmp_path, lr=0.2, overwrite=True).read("config.json")["lr"] == 0.2
+    assert stop.value.code == 1 and "MemoryError: too large" in error
+    assert (folder / "ckpt.pt").read_bytes() == b"old" and (folder / "results.json").exists()
+    monkeypatch.setattr(toy, "build", build)
+    toy.main(flags)
+    assert "quick,seed=0: new" in capsys.readouterr().out and (folder / "ckpt.pt").read_bytes() != b"old"
+
+
+def test_a_run_that_fails_lets_the_sweep_go_on(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        toy.main(["--out-dir", str(tmp_path), "--model", "mlp", "linear", "--lr", "500", "--steps", "14", "--eval-every", "13"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 1 and "1 of 2 runs did not finish" in captured.err
+    assert "1/2 quick,model=mlp" in captured.err and "--lr 500" in captured.err and "linear" in captured.out.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    toy.main(["--out-dir", str(tmp_path), "--steps", "10"])
+    build = toy.build
+
+    def broken(args):
+        task, model = build(args)
+        model.register_buffer("extra", torch.tensor(math.nan))
+        return task, model
+    monkeypatch.setattr(toy, "build", broken)
+    with pytest.raises(SystemExit):
+        toy.main(["--out-dir", str(tmp_path)])
+    assert "is nan at step 5 (unsaved); try less than --lr 0.1" in capsys.readouterr().err
+    assert not (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").exists()
 
 
 def test_a_checkpoint_brings_back_model_optimizer_generators_and_metrics(tmp_path):
-    def fresh():
+    def start():
+        args = toy.parse_args(["--out-dir", str(tmp_path)])
+        run, = common.sweep(args, toy.SWEEP, toy.resolve)
+        run.folder.mkdir(parents=True, exist_ok=True)
         common.seed_everything(0)
         model = torch.nn.Linear(3, 3)
-        return model, torch.optim.AdamW(model.parameters(), fused=True), torch.Generator().manual_seed(5)
+        objects = dict(model=model, optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+                       data=torch.Generator().manual_seed(5))
+        return run, run.restore(**objects), *objects.values()
 
     def work(model, optimizer, data, steps):
         for _ in range(steps):
@@ -172,45 +344,170 @@ def test_a_checkpoint_brings_back_model_optimizer_generators_and_metrics(tmp_pat
             optimizer.step()
             optimizer.zero_grad()
 
-    model, optimizer, data = fresh()
+    _, step, model, optimizer, data = start()
+    assert step == 0
     work(model, optimizer, data, 10)
     expected = model.weight.clone(), torch.rand(1, generator=data), torch.rand(1)
 
-    model, optimizer, data = fresh()
-    run = start_run(tmp_path)
-    assert run.restore(model=model, optimizer=optimizer, data=data) == 0
-    work(model, optimizer, data, 4)
-    run.log(4, loss=1.0)
-    run.save(4)
-    run.log(5, loss=2.0)                                                         # the step after the checkpoint is lost
+    run, _, model, optimizer, data = start()
+    for step in run.steps(0, 5):
+        work(model, optimizer, data, 1)
+        run.log(step + 1, loss=1.0)
+        if step == 3:
+            run.save(4)                                                          # the fifth step is lost
 
-    model, optimizer, data = fresh()
-    run = start_run(tmp_path)
-    assert run.restore(model=model, optimizer=optimizer, data=data) == 4
-    assert [line["step"] for line in run.metrics] == [4]
+    run, step, model, optimizer, data = start()
+    assert step == 4 and [line["step"] for line in run.metrics] == [1, 2, 3, 4]
     work(model, optimizer, data, 6)
     for a, b in zip((model.weight, torch.rand(1, generator=data), torch.rand(1)), expected):
         assert torch.equal(a, b)
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path, capsys):
-    run, model = start_run(tmp_path), torch.nn.Linear(2, 2)
-    run.restore(model=model)
-    run.save(3)
+DAMAGES = {
+    "results.json": "is damaged",
+    "ckpt.pt": "does not fit",
+    "metrics.jsonl": "is damaged",
+    "config.json": "is damaged",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_named(name, tmp_path, capsys):
+    toy.main(["--out-dir", str(tmp_path)])
+    folder = tmp_path / "toy" / "quick,seed=0"
+    if name != "results.json":
+        (folder / "results.json").unlink()
+    (folder / name).write_text("{")
     with pytest.raises(SystemExit) as stop:
-        run.log(7, loss=math.nan)
+        toy.main(["--out-dir", str(tmp_path)])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert stop.value.code == 1 and name in first and DAMAGES[name] in first and "--overwrite" in first
+    toy.main(["--out-dir", str(tmp_path), "--overwrite"])
+
+
+def test_a_checkpoint_of_another_shape_is_one_line(tmp_path, monkeypatch, capsys):
+    toy.main(["--out-dir", str(tmp_path)])
+    (tmp_path / "toy" / "quick,seed=0" / "results.json").unlink()
+    monkeypatch.setattr(toy, "build", lambda args: (None, torch.nn.Linear(2, 1)))
+    with pytest.raises(SystemExit):
+        toy.main(["--out-dir", str(tmp_path)])
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and "step 7" in error and "learning rate 0.1" in error and "--lr" in error
-    assert start_run(tmp_path).restore(model=model) == 3
+    assert "ckpt.pt does not fit" in error and error.count("\n") == 2
 
 
-def test_spread_and_table(capsys):
-    assert common.spread([0.5]) == "0.500"
-    assert common.spread([3, 1, 2], ".0f") == "2 [1, 3]"
-    assert common.spread([None, 100, 200], ".0f") == "200 [100, -]"
-    assert common.spread([None]) == "-"
-    common.print_table(["a", "long"], [["100", "2"]])
-    assert capsys.readouterr().out == "  a  long\n100     2\n"
+def test_a_folder_without_a_config_is_told(tmp_path, capsys):
+    toy.main(["--out-dir", str(tmp_path)])
+    (tmp_path / "toy" / "quick,seed=0" / "config.json").unlink()
+    toy.main(["--out-dir", str(tmp_path)])
+    assert "changed since: settings, code, data" in capsys.readouterr().out
+
+
+def test_changed_data_is_told(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    for content, told in ("one", False), ("two", True):
+        text.write_text(content)
+        toy.main(["--out-dir", str(tmp_path / "out"), "--text", str(text)])
+        assert ("changed since: data; --overwrite" in capsys.readouterr().out) == told
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as stop:
+        toy.main(["--out-dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "No space left on device" in error and "config.json" in error and error.count("\n") == 2
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "toy" / "quick,seed=0"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stop:
+            toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 1 and "another process is at work on it" in captured.err
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert (tmp_path / "toy" / "quick,seed=1" / "results.json").exists()
+
+
+# ---- As commands ----------------------------------------------------------------------------------------------------
+
+def copied(tmp_path, name="toy.py"):
+    """The toy script and common.py in a folder of their own, which a test may change."""
+    shutil.copy(HERE.parent / "common.py", tmp_path)
+    shutil.copy(HERE / "toy.py", tmp_path / name)
+    return tmp_path / name
+
+
+def run_command(*words, cwd, **settings):
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, **settings)
+
+
+def test_changed_code_is_told_and_another_name_and_standard_input_work(tmp_path):
+    script = copied(tmp_path, "mine.py")
+    assert run_command("mine.py", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "out" / "mine" / "quick,seed=0" / "results.json").exists()
+    script.write_text(script.read_text() + "# changed\n")
+    assert "changed since: code; --overwrite" in run_command("mine.py", cwd=tmp_path).stdout
+    assert run_command("-", cwd=tmp_path, input=script.read_text()).returncode == 0
+    assert (tmp_path / "out" / "stdin" / "quick,seed=0" / "results.json").exists()
+
+
+def test_a_closed_output_is_one_line(tmp_path):
+    copied(tmp_path)
+    command = [sys.executable, "-u", "toy.py", "--steps", "20000"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(60) == 1 and error.count("\n") == 1 and "output was closed" in error
+
+
+@pytest.mark.parametrize("numbers, code, word", [
+    ([signal.SIGINT], 130, "saved at step"), ([signal.SIGTERM], 143, "saved at step"), ([signal.SIGINT, signal.SIGINT], 130, "interrupted")])
+def test_an_interruption_is_one_line(numbers, code, word, tmp_path):
+    copied(tmp_path)
+    command = [sys.executable, "-u", "toy.py", "--steps", "1000000", "--eval-every", "1000"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while " step 1,000:" not in process.stdout.readline():
+        pass
+    for number in numbers:
+        process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code and error.count("\n") == 1 and word in error
+
+
+def test_an_interruption_outside_of_training_is_at_once(tmp_path):
+    script = copied(tmp_path)
+    slow = "def measure(args, run):\n    import time; time.sleep(100)"
+    script.write_text(script.read_text().replace("def measure(args, run):", slow))
+    command = [sys.executable, "-u", "toy.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "measuring" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and error.count("\n") == 1 and "the same command goes on" in error
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
+    script = copied(tmp_path)
+    flags = ["--model", "mlp", "--steps", "4000", "--eval-every", "100"]
+    cut_and_continued(script, tmp_path / "out", flags, before="1/1 step 100:", until="step 1,000")
+
+
+def test_torchrun_deals_out_the_runs(tmp_path):
+    copied(tmp_path)
+    flags = ["--nproc-per-node", "2", "--master-port", "29613", "toy.py", "--seed", "0", "1", "2", "--overwrite"]
+    done = run_command("-m", "torch.distributed.run", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": new") == 3 and done.stdout.count("model") == 1
+    assert len(list((tmp_path / "out" / "toy").glob("*/results.json"))) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
