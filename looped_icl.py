@@ -11,9 +11,10 @@ the second for an error that stays flat from b loops on.
     python looped_icl.py --inject none --lr 1e-3                         without it: the answer is lost past b loops
 
     Fig. 2, error by loops, at its own b:
-    python looped_icl.py --preset paper --task linear --loops 30 --plot                                b = 30, T = 15
-    Fig. 3, error by examples of each task, with the paper's b and T (--loops, --window). The paper draws the looped model at
-    200 to 500 loops, where it has converged: add --eval-loops 200; without it, what is shown is b loops.
+    python looped_icl.py --preset paper --task linear --loops 30 --plot           b = 30, T = 15
+    Fig. 3, error by examples of each task, with the paper's b and T (--loops, --window). The paper
+    draws the looped model at 200 to 500 loops, where it has converged: add --eval-loops 200;
+    without it, what is shown is b loops.
     python looped_icl.py --preset paper --task linear --model looped standard tied --plot              b = 20, T = 15
     python looped_icl.py --preset paper --task noisy-linear --model looped standard --plot             b = 20, T = 15
     python looped_icl.py --preset paper --task sparse-linear --model looped standard --plot            b = 20, T = 10
@@ -22,8 +23,9 @@ the second for an error that stays flat from b loops on.
     Other inputs than trained on (App.), and what a probe finds in the hidden states by loop or layer (Sec. 6):
     python looped_icl.py --preset paper --task linear --model looped standard --ood --probe
     Tables of OpenML, downloaded by id or a folder of your own, one held out in turn, b = 30, T = 15:
-    python looped_icl.py --preset paper --task openml --model looped standard --held-out 0 1 2 3 4 5 6 7 8 9
-        --data-dir tables --fetch 720 725 737 803 807 816 819 847 871 42192
+    python looped_icl.py --preset paper --task openml --model looped standard
+        --held-out 0 1 2 3 4 5 6 7 8 9 --data-dir tables
+        --fetch 720 725 737 803 807 816 819 847 871 42192
 """
 import argparse
 import csv
@@ -56,17 +58,19 @@ def label(task, xs, generator):
         W1, W2 = torch.randn(B, d, 100, **draw), torch.randn(B, 100, 1, **draw)
         return (math.sqrt(2 / 100) * (xs @ W1).relu() @ W2)[..., 0]
     w = torch.randn(B, d, 1, **draw)
-    if task == "sparse-linear":                                                  # 3 of all d coordinates
+    if task == "sparse-linear":                                             # 3 of all d coordinates
         chosen = torch.rand(B, d, **draw).argsort(1)[:, :3]
         w = w * torch.zeros(B, d, device=xs.device).scatter(1, chosen, 1.0)[..., None]
     ys = (xs @ w)[..., 0]
     return ys + 0.1 * torch.randn(B, n, **draw) if task == "noisy-linear" else ys
 
 def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
-    """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others, and y = f(x).
+    """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others,
+    and y = f(x).
 
-    f never knows of active_dims: sparse-linear draws its coordinates among all n_dims. A decision tree
-    would branch on zeros, so its x has all dimensions from the start."""
+    f never knows of active_dims: sparse-linear draws its coordinates among all n_dims. A decision
+    tree would branch on zeros, so its x has all dimensions from the start.
+    """
     xs = torch.randn(batch, n_points, n_dims, generator=generator, device=device)
     if active_dims is not None and task != "decision-tree":
         xs[..., active_dims:] = 0
@@ -106,8 +110,9 @@ def read_table(path, n_dims=20, least_rows=1_000, most_rows=10_000):
     return np.pad(features, ((0, 0), (n_dims - features.shape[1], 0))).astype(np.float32), labels
 
 def fetch(number, folder):
-    """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, without the row's number and what
-    OpenML says to ignore, then its target. OSError where that fails, ValueError where it is no dense table with a target."""
+    """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, without the
+    row's number and what OpenML says to ignore, then its target. OSError where that fails,
+    ValueError where it is no dense table with a target."""
     def get(url):
         return urllib.request.urlopen(url, timeout=60).read().decode("utf-8", "replace")
     about = json.loads(get(f"https://www.openml.org/api/v1/json/data/{number}"))["data_set_description"]
@@ -121,7 +126,7 @@ def fetch(number, folder):
     target = names.index(about["default_target_attribute"])
     numeric = [i for i, (_, kind) in enumerate(attributes) if kind.lower() in ("numeric", "real", "integer")]
     left_out = {about["default_target_attribute"], about.get("row_id_attribute")}
-    ignored = about.get("ignore_attribute") or []                                # one name, or a list of names
+    ignored = about.get("ignore_attribute") or []                     # one name, or a list of names
     left_out.update([ignored] if isinstance(ignored, str) else ignored)
     keep = [i for i in numeric if names[i] not in left_out] + [target]
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -131,19 +136,20 @@ def fetch(number, folder):
     part.rename(part.with_suffix(".csv"))
 
 def table_number(path):
-    """What tables are ordered by: 720.csv comes before 1462.csv, and both before names that are no numbers."""
+    """What tables are ordered by: 720.csv before 1462.csv, both before names without number."""
     name = path.stem
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 class Tables:
-    """Prompts from real tables, all but the one held out: 41 rows of one table, in random order, without repetition.
+    """Prompts from real tables, all but the one held out: 41 rows of one table, in random order,
+    without repetition.
 
     The paper's protocol: ten tables of OpenML with two classes, the smaller of at least half the
     larger one's rows, 1,000 to 10,000 rows, at most 20 features, 5 or more of them numeric, nothing
     missing. Numeric features only, standardised by table, zeros in front up to 20. Each table is
-    held out in turn: the model is trained on prompts from 95% of the rows of the nine others (5% are
-    kept for validation), 100,000 steps of 40 prompts, cross-entropy of two logits, and tested on
-    prompts from the tenth. `held_out` counts the tables of the folder in the order of their numbers.
+    held out in turn: the model is trained on prompts from 95% of the rows of the nine others (5%
+    are kept for validation), 100,000 steps of 40 prompts, cross-entropy of two logits, and tested
+    on prompts from the tenth. `held_out` counts the folder's tables in the order of their numbers.
     """
     def __init__(self, folder, held_out, device="cpu", **limits):
         self.paths = sorted(Path(folder).glob("*.csv"), key=table_number)
@@ -192,8 +198,8 @@ class InContextTransformer(nn.Module):
         self.read_out = nn.Linear(n_embd, n_out)
 
     def compile(self, **options):
-        """torch.compile for one pass through the trunk. The loop stays in Python: its length changes in training, and
-        its first passes run without gradient, which both would be compiled anew with all passes unrolled."""
+        """torch.compile for one pass through the trunk. The loop stays in Python: its length
+        changes in training, and its first passes run without gradient."""
         trunk = type(self).trunk.__get__(self)
         self.trunk = torch.compile(trunk, **options)
 
@@ -210,20 +216,20 @@ class InContextTransformer(nn.Module):
         """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or logits (window, B, n, 2);
         with return_states also the hidden states after each block, a list of (B, 2n-1, C).
 
-        add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1, z_(i+1) = f(z_i e). With
-        both, the loops before the window run without gradient. none: z_0 = e, z_(i+1) = f(z_i), with
-        the gradient through all loops. One loop is an ordinary transformer.
+        add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1, z_(i+1) = f(z_i e).
+        With both, the loops before the window run without gradient. none: z_0 = e, z_(i+1) =
+        f(z_i), with the gradient through all loops. One loop is an ordinary transformer.
         """
         ys = F.pad(ys[..., None], (0, xs.shape[2] - 1))                          # (B, n, d)
         tokens = torch.stack([xs, ys], 2).flatten(1, 2)                          # (B, 2n, d)
-        e = self.read_in(tokens[:, :-1])                                         # the last y is never looked at
+        e = self.read_in(tokens[:, :-1])                             # the last y is never looked at
         if self.inject == "add":
             z = torch.zeros_like(e)
         elif self.inject == "multiply":
-            z = torch.ones_like(e)                                               # 0 would hide the prompt from loop 1
+            z = torch.ones_like(e)                             # 0 would hide the prompt from loop 1
         else:
             z = e
-        # none: the prompt enters at the start alone, so that a read-in cut off from the loss would learn nothing
+        # none: the prompt enters at the start alone; a read-in cut off from the loss learns nothing
         first_with_gradient = 0 if self.inject == "none" else loops - window
         predictions, states = [], [] if return_states else None
         for i in range(loops):
@@ -241,7 +247,7 @@ class InContextTransformer(nn.Module):
 # ---- Baselines: what the examples before x_i say of y_i, for all i at once or one i after the other -----------------
 def least_squares(xs, ys):
     """Minimum-norm least squares on the pairs before each x: xs (B, n, d), ys (B, n) -> predictions (B, n)."""
-    x, y = xs.cpu().double(), ys.cpu().double()                                  # not every device has float64
+    x, y = xs.cpu().double(), ys.cpu().double()                       # not every device has float64
     out = torch.zeros_like(y)
     for i in range(1, ys.shape[1]):
         # rtol: rotated in float32, inputs of a subspace leave it by 1e-8, which is not to be fitted
@@ -264,20 +270,23 @@ def nearest_neighbors(xs, ys, n=3):
     return (near * known).sum(2) / known.sum(2).clamp_min(1)
 
 def lasso(xs, ys, alpha=0.01):
-    """The Lasso on the i pairs before each x, all prefixes of all prompts at once -> predictions (B, n). Warns where the
-    weights that it found are not optimal.
+    """The Lasso on the i pairs before each x, all prefixes of all prompts at once: xs (B, n, d),
+    ys (B, n) -> predictions (B, n). Warns where the weights that it found are not optimal.
 
-    Minimises |y - X w|^2 / (2 i) + alpha |w|_1, exactly: the minimum is piecewise linear in alpha, and
-    is followed from w = 0 down to alpha (LARS, Efron et al. 2004). The coordinates in use all
-    correlate with the residual as much as `level` says; one joins where its correlation reaches it, and leaves
-    where its weight passes 0. Coordinate descent needs over 20,000 sweeps where i < d.
+    Minimises |y - X w|^2 / (2 i) + alpha |w|_1, exactly: the minimum is piecewise linear in alpha,
+    and is followed from w = 0 down to alpha (LARS, Efron et al. 2004). All coordinates in use
+    correlate with the residual as much as `level` says; one joins them where its correlation
+    reaches it, and leaves where its weight passes 0. (Coordinate descent is far from the minimum
+    after 2,000 sweeps on some prompts with i < d.)
     """
-    x, y = xs.cpu().double(), ys.cpu().double()                                  # not every device has float64
-    (B, n, d), i = x.shape, torch.arange(ys.shape[1]).clamp_min(1).view(1, -1, 1)
-    # sums over the pairs before each x, as means: X^T X / i and X^T y / i
-    gram = F.pad((x[..., None] * x[..., None, :]).cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0)) / i[..., None]
-    target = F.pad((x * y[..., None]).cumsum(1)[:, :-1], (0, 0, 1, 0)) / i
-    gram, target = gram.flatten(0, 1), target.flatten(0, 1)                      # (N, d, d), (N, d)
+    x, y = xs.cpu().double(), ys.cpu().double()                       # not every device has float64
+    B, n, d = x.shape
+    # means over the i pairs before each x: X^T X / i and X^T y / i
+    i = torch.arange(n).clamp_min(1).view(1, -1, 1)
+    gram = (x[..., None] * x[..., None, :]).cumsum(1)[:, :-1]
+    gram = F.pad(gram, (0, 0, 0, 0, 1, 0)) / i[..., None]                    # (B, n, d, d)
+    target = F.pad((x * y[..., None]).cumsum(1)[:, :-1], (0, 0, 1, 0)) / i   # (B, n, d)
+    gram, target = gram.flatten(0, 1), target.flatten(0, 1)                     # (N, d, d), (N, d)
 
     w = torch.zeros_like(target)
     level, first = target.abs().max(1, keepdim=True)                             # (N, 1)
@@ -285,16 +294,17 @@ def lasso(xs, ys, alpha=0.01):
     for _ in range(10 * d):
         if (level <= alpha).all():
             break
-        correlation = target - (gram @ w[..., None])[..., 0]                     # (N, d), +-level where in use
+        correlation = target - (gram @ w[..., None])[..., 0]          # (N, d), +-level where in use
         # lowering the level by s adds s * slope to w; what is not in use keeps its weight of 0
         both = in_use[:, :, None] & in_use[:, None]
         system = torch.where(both, gram, torch.eye(d, dtype=gram.dtype))
         slope, _ = torch.linalg.solve_ex(system, correlation.sign() * in_use)
-        fall = (gram @ slope[..., None])[..., 0]                                 # of the correlations, per s
-        # how far until |correlation - s fall| = level - s, from above or below; until w + s slope = 0
-        above, below = (level - correlation) / (1 - fall), (level + correlation) / (1 + fall)
+        fall = (gram @ slope[..., None])[..., 0]                        # of the correlations, per s
+        # how far until |correlation - s fall| = level - s, with either sign; until w + s slope = 0
+        above = (level - correlation) / (1 - fall)
+        below = (level + correlation) / (1 + fall)
         leaves = -w / slope
-        # a coordinate that just left still has the level's correlation: 0 is no distance to anything
+        # one that just left still has the level's correlation: a distance of 0 does not count
         near = 1e-10 * level
         above = above.masked_fill(in_use | ~(above > near), math.inf)
         below = below.masked_fill(in_use | ~(below > near), math.inf)
@@ -307,9 +317,10 @@ def lasso(xs, ys, alpha=0.01):
         in_use = in_use ^ changed
         w = w * in_use
 
-    # optimal: every correlation is at most alpha, and is alpha sign(w) where w is not 0
+    # optimal: every correlation is alpha sign(w) where w is not 0, and at most alpha elsewhere
     correlation = target - (gram @ w[..., None])[..., 0]
-    wrong = (correlation - alpha * w.sign()).abs().where(w != 0, (correlation.abs() - alpha).clamp_min(0))
+    wrong = (correlation - alpha * w.sign()).abs()
+    wrong = torch.where(w != 0, wrong, (correlation.abs() - alpha).clamp_min(0))
     unfinished = ~(wrong.amax(1) < 1e-6 * target.abs().amax().clamp_min(1))
     if unfinished.any():
         warnings.warn(f"Lasso: no minimum found for {unfinished.sum()} of {len(w)} prefixes")
@@ -362,7 +373,8 @@ def build(args):
     n_layer = args.n_layer if args.model == "standard" else 1
     inject = args.inject if args.model == "looped" else "none"
     n_out = 2 if tables else 1
-    model = InContextTransformer(args.n_dims, args.n_points, n_layer, args.n_head, args.n_embd, inject, n_out)
+    shape = args.n_dims, args.n_points, n_layer, args.n_head, args.n_embd
+    model = InContextTransformer(*shape, inject, n_out)
     return tables, model.to(args.device)
 
 def final_loops(args):
@@ -374,7 +386,7 @@ def curriculum(args, step):
     stage = step // args.curriculum_every
     active_dims = min(args.n_dims, args.dims_start + stage)
     if args.task == "decision-tree":
-        active_dims = args.n_dims                                                # trees use all of them from the start
+        active_dims = args.n_dims                             # trees use all of them from the start
     n_points = min(args.n_points, args.points_start + args.points_step * stage)
     loops = final_loops(args)
     if args.model == "looped":
@@ -394,8 +406,8 @@ def losses(predictions, ys):
     return -predictions.log_softmax(-1).gather(-1, ys.long().expand(predictions.shape[:-1])[..., None])[..., 0]
 
 def autocast(args):
-    """--dtype. Without the cache of weights: a cast made in a loop without gradient would be used again by those with one
-    (torch 2.9), and the block would get no gradient."""
+    """--dtype. Without the cache of weights: a cast made in a loop without gradient would be used
+    again by those with one (torch 2.9), and the block would get no gradient."""
     bfloat16 = args.dtype == "bfloat16"
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
@@ -464,21 +476,22 @@ def shifted_prompts(args, n, generator):
     yield "as trained", xs, ys, usual
 
     basis = torch.linalg.qr(torch.randn(n, d, d, **draw)).Q                      # (B, d, d)
-    deviation = 1 / torch.arange(1, d + 1, device=args.device)                   # eigenvalues 1 / i^2
+    deviation = 1 / torch.arange(1, d + 1, device=args.device)                 # eigenvalues 1 / i^2
     deviation = deviation / deviation.square().mean().sqrt()                     # of trace d
     skewed = xs * deviation @ basis.mT
     yield "skewed covariance", skewed, label(args.task, skewed, generator), usual
 
-    in_prompt = torch.arange(d, device=args.device) < d // 2                     # a random half of the space
+    in_prompt = torch.arange(d, device=args.device) < d // 2            # a random half of the space
     split = xs * in_prompt
-    split[:, -1] = xs[:, -1] * ~in_prompt                                        # the query: the other half
+    split[:, -1] = xs[:, -1] * ~in_prompt                                # the query: the other half
     split = split @ basis.mT
-    power = 1 if args.task == "decision-tree" else (d - d // 2) / d              # E|x|^2 / d of the query
+    power = 1 if args.task == "decision-tree" else (d - d // 2) / d        # E|x|^2 / d of the query
     yield "query orthogonal to the prompt", split, label(args.task, split, generator), usual * power
 
     for factor in (0.5, 2, 3):
-        power = 1 if args.task == "decision-tree" else factor**2                 # trees see only the signs of x
-        yield f"x times {factor}", factor * xs, label(args.task, factor * xs, generator), usual * power
+        power = 1 if args.task == "decision-tree" else factor**2     # trees see only the signs of x
+        ys = label(args.task, factor * xs, generator)
+        yield f"x times {factor}", factor * xs, ys, usual * power
     for factor in (0.5, 2, 3):
         ys = factor * label(args.task, xs, generator)
         yield f"y times {factor}", xs, ys, usual * factor**2
@@ -490,17 +503,19 @@ def shifted_prompts(args, n, generator):
 
 @torch.no_grad()
 def probe(model, args, loops, n=1_000, ridge=1.0):
-    """Sec. 6: what a linear probe reads off the hidden states (at the last x, and their mean) after each loop or layer:
-    X^T y / k, and the least-squares w. Relative squared errors on n prompts, {name: a list by loop}.
+    """Sec. 6: what a linear probe reads off the hidden states (at the last x, and their mean) after
+    each loop or layer: X^T y / k, and the least-squares w. Relative squared errors on n prompts,
+    {name: a list by loop}.
 
-    The probe is fitted in closed form on n other prompts; as a control on n prompts that all have
-    w = (1, .., 1): it then knows what X^T y is for one w, and reads others only if its states hold them."""
+    The probe is fitted in closed form (ridge) on n other prompts; as a control on n prompts that
+    all have w = (1, .., 1): another w is then found only if the states hold it.
+    """
     draw = torch.Generator(args.device).manual_seed(40_000)
     def states_and_targets(constant):
         xs, ys = sample_prompts("linear", n, args.n_points, args.n_dims, draw, device=args.device)
         if constant:
             ys = xs.sum(2)
-        read = []                                                                # for each batch, of each loop (250, 2C)
+        read = []                                           # for each batch, of each loop (250, 2C)
         for x, y in zip(xs.split(250), ys.split(250)):
             _, states = model(x, y, loops, 1, return_states=True)
             read.append([torch.cat([z[:, -1], z.mean(1)], 1).cpu().double() for z in states])
@@ -566,8 +581,8 @@ PRESETS = {
                   curriculum_every=5_000, loops_every=500, eval_every=2_500),
 }
 SWEEP = ["task", "model", "inject", "held_out", "seed"]
-# The paper's accuracy on each table of OpenML, held out. It numbers them 0 .. 9: the ids in their order are our reading, and
-# that the last is 42192 a guess from its about 5,270 rows.
+# The paper's accuracy on each table of OpenML, held out. It numbers them 0 .. 9: the ids in their
+# order are our reading, and that the last is 42192 a guess from its about 5,270 rows.
 PUBLISHED = {
     "720": dict(standard=.627, looped=.662),
     "725": dict(standard=.511, looped=.504),
@@ -608,7 +623,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--schedule", choices=["constant", "cosine"], help="the learning rate afterwards; cosine ends at 0")
     add("--n-eval", type=count, default=1_280, help="prompts of each measurement")
-    add("--eval-loops", type=count, help="looped: loops of the errors by examples and of --ood; b where not given")
+    add("--eval-loops", type=count, help="looped: loops of errors by examples and of --ood, else b")
     add("--ood", action="store_true", help="measure on other inputs than trained on")
     add("--probe", action="store_true", help="probe the hidden states for X^T y and w")
     add("--data-dir", default="tables", help="openml: a folder of tables, CSVs with the label (two classes) in the last column")
@@ -655,12 +670,15 @@ def print_results(runs, results):
         curves = {name: [[*mean, low[-1], high[-1]] for mean, low, high in column] for name, column in curves.items()}
         shown = {i: i for i in [*range(0, a.n_points - 1, max(1, a.n_points // 10)), a.n_points - 1]}
         what = "share of wrong labels in the table held out" if task == "openml" else "squared error, normalised,"
-        loops = ", ".join(str(n) for n in sorted({result["curve_loops"] for run, result in own if run.args.model == "looped"}))
-        looped = f" (looped: {loops} loops)" if loops else ""
-        table(f"{task}: {what} by number of examples{looped}", "examples", curves, shown | {"90% from": -2, "to": -1})
-        print("90%: bootstrap over the test prompts of the last line alone; training seeds vary more")
+        title = f"{task}: {what} by number of examples"
+        for run, result in own:
+            looped = f" (looped: {result['curve_loops']} loops)"
+            if run.args.model == "looped" and looped not in title:
+                title += looped
+        table(title, "examples", curves, shown | {"90% from": -2, "to": -1})
+        print("90%: over test prompts alone, of the last line; training seeds vary more")
         if task == "openml":
-            print("\nAccuracy with all examples on the table held out, beside the paper's where it has that table")
+            print("\nAccuracy with all examples on the table held out; the paper's on that table")
             rows = []
             for run, result in own:
                 accuracy = 1 - result["curve"][0][-1]

@@ -189,13 +189,13 @@ def test_loops_and_windows(inject):
     def gradient(predictions):
         return torch.autograd.grad(predictions.square().sum(), parameters)
     with_window, through_all = gradient(model(xs, ys, 5, 2)), gradient(model(xs, ys, 5, 5)[3:])
-    if inject == "none":                                                         # e has no other way in than loop 1
+    if inject == "none":                                         # e has no other way in than loop 1
         torch.testing.assert_close(with_window, through_all)
         assert with_window[1].abs().max() > 0
         return
     trunk, calls = model.trunk, []
 
-    def detached(x, states=None):                                                # the same by hand: cut after the third loop
+    def detached(x, states=None):                       # the same by hand: cut after the third loop
         calls.append(1)
         z = trunk(x, states)
         return z.detach() if len(calls) == 3 else z
@@ -238,13 +238,13 @@ def test_autocast_leaves_a_window_its_gradient(monkeypatch):
 def test_compiled_training_follows_the_curriculum(tmp_path, monkeypatch):
     graphs = []
 
-    def backend(graph, inputs):                                                  # dynamo traces, nothing is generated
+    def backend(graph, inputs):                                # dynamo traces, nothing is generated
         graphs.append(graph)
         return graph.forward
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options | {"backend": backend}))
     torch._dynamo.reset()
-    flags = ["--steps", "30", "--loops", "6"]                                    # 2 .. 6 loops, 4 .. 6 points
+    flags = ["--steps", "30", "--loops", "6"]                          # 2 .. 6 loops, 4 .. 6 points
     plain = one_run(tmp_path / "plain", *flags)
     looped_icl.train(plain.args, plain)
     compiled = one_run(tmp_path / "compiled", "--compile", *flags)
@@ -252,7 +252,7 @@ def test_compiled_training_follows_the_curriculum(tmp_path, monkeypatch):
     assert [line["loops"] for line in compiled.metrics] == [2, 4, 6]
     for ours, expected in zip(compiled.metrics, plain.metrics):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    assert 1 <= len(graphs) <= 6                                                 # one trunk with and without gradient, not by loop
+    assert 1 <= len(graphs) <= 6                  # one trunk with and without gradient, not by loop
 
 
 # ---- Baselines --------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_least_squares_ignores_what_rounding_adds_to_a_subspace():
                 w = np.linalg.lstsq(x[:i], y[:i], rcond=1e-5)[0]
                 assert ours[b, i].item() == pytest.approx(x[i] @ w, abs=1e-3), (name, b, i)
         if "orthogonal" in name:
-            assert ours[:, -1].abs().max() < 1e-3                                # the prompt says nothing of the query
+            assert ours[:, -1].abs().max() < 1e-3             # the prompt says nothing of the query
 
 
 def test_lasso_is_optimal_on_every_prefix():
@@ -318,7 +318,7 @@ def test_lasso_against_plain_coordinate_descent():
     ours = lasso(xs, ys, 0.3)
     for b in range(3):
         x, y = xs[b].double().numpy(), ys[b].double().numpy()
-        for i in range(6, 12):                                                   # with fewer it is too slow
+        for i in range(6, 12):                                           # with fewer it is too slow
             w = np.zeros(5)
             for j in list(range(5)) * 300:
                 rest = x[:i, j] @ (y[:i] - x[:i] @ w + x[:i, j] * w[j]) / i
