@@ -156,10 +156,9 @@ class HopLSTM(nn.Module):
         super().__init__()
         like = HopTransformer(n_layer, n_head, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
-
-        def distance(d):                                     # two layers, embedding, unembedding
-            return abs(2 * (8 * d**2 + 8 * d) + 2 * vocab_size * d - n_params)
-        width = min(range(8, 2048, 8), key=distance)
+        # its own: two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
+        own = {d: 16 * d**2 + 16 * d + 2 * vocab_size * d for d in range(8, 2048, 8)}
+        width = min(own, key=lambda d: abs(own[d] - n_params))
         self.wte = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
@@ -195,50 +194,45 @@ class Construction(nn.Module):
             raise ValueError(f"seq_len {seq_len} is above 2000, where float32 is not exact enough")
         task = HopTask(seq_len, n_chars, max_hops)
         N = task.block_size
-        C = n_chars + 1                                      # the characters, and `undefined`
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
         self.inverse_temperature = 30.0
 
-        # The features of the residual stream, and the dimensions of each; b_l is bit l of k, which
-        # the k token has as k_l and everybody after layer 1
+        # The features of the residual stream, and how many dimensions each has; b_l is bit l of k,
+        # which the k token has as k_l, and everybody after layer 1
+        C = n_chars + 1                                      # the characters, and `undefined`
         sizes = dict(one=1, pos=1, pos2=1, is_k=1, where=N, f0=1, c0=C)
         for l in range(n_bits):
             sizes.update({f"k{l}": 1, f"b{l}": 1, f"c{l} at f{l}": C})
             sizes.update({f"f{l + 1}": 1, f"c{l + 1}": C})
-        x = {}
+        x = {}                                               # the dimensions of each
         d = 0
         for name, size in sizes.items():
             x[name] = list(range(d, d + size))
             d += size
         self.n_embd = d
-        x["new"] = list(range(C))                            # hidden units of the MLP
-        x["old"] = list(range(C, 2 * C))
 
-        def matrix(n_rows, n_columns, *entries):
-            """Zero but for entries (target, source, value): value times the identity there."""
-            weights = torch.zeros(n_rows, n_columns)
+        def weights(n_rows, *entries):
+            """(n_rows, d), zero but for entries (target, source, value): value times identity."""
+            matrix = torch.zeros(n_rows, d)
             for target, source, value in entries:
-                weights[x[target], x[source]] = value        # one dimension is broadcast to many
-            return nn.Parameter(weights, requires_grad=False)
-
-        def stack(*heads):
-            return nn.Parameter(torch.stack(heads), requires_grad=False)         # (H, d, d)
+                matrix[x[target], x[source]] = value         # one dimension is broadcast to many
+            return matrix
 
         # Embeddings: a token knows its character, or the bits of k; a position j knows j, j^2, and
         # which one it is
-        self.wte = matrix(task.vocab_size, d)
+        wte = weights(task.vocab_size)
         for char in range(n_chars):
-            self.wte[task.char + char, x["c0"][char]] = 1
+            wte[task.char + char, x["c0"][char]] = 1
         for k in range(max_hops + 1):
-            self.wte[k, x["is_k"] + x["c0"][n_chars:]] = 1   # the k token's character: `undefined`
+            wte[k, x["is_k"] + x["c0"][n_chars:]] = 1   # the k token's character: `undefined`
             for l in range(n_bits):
-                self.wte[k, x[f"k{l}"]] = k >> l & 1
-        self.wpe = matrix(N, d)
+                wte[k, x[f"k{l}"]] = k >> l & 1
+        wpe = weights(N)
         for j in range(N):
-            self.wpe[j, x["one"] + x["where"][j:j + 1]] = 1
-            self.wpe[j, x["pos"]] = j
-            self.wpe[j, x["pos2"]] = j * j
+            wpe[j, x["one"] + x["where"][j:j + 1]] = 1
+            wpe[j, x["pos"]] = j
+            wpe[j, x["pos2"]] = j * j
 
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), oneself less than anything, and the k token ranks between matches and
@@ -246,33 +240,41 @@ class Construction(nn.Module):
         same = 4.0 * N
         latest = ("c0", "c0", same), ("one", "pos", 1)
         others = ("where", "where", -2 * same), ("one", "is_k", same / 2)
-        find_QK = matrix(d, d, *latest, *others)
-        find_OV = matrix(d, d, ("f0", "pos", 1), ("f0", "one", 1), ("f0", "is_k", -1))
+        find_QK = weights(d, *latest, *others)
+        find_OV = weights(d, ("f0", "pos", 1), ("f0", "one", 1), ("f0", "is_k", -1))
         # Layer 1, head 2: everybody learns the bits of k from the k token
-        read_QK = matrix(d, d, ("one", "is_k", 1))
-        read_OV = matrix(d, d, *[(f"b{l}", f"k{l}", 1) for l in range(n_bits)])
-        no_mlp = matrix(2 * C, d), matrix(d, 2 * C)
-        layers = [(stack(find_QK, read_QK), stack(find_OV, read_OV), *no_mlp)]
+        read_QK = weights(d, ("one", "is_k", 1))
+        read_OV = weights(d, *[(f"b{l}", f"k{l}", 1) for l in range(n_bits)])
+        no_mlp = weights(d)
+        layers = [([find_QK, read_QK], [find_OV, read_OV], no_mlp, no_mlp)]
 
         # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest,
         # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
-        # character where bit b_l of k is one:
+        # character where bit b_l of k is one (a hidden unit is named as the feature of its index):
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
         for l in range(n_bits):
-            QK = matrix(d, d, (f"f{l}", "pos", 2), ("one", "pos2", -1))
-            OV = matrix(d, d, (f"f{l + 1}", f"f{l}", 1), (f"c{l} at f{l}", f"c{l}", 1))
-            new = ("new", f"c{l} at f{l}", 1), ("new", f"b{l}", 1), ("new", "one", -1)
-            old = ("old", f"c{l}", 1), ("old", f"b{l}", -1)
-            W_in = matrix(2 * C, d, *new, *old)
-            W_out = matrix(d, 2 * C, (f"c{l + 1}", "new", 1), (f"c{l + 1}", "old", 1))
-            layers.append((stack(QK), stack(OV), W_in, W_out))
-        self.layers = nn.ModuleList(nn.ParameterList(layer) for layer in layers)
+            new = f"c{l} at f{l}"
+            QK = weights(d, (f"f{l}", "pos", 2), ("one", "pos2", -1))
+            OV = weights(d, (f"f{l + 1}", f"f{l}", 1), (new, f"c{l}", 1))
+            take = (new, new, 1), (new, f"b{l}", 1), (new, "one", -1)
+            keep = (f"c{l}", f"c{l}", 1), (f"c{l}", f"b{l}", -1)
+            W_in = weights(d, *take, *keep)
+            W_out = weights(d, (f"c{l + 1}", new, 1), (f"c{l + 1}", f"c{l}", 1))
+            layers.append(([QK], [OV], W_in, W_out))
 
         # Unembedding: the last character; at the k token, `blank`
-        self.lm_head = matrix(task.vocab_size, d)
+        lm_head = weights(task.vocab_size)
         for char in range(C):
-            self.lm_head[task.char + char, x[f"c{n_bits}"][char]] = 1
-        self.lm_head[task.blank, x["is_k"]] = 2
+            lm_head[task.char + char, x[f"c{n_bits}"][char]] = 1
+        lm_head[task.blank, x["is_k"]] = 2
+
+        self.wte = nn.Parameter(wte)
+        self.wpe = nn.Parameter(wpe)
+        self.lm_head = nn.Parameter(lm_head)
+        self.layers = nn.ModuleList()
+        for QK, OV, W_in, W_out in layers:
+            self.layers.append(nn.ParameterList([torch.stack(QK), torch.stack(OV), W_in, W_out]))
+        self.requires_grad_(False)
 
     def forward(self, tokens, return_attn=False):
         """tokens (B, N) -> logits (B, N, V), with return_attn also a list by layer (B, H, N, N)."""
@@ -695,6 +697,7 @@ def plot_errors(runs, results):
     axis.axhline(chance, color="black", linewidth=0.6)
     axis.text(0, chance, "chance", va="bottom")
     axis.set(xlabel="number of hops k", ylabel="error (share of characters)", ylim=(-0.02, 0.9))
+    axis.set_xticks(hops)
     axis.legend(fontsize=8)
     common.save_figure(figure, runs, "errors")
 
@@ -782,8 +785,8 @@ def show_mpc(args):
     tokens, _ = task.sample(1, torch.Generator().manual_seed(args.seed[0]))
     chars = tokens[:, 1:] - task.char                        # (1, N)
     X = chars[0].tolist()
-    print(f"hop_k of {N} characters by {args.machines} machines of {args.words} words: rounds, most "
-          "words held\nby one, most sent or received by one, and the depth of a transformer")
+    print(f"hop_k of {N} characters by {args.machines} machines of {args.words} words:")
+    print("rounds, most words held by one, most sent or received by one, depth of a transformer")
     results = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
