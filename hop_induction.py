@@ -81,10 +81,9 @@ class HopTask:
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
-        if n_chars < 2 or max_hops < 1:
-            raise ValueError(f"n_chars {n_chars} is not 2 or more, or max_hops {max_hops} not 1")
-        if max_hops > seq_len - 4:                           # in abab..., find^k(i) = i - k >= 1
-            raise ValueError(f"no position of seq_len {seq_len} has max_hops {max_hops} hops")
+        # the most hops are in abab..., where find^k(i) = i - k, defined from 1 on
+        if n_chars < 2 or not 1 <= max_hops <= seq_len - 4:
+            raise ValueError(f"no seq_len {seq_len} of n_chars {n_chars} has max_hops {max_hops}")
         self.seq_len = seq_len
         self.n_chars = n_chars
         self.max_hops = max_hops
@@ -185,13 +184,13 @@ class Construction(nn.Module):
     is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token positions, 0
     is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of i, and c_l(i)
     is the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is above
-    2,000: scores up to 2 seq_len^2 have to be exact in float32.
+    500: scores up to 60 seq_len^2 have to be exact in float32.
     """
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
         super().__init__()
-        if seq_len > 2000:
-            raise ValueError(f"seq_len {seq_len} is above 2000, where float32 is not exact enough")
+        if seq_len > 500:
+            raise ValueError(f"seq_len {seq_len} is above 500, where float32 may not be exact")
         task = HopTask(seq_len, n_chars, max_hops)
         N = task.block_size
         n_bits = max_hops.bit_length()
@@ -200,13 +199,13 @@ class Construction(nn.Module):
 
         # The features of the residual stream, and how many dimensions each has; b_l is bit l of k,
         # which the k token has as k_l, and everybody after layer 1
-        C = n_chars + 1                                      # the characters, and `undefined`
+        C = n_chars + 1                                      # a character, or `undefined`
         sizes = dict(one=1, pos=1, pos2=1, is_k=1, where=N, f0=1, c0=C)
         for l in range(n_bits):
             sizes.update({f"k{l}": 1, f"b{l}": 1, f"c{l} at f{l}": C})
             sizes.update({f"f{l + 1}": 1, f"c{l + 1}": C})
-        x = {}                                               # the dimensions of each
         d = 0
+        x = {}                                               # the dimensions of each
         for name, size in sizes.items():
             x[name] = list(range(d, d + size))
             d += size
@@ -217,22 +216,25 @@ class Construction(nn.Module):
             matrix = torch.zeros(n_rows, d)
             for target, source, value in entries:
                 matrix[x[target], x[source]] = value         # one dimension is broadcast to many
-            return matrix
+            return nn.Parameter(matrix, requires_grad=False)
+
+        def stack(*heads):
+            return nn.Parameter(torch.stack(heads), requires_grad=False)         # (H, d, d)
 
         # Embeddings: a token knows its character, or the bits of k; a position j knows j, j^2, and
         # which one it is
-        wte = weights(task.vocab_size)
+        self.wte = weights(task.vocab_size)
         for char in range(n_chars):
-            wte[task.char + char, x["c0"][char]] = 1
+            self.wte[task.char + char, x["c0"][char]] = 1
         for k in range(max_hops + 1):
-            wte[k, x["is_k"] + x["c0"][n_chars:]] = 1   # the k token's character: `undefined`
+            self.wte[k, x["is_k"] + x["c0"][n_chars:]] = 1   # the k token's character: `undefined`
             for l in range(n_bits):
-                wte[k, x[f"k{l}"]] = k >> l & 1
-        wpe = weights(N)
+                self.wte[k, x[f"k{l}"]] = k >> l & 1
+        self.wpe = weights(N)
         for j in range(N):
-            wpe[j, x["one"] + x["where"][j:j + 1]] = 1
-            wpe[j, x["pos"]] = j
-            wpe[j, x["pos2"]] = j * j
+            self.wpe[j, x["one"] + x["where"][j:j + 1]] = 1
+            self.wpe[j, x["pos"]] = j
+            self.wpe[j, x["pos2"]] = j * j
 
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), oneself less than anything, and the k token ranks between matches and
@@ -245,8 +247,7 @@ class Construction(nn.Module):
         # Layer 1, head 2: everybody learns the bits of k from the k token
         read_QK = weights(d, ("one", "is_k", 1))
         read_OV = weights(d, *[(f"b{l}", f"k{l}", 1) for l in range(n_bits)])
-        no_mlp = weights(d)
-        layers = [([find_QK, read_QK], [find_OV, read_OV], no_mlp, no_mlp)]
+        layers = [(stack(find_QK, read_QK), stack(find_OV, read_OV), weights(d), weights(d))]
 
         # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest,
         # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
@@ -260,21 +261,14 @@ class Construction(nn.Module):
             keep = (f"c{l}", f"c{l}", 1), (f"c{l}", f"b{l}", -1)
             W_in = weights(d, *take, *keep)
             W_out = weights(d, (f"c{l + 1}", new, 1), (f"c{l + 1}", f"c{l}", 1))
-            layers.append(([QK], [OV], W_in, W_out))
+            layers.append((stack(QK), stack(OV), W_in, W_out))
+        self.layers = nn.ModuleList(nn.ParameterList(layer) for layer in layers)
 
         # Unembedding: the last character; at the k token, `blank`
-        lm_head = weights(task.vocab_size)
+        self.lm_head = weights(task.vocab_size)
         for char in range(C):
-            lm_head[task.char + char, x[f"c{n_bits}"][char]] = 1
-        lm_head[task.blank, x["is_k"]] = 2
-
-        self.wte = nn.Parameter(wte)
-        self.wpe = nn.Parameter(wpe)
-        self.lm_head = nn.Parameter(lm_head)
-        self.layers = nn.ModuleList()
-        for QK, OV, W_in, W_out in layers:
-            self.layers.append(nn.ParameterList([torch.stack(QK), torch.stack(OV), W_in, W_out]))
-        self.requires_grad_(False)
+            self.lm_head[task.char + char, x[f"c{n_bits}"][char]] = 1
+        self.lm_head[task.blank, x["is_k"]] = 2
 
     def forward(self, tokens, return_attn=False):
         """tokens (B, N) -> logits (B, N, V), with return_attn also a list by layer (B, H, N, N)."""
@@ -410,23 +404,15 @@ def look_up(cluster, m, arrays):
 
 # ---- Training (Tables 1, 2) ---------------------------------------------------------------------
 
-SHARED = dict(
-    arch=["transformer"], n_head=[4], n_chars=4, n_train=[0], batch_size=32, weight_decay=0.01,
-    n_eval=1_000, machines=None, words=None,
-)
+SHARED = dict(arch=["transformer"], n_head=[4], n_chars=4, n_train=[0], batch_size=32,
+              weight_decay=0.01, n_eval=1_000, machines=None, words=None)
 PRESETS = {
-    "quick": dict(
-        **SHARED, n_layer=[2, 3, 4], n_embd=64, dropout=0.0, seq_len=24, max_hops=4,
-        steps=2_800, warmup=100, lr=5e-3, eval_every=250,
-    ),
-    "medium": dict(
-        **SHARED, n_layer=[2, 3, 4], n_embd=128, dropout=0.0, seq_len=64, max_hops=8,
-        steps=6_000, warmup=500, lr=2e-3, eval_every=500,
-    ),
-    "paper": dict(
-        **SHARED, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, seq_len=100, max_hops=16,
-        steps=100_000, warmup=1_000, lr=1e-4, eval_every=2_000,
-    ),
+    "quick": dict(SHARED, n_layer=[2, 3, 4], n_embd=64, dropout=0.0, seq_len=24, max_hops=4,
+                  steps=2_800, warmup=100, lr=5e-3, eval_every=250),
+    "medium": dict(SHARED, n_layer=[2, 3, 4], n_embd=128, dropout=0.0, seq_len=64, max_hops=8,
+                   steps=6_000, warmup=500, lr=2e-3, eval_every=500),
+    "paper": dict(SHARED, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, seq_len=100,
+                  max_hops=16, steps=100_000, warmup=1_000, lr=1e-4, eval_every=2_000),
 }
 SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
 
@@ -503,11 +489,11 @@ def train(args, run):
 # ---- Measurement --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def hop_errors(model, task, n, generator, return_se=False):
+def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
     """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each.
 
-    The share of wrong predictions over positions whose target is a character (err_n^k, Sec. 5); nan
-    where no position has one. With return_se also standard errors, sequences being the draws.
+    The share of wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or
+    everywhere; nan where there is none. With return_se also standard errors over sequences.
     """
     errors = []
     ses = []
@@ -517,7 +503,7 @@ def hop_errors(model, task, n, generator, return_se=False):
         for first in range(0, n, 256):
             tokens, targets = task.sample(min(256, n - first), generator, hops=k)
             predictions = model(tokens).argmax(-1)
-            counts = (targets >= task.char) & (targets < task.undefined)         # characters
+            counts = (targets >= task.char) & (targets < task.undefined) | everywhere
             wrong.append(((predictions != targets) & counts).sum(1))
             scored.append(counts.sum(1))
         wrong = torch.cat(wrong).float()                     # (n,)
@@ -631,11 +617,6 @@ def in_words(args, runs):
             words.append(PHRASES.get(key, key + " {}").format(value or "fresh"))
     return ", ".join(words)
 
-def attentive(runs, results):
-    """args and results of the first run of each setting, for those models that have attention."""
-    groups = common.by_setting(runs, results)
-    return [(args, group[0]) for args, group in groups if "alignment" in group[0]]
-
 def print_errors(runs, results):
     """Fig. 2: a row a setting, error by number of hops (median and range over seeds)."""
     max_hops = runs[0].args.max_hops
@@ -659,7 +640,10 @@ The paper's models were measured with dropout on; off is what ours compares with
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
 def print_heads(runs, shown, task):
-    """Figs. 3 and 4 as numbers: what each head looks at, beside the heads of the construction."""
+    """Figs. 3 and 4 as numbers: what each head looks at, beside the heads of the construction.
+
+    shown: pairs of args and results, of each setting's first run.
+    """
     print("""
 Heads: the find^j that each looks at most, and its normalised inner product with it (undefined hops
 count against it; the construction's first layer looks for characters and for k, at no find^j)""")
@@ -701,50 +685,39 @@ def plot_errors(runs, results):
     axis.legend(fontsize=8)
     common.save_figure(figure, runs, "errors")
 
-def plot_heads(runs, shown):
-    """Figs. 3 and 4: a heat map for each setting, heads against the find^j that they look at."""
-    columns = min(len(shown), 3)
-    rows = math.ceil(len(shown) / columns)
-    most = max(args.n_layer * args.n_head for args, result in shown)
-    max_hops = runs[0].args.max_hops
-    size = dict(width=2 + 0.25 * max_hops, height=1.2 + 0.2 * most)
-    figure, axes = common.new_figure(rows, columns, **size)
-    for axis in axes.flat[len(shown):]:
-        axis.remove()
-    for axis, (args, result) in zip(axes.flat, shown):
-        heads = np.concatenate(result["alignment"])          # (L H, J)
-        image = axis.imshow(heads, aspect="auto", vmin=0, vmax=1, cmap="Greys")
-        names = [f"{i // args.n_head + 1}.{i % args.n_head + 1}" for i in range(len(heads))]
-        axis.set_yticks(range(len(heads)), names)
-        axis.set_xticks(range(max_hops), range(1, max_hops + 1))
-        axis.set(title=in_words(args, runs), xlabel="number of hops j", ylabel="layer.head")
-    figure.colorbar(image, ax=axes, label="normalised inner product with find^j")
-    common.save_figure(figure, runs, "heads")
-
 @torch.no_grad()
-def plot_attention(runs, shown):
-    """Fig. 3: attention of the deepest model's best head for find^1, find^2, find^4, ..."""
+def plot_heads(runs, shown):
+    """Figs. 3 and 4, for the deepest model: how far each head looks at each find^j, and the
+    attention of the best head for find^1, find^2, find^4, ..."""
     args, result = max(shown, key=lambda pair: pair[0].n_layer)
+    alignment = np.array(result["alignment"])                # (L, H, J)
+    heads = [f"{i // args.n_head + 1}.{i % args.n_head + 1}" for i in range(alignment[..., 0].size)]
+    hops = range(1, args.max_hops + 1)
+    figure, axes = common.new_figure(1, 1 + args.max_hops.bit_length(), width=3.6, height=4.2)
+    figure.suptitle(in_words(args, runs))
+    axis = axes[0, 0]
+    image = axis.imshow(np.concatenate(alignment), aspect="auto", vmin=0, vmax=1, cmap="Greys")
+    axis.set_xticks(range(args.max_hops), hops)
+    axis.set_yticks(range(len(heads)), heads, fontsize=7)
+    axis.set(title="normalised inner product with find^j", xlabel="j", ylabel="layer.head")
+    figure.colorbar(image, ax=axis)
+
     task, model = load(result["folder"], args.device)
     data = torch.Generator(task.device).manual_seed(0)
     tokens, _ = task.sample(1, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)
-    alignment = np.array(result["alignment"])                # (L, H, J)
-    n_panels = task.max_hops.bit_length()
-    figure, axes = common.new_figure(1, n_panels, width=3.6, height=4)
-    for n, axis in enumerate(axes[0]):
+    for n, axis in enumerate(axes[0, 1:]):
         j = 2**n
         products = alignment[:, :, j - 1]
         layer, head = divmod(products.argmax(), args.n_head)
         positions = find(tokens[:, 1:], j)[0].cpu()
         defined = (positions >= 0).nonzero()[:, 0]
         axis.imshow(attns[layer][0, head].float().cpu(), cmap="Greys", vmin=0, vmax=1)
-        axis.plot(positions[defined] + 1, defined + 1, "o", fillstyle="none", label=f"find^{j}")
-        axis.set(title=f"layer {layer + 1}, head {head + 1}: {products.max():.2f} with find^{j}",
+        axis.plot(positions[defined] + 1, defined + 1, "ro", fillstyle="none", label=f"find^{j}")
+        axis.set(title=f"attention of {layer + 1}.{head + 1} ({products.max():.2f})",
                  xlabel="position looked at", ylabel="position")
         axis.legend(loc="upper right")
-    figure.suptitle(f"{in_words(args, runs)}: the head that looks most at each find^j")
-    common.save_figure(figure, runs, "attention")
+    common.save_figure(figure, runs, "heads")
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -759,23 +732,15 @@ def show_construction(args):
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
     model = construct(args.max_hops, args.n_chars, args.seq_len).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
-    nonzero = sum(p.count_nonzero().item() for p in model.parameters())
     print(f"""N = {args.seq_len}: depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
-{model.n_embd}, {n_params:,} parameters of which {nonzero:,} are not zero.
+{model.n_embd}, {n_params:,} parameters.
 The theorem's depth; its one head, and a width that does not grow with N, are not met.""")
     data = torch.Generator(args.device).manual_seed(args.seed[0])
-    results = []
-    for k in range(args.max_hops + 1):
-        result = dict(k=k, errors=0, positions=0, undefined=0)
-        for first in range(0, args.n_eval, 50):
-            tokens, targets = task.sample(min(50, args.n_eval - first), data, hops=k)
-            result["errors"] += int((model(tokens).argmax(-1) != targets).sum())
-            result["positions"] += targets.numel()
-            result["undefined"] += int((targets == task.undefined).sum())
-        results.append(result)
-    common.print_table(list(results[0]), [list(map(str, row.values())) for row in results])
+    errors = hop_errors(model, task, args.n_eval, data, everywhere=True).tolist()
+    print(f"Errors on {args.n_eval} sequences for each k, undefined hops and all:")
+    common.print_table(["k", "error"], [[str(k), f"{error:g}"] for k, error in enumerate(errors)])
     print_heads([], [], HopTask(args.seq_len, args.n_chars, args.max_hops))
-    return results
+    return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args):
     """--mpc: rounds, memory and load for k = 1, 2, 4, ..., as a dict for each, and the depth of a
@@ -786,7 +751,7 @@ def show_mpc(args):
     chars = tokens[:, 1:] - task.char                        # (1, N)
     X = chars[0].tolist()
     print(f"hop_k of {N} characters by {args.machines} machines of {args.words} words:")
-    print("rounds, most words held by one, most sent or received by one, depth of a transformer")
+    print("rounds, most words held by one, most sent or received by one, a transformer's depth")
     results = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
@@ -795,9 +760,8 @@ def show_mpc(args):
         except RuntimeError as error:
             common.fail(f"the protocol breaks the limits in {error}; give more --words", 2)
         expected = [X[p] if p >= 0 else -1 for p in find(chars, k)[0].tolist()]
-        right = hops == expected
-        result = dict(k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
-        results.append({**result, "transformer depth": bit + 2, "agrees with find": right})
+        used = dict(rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
+        results.append(dict(k=k, **used, depth=bit + 2, right=hops == expected))
     common.print_table(list(results[0]), [list(map(str, row.values())) for row in results])
     return results
 
@@ -853,7 +817,8 @@ def parse_args(argv=None):
 def show(runs, results):
     """The tables of a sweep, and with --plot its figures."""
     print_errors(runs, results)
-    shown = attentive(runs, results)
+    groups = common.by_setting(runs, results)
+    shown = [(args, group[0]) for args, group in groups if "alignment" in group[0]]
     args = runs[0].args
     if shown:
         print_heads(runs, shown, HopTask(args.seq_len, args.n_chars, args.max_hops))
@@ -861,7 +826,6 @@ def show(runs, results):
         plot_errors(runs, results)
     if args.plot and shown:
         plot_heads(runs, shown)
-        plot_attention(runs, shown)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
