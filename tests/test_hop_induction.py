@@ -12,11 +12,11 @@ import torch
 import common
 import hop_induction
 from hop_induction import HopLSTM, HopTask, HopTransformer, construct, find, hop_errors
-from test_common import call_main, cut_and_continued, numpy_block
+from test_common import call_main, cut_and_continued, metrics_of, numpy_block
 
 SCRIPT = Path(hop_induction.__file__)
-TINY = ["--device", "cpu", "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--seq-len", "12", "--max-hops", "2",
-        "--batch-size", "8", "--steps", "60", "--warmup", "10", "--eval-every", "10", "--n-eval", "20"]
+TINY = ["--device", "cpu", "--n-layer", "2", "--n-embd", "16", "--seq-len", "12", "--max-hops", "2", "--batch-size", "8",
+        "--steps", "60", "--warmup", "10", "--eval-every", "10", "--n-eval", "20"]
 
 
 def generator(seed=0):
@@ -90,7 +90,7 @@ def test_hops_without_a_token_are_refused(hops):
         HopTask(seq_len=20, max_hops=3).sample(3, generator(), hops=hops)
 
 
-@pytest.mark.parametrize("bad", [dict(seq_len=3), dict(n_chars=1), dict(max_hops=0)])
+@pytest.mark.parametrize("bad", [dict(seq_len=3), dict(n_chars=1), dict(max_hops=0), dict(seq_len=19)])
 def test_impossible_tasks_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         HopTask(**bad)
@@ -128,8 +128,9 @@ def test_a_checkpoint_with_gpt2s_names_loads_and_agrees_with_numpy():
 def test_parameter_counts_and_causality():
     model = HopTransformer(4, 4, 128, 30, 99)
     assert sum(p.numel() for p in model.parameters()) == 4 * (12 * 128**2 + 13 * 128) + (2 * 30 + 99) * 128 + 2 * 128
-    lstm = HopLSTM(100_000, 30)
-    assert sum(p.numel() for p in lstm.parameters()) == pytest.approx(100_000, rel=0.1)
+    lstm = HopLSTM(2, 4, 64, 30, 99)
+    n_params = 2 * (12 * 64**2 + 13 * 64) + (2 * 30 + 99) * 64 + 2 * 64
+    assert sum(p.numel() for p in lstm.parameters()) == pytest.approx(n_params, rel=0.1)
     tokens = HopTask().sample(2, generator())[0]
     changed = tokens.clone()
     changed[:, 60:] = 17
@@ -154,9 +155,24 @@ def test_errors_count_characters_alone():
                 if task.char <= target < task.undefined:
                     wrong, total = wrong + (target != task.char), total + 1
         assert errors[k].item() == pytest.approx(wrong / total)
-    assert errors.shape == se.shape == (4,) and torch.allclose(errors, torch.tensor(0.75), atol=0.03)
+    assert errors.shape == se.shape == (4,)
+    assert torch.allclose(errors, torch.tensor(0.75), atol=0.03)
     again = torch.stack([hop_errors(always_the_first_character, task, 300, generator(i)) for i in range(40)])
     assert torch.allclose(again.std(0), se, rtol=0.5)                            # what it says is what it scatters
+
+
+def test_a_hop_that_never_occurs_is_not_solved():
+    task = HopTask(seq_len=9, n_chars=40, max_hops=5)
+
+    def perfect(tokens):
+        positions = find(tokens[:, 1:], tokens[:, 0], 5)
+        chars = torch.nn.functional.pad(tokens[:, 1:].gather(1, positions.clamp_min(0)), (1, 0))
+        return torch.nn.functional.one_hot(chars, task.vocab_size).float()
+    errors = hop_induction.plain(hop_errors(perfect, task, 50, generator()))
+    assert errors[:2] == [0, 0] and errors[3:] == [None] * 3                     # so few sequences have no third hop
+    assert hop_induction.solved(errors) in (1, 2)
+    assert hop_induction.solved([0.0, 0.01, 0.04, 0.05, 0.0]) == 2
+    assert hop_induction.solved([0.0, 0.01, 0.04]) == 2 and hop_induction.solved([0.3, 0.01]) == 0
 
 
 def test_head_alignment_against_plain_loops():
@@ -181,13 +197,12 @@ def test_head_alignment_against_plain_loops():
                 assert ours[layer][head, j - 1].item() == pytest.approx(np.mean(products), abs=1e-5)
 
 
-def test_no_measurement_needs_float64(no_float64_on_device, tmp_path, monkeypatch):
-    run = one_run(tmp_path, "--steps", "10")
-    results = hop_induction.train(run.args, run)
-    assert len(results["errors"]) == 3 and len(results["alignment"]) == 2
-    call_main(monkeypatch, hop_induction, "--construct", "--max-hops", "2", "--n-eval", "2", "--device", "cpu")
-    call_main(monkeypatch, hop_induction, "--mpc", "--max-hops", "1", "--device", "cpu")
-    call_main(monkeypatch, hop_induction, *command(tmp_path, "--arch", "lstm", "--steps", "10")[2:])
+def test_no_measurement_needs_float64(no_float64_on_device, tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = ["--arch", "transformer", "lstm", "--n-train", "0", "9", "--steps", "3", "--plot"]
+    assert len(call_main(hop_induction, *TINY, "--out-dir", tmp_path, *flags)) == 4
+    call_main(hop_induction, "--construct", "--max-hops", "2", "--n-eval", "2", "--device", "cpu")
+    call_main(hop_induction, "--mpc", "--max-hops", "1", "--device", "cpu")
 
 
 # ---- Theorem 4.2 ------------------------------------------------------------------------------------------------------
@@ -253,29 +268,30 @@ def test_one_word_too_many_is_caught():
         hop_induction.mpc_hops(X, 16, 16, enough - 1)
 
 
-def test_no_machine_may_hold_the_whole_input(capsys, monkeypatch):
+def test_no_machine_may_hold_the_whole_input(capsys):
     X = HopTask(102).sample(1, generator())[0][0, 1:].sub(17).tolist()
     for words in (100, 1_000):
         with pytest.raises(ValueError, match="whole input of 100"):
             hop_induction.mpc_hops(X, 2, 8, words)
-    call_main(monkeypatch, hop_induction, "--mpc", "--device", "cpu")
-    title, header, *rows = capsys.readouterr().out.splitlines()
-    assert title == "hop_k of 1000 characters by 32 machines of 320 words"
-    for row, k in zip(rows, (1, 2, 4, 8, 16), strict=True):
-        hops, rounds, machines, words, memory, load, depth, agrees = row.split()
-        assert int(hops) == k and int(rounds) == 6 + 2 * k.bit_length() and agrees == "yes"
-        assert int(load) <= 320 and 3 * 1000 / 32 < int(memory) <= 320           # at least a character, two pointers
+    results = call_main(hop_induction, "--mpc", "--device", "cpu")
+    assert "1000 characters by 32 machines of 320 words" in capsys.readouterr().out
+    for result, k in zip(results, (1, 2, 4, 8, 16), strict=True):
+        assert result["k"] == k and result["right"]
+        assert result["rounds"] == 3 + 2 * k.bit_length()                        # a constant for each doubling
+        assert result["depth"] == math.floor(math.log2(k)) + 2
+        assert result["load"] <= 320 and 3 * 1000 / 32 < result["memory"] <= 320     # a character, two pointers
 
 
 # ---- Training and the command -----------------------------------------------------------------------------------------
 
 def runs_of(*flags):
     args = hop_induction.parse_args(list(flags))
-    return common.sweep(args, hop_induction.PRESETS, hop_induction.SWEEP)
+    return common.sweep(args, hop_induction.SWEEP, hop_induction.resolve, measured=["n_eval"])
 
 
 def one_run(tmp_path, *flags):
     run, = runs_of(*TINY, "--out-dir", str(tmp_path), *flags)
+    run.folder.mkdir(parents=True)
     common.seed_everything(0)
     return run
 
@@ -284,8 +300,8 @@ def test_a_finite_training_set_is_used_in_a_fixed_order(tmp_path, monkeypatch):
     run = one_run(tmp_path, "--n-train", "20", "--steps", "5")
     seen = []
     forward = HopTransformer.forward
-    monkeypatch.setattr(HopTransformer, "forward", lambda self, tokens, **kw: (
-        seen.append(tokens.clone()) if self.training else None, forward(self, tokens, **kw))[1])
+    monkeypatch.setattr(HopTransformer, "forward", lambda self, tokens, *rest: (
+        seen.append(tokens.clone()) if self.training else None, forward(self, tokens, *rest))[1])
     hop_induction.train(run.args, run)
     fixed = HopTask(12, 4, 2).sample(20, generator(0))[0]
     assert torch.equal(torch.cat(seen), fixed[torch.arange(40) % 20])
@@ -311,7 +327,7 @@ def test_the_paper_trains_with_dropout(tmp_path, monkeypatch):
         return dropout(x, p, training, inplace)
     monkeypatch.setattr(torch.nn.functional, "dropout", watched)
     for preset, arch, p in ("paper", "transformer", 0.1), ("paper", "lstm", 0.1), ("quick", "lstm", 0.0):
-        run = one_run(tmp_path / arch, "--preset", preset, "--arch", arch, "--steps", "3")
+        run = one_run(tmp_path / preset, "--preset", preset, "--arch", arch, "--steps", "3")
         shares.clear()
         hop_induction.train(run.args, run)
         assert set(shares) == {p}
@@ -322,10 +338,12 @@ def test_training_moves_every_parameter_and_lowers_the_loss(tmp_path, arch):
     run = one_run(tmp_path, "--arch", arch)
     _, before = hop_induction.build(run.args)
     common.seed_everything(0)
-    results = hop_induction.train(run.args, run)
+    hop_induction.train(run.args, run)
     after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
-    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] and len(results["errors"]) == 3
+    metrics = metrics_of(run.folder)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert list(metrics[0]) == ["step", "loss", "error", "errors"]               # shown: the loss and the main metric
 
 
 def docstring_commands():
@@ -378,11 +396,7 @@ def test_the_papers_numbers_stand_beside_the_papers_setting_alone(capsys, other)
 
 
 def command(tmp_path, *flags):
-    return [sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags]
-
-
-def call(tmp_path, *flags):
-    return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
+    return [*TINY, "--out-dir", str(tmp_path / "out"), *flags]
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
@@ -390,46 +404,142 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     assert "by construction" in out
 
 
-def test_construct_and_mpc_print_their_tables(tmp_path, capsys, monkeypatch):
-    call_main(monkeypatch, hop_induction, "--construct", "--max-hops", "3", "--n-eval", "10", "--device", "cpu")
+def test_one_training_for_equal_settings(tmp_path):
+    results = call_main(hop_induction, *command(tmp_path, "--arch", "transformer", "lstm", "--n-head", "2", "4", "--steps", "4"))
+    assert len(results) == 3                                                     # an LSTM has no heads
+    assert len(list((tmp_path / "out" / "hop_induction").iterdir())) == 3
+
+
+def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path, capsys):
+    first, = call_main(hop_induction, *command(tmp_path))
+    before = (Path(first["folder"]) / "ckpt.pt").read_bytes()
+    again, = call_main(hop_induction, *command(tmp_path))
+    assert again == first and "read" in capsys.readouterr().out
+    more, = call_main(hop_induction, *command(tmp_path, "--n-eval", "40"))
+    assert more["errors"] != first["errors"] and more["alignment"] == first["alignment"]
+    assert (Path(more["folder"]) / "ckpt.pt").read_bytes() == before
+
+
+def test_attention_of_a_loaded_model(tmp_path):
+    result, = call_main(hop_induction, *command(tmp_path))
+    task, model = hop_induction.load(result["folder"])
+    tokens, targets = task.sample(1, generator(), hops=2)
+    logits, attns = model(tokens, return_attn=True)
+    assert attns[1].shape == (1, 4, 11, 11) and not model.training               # of layer 2, (B, H, N, N)
+    torch.testing.assert_close(attns[1].sum(-1), torch.ones(1, 4, 11))
+    errors = hop_errors(model, task, 20, generator(30_000))
+    assert errors.tolist() == result["errors"]
+
+
+class Mean(torch.nn.Module):
+    """A toy architecture: a linear map of the mean of all embeddings so far."""
+
+    def __init__(self, n_layer, n_head, n_embd, vocab_size, block_size, dropout=0.0):
+        super().__init__()
+        self.wte = torch.nn.Embedding(vocab_size, n_embd)
+        self.lm_head = torch.nn.Linear(n_embd, vocab_size)
+
+    def forward(self, tokens):
+        counts = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        return self.lm_head(self.wte(tokens).cumsum(1) / counts[:, None])
+
+
+def test_an_architecture_is_added_in_one_place(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(hop_induction.ARCHS, "mean", Mean)
+    results = call_main(hop_induction, *command(tmp_path, "--arch", "transformer", "mean"))
+    assert len(results) == 2 and "mean, 2 layers" in capsys.readouterr().out
+
+
+def test_a_swept_flag_is_added_in_one_place(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(hop_induction, "SWEEP", ["arch", "n_layer", "n_head", "n_train", "dropout", "seed"])
+    args = hop_induction.parse_args(command(tmp_path, "--steps", "4", "--plot"))
+    args.dropout, args.usual["dropout"] = [0.0, 0.5], [0.0]
+    runs = common.sweep(args, hop_induction.SWEEP, hop_induction.resolve, measured=["n_eval"])
+    common.complete(runs, hop_induction.train, hop_induction.measure, hop_induction.show)
+    out = capsys.readouterr().out
+    assert "2 layers, dropout 0.5" in out and "figure" in out
+
+
+def test_tables_fit_in_a_hundred_columns(tmp_path, capsys):
+    flags = ["--max-hops", "16", "--seq-len", "40", "--steps", "1", "--n-eval", "2", "--n-head", "8", "--seed", "0", "1"]
+    call_main(hop_induction, *command(tmp_path, *flags))
+    call_main(hop_induction, "--construct", "--max-hops", "1", "--n-eval", "1", "--device", "cpu")
+    call_main(hop_induction, "--mpc", "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if ",seed=" not in line) <= 100       # but for the names of runs
+    assert sum("k=16" in line for line in lines) == sum("head 8" in line for line in lines) == 1
+
+
+def test_construct_and_mpc_return_their_tables(tmp_path, capsys):
+    results = call_main(hop_induction, "--construct", "--max-hops", "3", "--n-eval", "60", "--device", "cpu")
     out = capsys.readouterr().out
     assert "depth 3 = floor(log2 3) + 2" in out and "N = 100" in out and "find^2" in out
-    call_main(monkeypatch, hop_induction, "--mpc", "--device", "cpu")
-    out = capsys.readouterr().out
-    assert out.count("yes") == 5 and "NO" not in out
+    for k, result in enumerate(results):
+        assert result == dict(k=k, error=0)
+    task = HopTask(max_hops=3)
+    always_undefined = torch.nn.functional.one_hot(torch.tensor(task.undefined), task.vocab_size).float()
+    errors = hop_errors(lambda tokens: always_undefined.expand(*tokens.shape, -1), task, 20, generator(), everywhere=True)
+    for k, error in enumerate(errors.tolist()):                                  # a constant answer is wrong but there
+        _, targets = task.sample(20, generator(), hops=k)
+        assert error == pytest.approx((targets != task.undefined).float().mean().item(), abs=0.02)
     with pytest.raises(SystemExit):
-        call_main(monkeypatch, hop_induction, "--mpc", "--words", "200", "--device", "cpu")
+        call_main(hop_induction, "--mpc", "--words", "200", "--device", "cpu")
     assert "--words" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, error", [
-    (["--n-embd", "10"], "not divisible"),
-    (["--dropout", "1"], "--dropout"),
-    (["--n-train", "-1"], "--n-train"),
-    (["--seq-len", "3"], "seq_len 3"),
-    (["--construct", "--plot"], "--plot"),
-    (["--mpc", "--words", "1000"], "whole input"),
-    (["--mpc", "--seq-len", "300"], "whole input"),
-    (["--max-hops", "0"], "positive integer"),
-    (["--device", "cuda:99"], "--device"),
-])
-def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags, error):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+BAD = [
+    ["--n-layer", "0"], ["--n-layer", "-1"], ["--n-layer", "2.5"], ["--n-layer"], ["--n-layer", "x"], ["--n-layer", "101"],
+    ["--n-head", "0"], ["--n-head", "3"], ["--n-head", "4", "5"], ["--n-embd", "10"], ["--n-embd", "0"], ["--n-embd", "nan"],
+    ["--dropout", "1"], ["--dropout", "-0.1"], ["--dropout", "nan"], ["--dropout", "much"],
+    ["--seq-len", "3"], ["--seq-len", "7"], ["--seq-len", "-5"], ["--seq-len", "1e3"],
+    ["--n-chars", "1"], ["--n-chars", "0"], ["--max-hops", "0"], ["--max-hops", "21"], ["--max-hops", "-1"],
+    ["--n-train", "-1"], ["--n-train", "0.5"], ["--n-train", "100000000"], ["--batch-size", "0"], ["--batch-size", "-32"],
+    ["--steps", "0"], ["--steps", "-1"], ["--warmup", "0"], ["--warmup", "-3"],
+    ["--lr", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "1e308"], ["--weight-decay", "-1"],
+    ["--weight-decay", "nan"], ["--n-eval", "0"], ["--eval-every", "0"], ["--seed", "-1"], ["--seed", str(2**63)],
+    ["--seed", "x"], ["--arch", "rnn"], ["--arch"], ["--preset", "huge"], ["--device", "cuda:99"], ["--device", "tpu"],
+    ["--dtype", "float64"], ["--layers", "2"], ["--n-lay", "2"], ["extra"],
+    ["--machines", "4"], ["--words", "100"], ["--arch", "lstm", "--n-head", "2"],
+    ["--construct", "--plot"], ["--construct", "--mpc"], ["--construct", "--steps", "5"], ["--construct", "--out-dir", "x"],
+    ["--construct", "--seed", "0", "1"], ["--construct", "--words", "9"], ["--construct", "--seq-len", "19"],
+    ["--construct", "--seq-len", "501"], ["--mpc", "--words", "1000"], ["--mpc", "--seq-len", "300"], ["--mpc", "--lr", "1"],
+    ["--mpc", "--n-eval", "5"], ["--mpc", "--machines", "0"], ["--mpc", "--n-layer", "3"], ["--mpc", "--arch", "lstm"],
+]
+
+
+@pytest.mark.parametrize("flags", BAD, ids=" ".join)
+def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)           # matplotlib
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        hop_induction.parse_args([*flags, "--out-dir", str(tmp_path / "out")])
+        call_main(hop_induction, *flags)
     line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and error in line
-    assert not (tmp_path / "out").exists()
+    assert stop.value.code == 2 and "error: " in line and len(line) > 30
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_figures_are_drawn(tmp_path, monkeypatch):
+def test_help_shows_the_presets_values(capsys):
+    for preset, seq_len in ("quick", 24), ("paper", 100):
+        with pytest.raises(SystemExit):
+            call_main(hop_induction, "--preset", preset, "--help")
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"1000 characters) (default: {seq_len})" in out and "arXiv 2402.09268" in out
+
+
+def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    call_main(monkeypatch, hop_induction, *command(tmp_path, "--plot", "--steps", "10", "--n-layer", "1", "2")[2:])
-    for name in ("errors", "heads", "attention"):
-        assert (tmp_path / "out" / "hop_induction" / f"{name}.png").stat().st_size > 5_000
+    flags = ["--plot", "--steps", "10", "--n-layer", "1", "2", "--seed", "0", "1", "--arch", "transformer", "lstm"]
+    call_main(hop_induction, *command(tmp_path, *flags))
+    figures = sorted((tmp_path / "out" / "hop_induction").glob("*.png"))
+    assert [path.name.split(",")[0] for path in figures] == ["errors", "heads"]
+    assert all(path.stat().st_size > 5_000 for path in figures)
+    call_main(hop_induction, *command(tmp_path, "--plot", "--steps", "10", "--arch", "lstm"))
+    assert len(list((tmp_path / "out" / "hop_induction").glob("*.png"))) == 3    # errors alone, of another name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_and_bfloat16(tmp_path):
-    done = call(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")
+    line = [sys.executable, str(SCRIPT), *command(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import common
 import looped_icl
-from looped_icl import (InContextTransformer, Tables, averaging, gd_network, greedy_tree, lasso, least_squares, nearest_neighbors,
-                        sample_prompts)
+from looped_icl import (InContextTransformer, Tables, averaging, gd_network, greedy_tree, lasso, least_squares,
+                        nearest_neighbors, sample_prompts)
 from test_common import call_main, cut_and_continued, numpy_block
 
 SCRIPT = Path(looped_icl.__file__)
@@ -38,7 +40,20 @@ def test_prompts_have_the_variance_that_errors_are_divided_by(task):
     assert abs(xs.mean()) < 0.02 and abs(xs.var() - 1) < 0.02
     assert ys.var().item() == pytest.approx(looped_icl.scale(task, 6) + (0.01 if task == "noisy-linear" else 0), rel=0.1)
     xs, ys = sample_prompts(task, 50, 12, 6, generator(), active_dims=4)
-    assert not xs[..., 4:].any() and xs[..., :4].all() and torch.equal(ys, sample_prompts(task, 50, 12, 6, generator(), 4)[1])
+    assert torch.equal(ys, sample_prompts(task, 50, 12, 6, generator(), 4)[1])
+    assert xs[..., :4].all() and (xs[..., 4:].all() if task == "decision-tree" else not xs[..., 4:].any())
+
+
+def test_the_function_does_not_know_of_the_active_dimensions():
+    # sparse-linear: 3 of all 9 coordinates, so that with 3 active ones many prompts have fewer or none
+    xs, ys = sample_prompts("sparse-linear", 2_000, 12, 9, generator(), active_dims=3)
+    w = torch.linalg.lstsq(xs[..., :3], ys[..., None]).solution[..., 0]
+    n_chosen = (w.abs() > 1e-4).sum(1).bincount(minlength=4) / 2_000
+    expected = torch.tensor([math.comb(3, k) * math.comb(6, 3 - k) / math.comb(9, 3) for k in range(4)])
+    torch.testing.assert_close(n_chosen, expected, atol=0.04, rtol=0)
+    # decision-tree: the same prompts, whatever the curriculum says
+    early, late = (sample_prompts("decision-tree", 50, 12, 9, generator(), active) for active in (3, 9))
+    assert torch.equal(early[0], late[0]) and torch.equal(early[1], late[1])
 
 
 def test_linear_classes_are_linear():
@@ -49,8 +64,6 @@ def test_linear_classes_are_linear():
         assert set((np.abs(w) > 1e-4).sum(1)) == {3 if task == "sparse-linear" else d}
         if task == "sparse-linear":
             assert (np.abs(w) > 1e-4).sum(0).min() > 10                          # every coordinate has its turn
-            active = sample_prompts(task, 200, 30, d, generator(), active_dims=3)
-            assert torch.linalg.lstsq(active[0][..., :3], active[1][..., None]).solution.abs().min() > 1e-5
     xs, ys = sample_prompts("noisy-linear", 200, 40, 3, generator())
     residual = [y - x @ np.linalg.lstsq(x, y, rcond=None)[0] for x, y in zip(xs.numpy(), ys.numpy())]
     assert np.sqrt(np.sum(np.square(residual)) / 200 / 37) == pytest.approx(0.1, rel=0.05)
@@ -58,8 +71,9 @@ def test_linear_classes_are_linear():
 
 def test_trees_and_networks_against_plain_recursion():
     xs = torch.randn(50, 20, 7, generator=generator(1))
-    ys, again = looped_icl.label("decision-tree", xs, generator(), 5), generator()
-    coordinates, leaves = torch.randint(5, (50, 15), generator=again).tolist(), torch.randn(50, 16, generator=again).tolist()
+    ys, again = looped_icl.label("decision-tree", xs, generator()), generator()
+    coordinates = torch.randint(7, (50, 15), generator=again).tolist()
+    leaves = torch.randn(50, 16, generator=again).tolist()
 
     def walk(x, coordinates, leaves, node=0, depth=0):
         if depth == 4:
@@ -68,7 +82,7 @@ def test_trees_and_networks_against_plain_recursion():
     for b in range(50):
         assert ys[b].tolist() == [walk(x, coordinates[b], leaves[b]) for x in xs[b].tolist()]
 
-    ys, again = looped_icl.label("relu-2nn", xs, generator(), 7), generator()
+    ys, again = looped_icl.label("relu-2nn", xs, generator()), generator()
     W1, W2 = torch.randn(50, 7, 100, generator=again).double().numpy(), torch.randn(50, 100, 1, generator=again).double().numpy()
     expected = [math.sqrt(0.02) * np.maximum(x @ w1, 0) @ w2 for x, w1, w2 in zip(xs.double().numpy(), W1, W2)]
     np.testing.assert_allclose(ys, np.stack(expected)[..., 0], rtol=1e-3, atol=1e-3)
@@ -79,7 +93,8 @@ def test_trees_and_networks_against_plain_recursion():
 def test_parameter_counts_at_the_papers_sizes():
     count = lambda *args, **kw: sum(p.numel() for p in InContextTransformer(*args, **kw).parameters())
     assert count(20, 101, 1, 8, 256) == 847_873 and count(20, 101, 12, 8, 256) == 9_535_233
-    assert count(20, 101, 12, 8, 256, tied=True) == 847_873
+    tied = vars(one_run_args("--preset", "paper", "--task", "relu-2nn", "--model", "tied"))
+    assert sum(p.numel() for p in looped_icl.build(SimpleNamespace(**tied))[1].parameters()) == 847_873
     # 41 points need 83 positions: 120 x 256 parameters fewer
     assert count(20, 41, 1, 8, 256) == 847_873 - 120 * 256
     n_points, d, L, C = 7, 3, 2, 16
@@ -91,27 +106,58 @@ def norm(x, layer):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w + b
 
 
-@pytest.mark.parametrize("inject, tied, loops", [("add", False, 3), ("multiply", False, 3), ("none", False, 3), ("none", True, 1)])
-def test_forward_agrees_with_numpy(inject, tied, loops):
+@pytest.mark.parametrize("inject", ["add", "multiply", "none"])
+def test_forward_agrees_with_numpy(inject, loops=3):
     torch.manual_seed(0)
-    model = InContextTransformer(3, 5, 3 if tied else 2, 2, 12, inject, tied).double()
+    model = InContextTransformer(3, 5, 2, 2, 12, inject).double()
     for p in model.parameters():
         p.data.normal_(std=0.4)
-    assert len(model.h) == (1 if tied else 2)
     xs, ys = torch.randn(2, 5, 3).double(), torch.randn(2, 5).double()
     predictions = model(xs, ys, loops, loops).detach()
     assert predictions.shape == (loops, 2, 5)
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for b in range(2):
-        tokens = np.array([token for x, y in zip(xs[b].tolist(), ys[b].tolist()) for token in (x, [y, 0, 0])])
-        e = tokens @ model.read_in.weight.detach().numpy().T + model.read_in.bias.detach().numpy()
-        z = e if inject == "none" else np.zeros_like(e)
+        tokens = []
+        for x, y in zip(xs[b].tolist(), ys[b].tolist()):
+            tokens += [x, [y, 0, 0]]
+        e = np.array(tokens) @ weights["read_in.weight"].T + weights["read_in.bias"]
+        z = {"add": 0 * e, "multiply": 1 + 0 * e, "none": e}[inject]
         for i in range(loops):
-            z = (z + e if inject == "add" else z * e if inject == "multiply" else z) + model.wpe.weight.detach().numpy()[:10]
-            for block in list(model.h) * (3 if tied else 1):
+            z = {"add": z + e, "multiply": z * e, "none": z}[inject] + weights["wpe.weight"][:10]
+            for block in model.h:
                 z = numpy_block(block, z)[0]
             z = norm(z, model.ln_f)
-            expected = z[::2] @ model.read_out.weight.detach().numpy()[0] + model.read_out.bias.item()
+            expected = z[::2] @ weights["read_out.weight"][0] + weights["read_out.bias"]
             np.testing.assert_allclose(predictions[i, b], expected, atol=1e-8)
+
+
+def test_the_first_loop_sees_the_prompt_however_it_enters():
+    xs, ys = sample_prompts("linear", 2, 6, 3, generator())
+    for inject in ("add", "multiply", "none"):
+        first = InContextTransformer(3, 6, 1, 2, 16, inject)(xs, ys, 1, 1)[0]
+        assert (first[0] - first[1]).abs().min() > 1e-6, inject
+
+
+def test_tied_is_the_whole_trunk_of_one_layer_applied_n_layer_times():
+    args = one_run_args("--model", "tied", "--n-layer", "4", "--n-embd", "64")
+    torch.manual_seed(0)
+    model = looped_icl.build(args)[1]
+    # the initialisation of one layer: N(0, 0.02 / sqrt(2)) for what writes to the residual stream
+    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2), rel=0.05)
+    passes, trunk = [], model.trunk
+    model.trunk = lambda x, states=None: passes.append(1) or trunk(x, states)
+    assert looped_icl.final_loops(args) == 4 and looped_icl.curriculum(args, 0)[2] == 4
+    xs, ys = sample_prompts("linear", 2, 6, 3, generator())
+    z = model.read_in(torch.stack([xs, F.pad(ys[..., None], (0, 2))], 2).flatten(1, 2)[:, :-1])
+    for _ in range(4):
+        z = F.layer_norm(model.h[0](z + model.wpe.weight[:11]), (64,), model.ln_f.weight, model.ln_f.bias)
+    expected = model.read_out(z[:, ::2])[..., 0]
+    ours = model(xs, ys, 4, 1)
+    assert len(passes) == 4 and len(ours) == 1
+    torch.testing.assert_close(ours[0], expected)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), parameters),             # through all four
+                               torch.autograd.grad(expected.square().sum(), parameters))
 
 
 @pytest.mark.parametrize("model", [InContextTransformer(3, 6, 1, 2, 16), InContextTransformer(3, 6, 3, 2, 16, "none")])
@@ -138,21 +184,75 @@ def test_loops_and_windows(inject):
         torch.testing.assert_close(model(xs, ys, loops, 1)[0], whole[loops - 1])
     torch.testing.assert_close(model(xs, ys, 7, 3), whole[4:])
 
+    parameters = [model.h[0].mlp.c_fc.weight, model.read_in.weight]
+
     def gradient(predictions):
-        return torch.autograd.grad(predictions.square().sum(), model.h[0].mlp.c_fc.weight)[0]
-    with_window = gradient(model(xs, ys, 5, 2))
+        return torch.autograd.grad(predictions.square().sum(), parameters)
+    with_window, through_all = gradient(model(xs, ys, 5, 2)), gradient(model(xs, ys, 5, 5)[3:])
+    if inject == "none":                                         # e has no other way in than loop 1
+        torch.testing.assert_close(with_window, through_all)
+        assert with_window[1].abs().max() > 0
+        return
     trunk, calls = model.trunk, []
 
-    def detached(x, states=None):                                                     # the same by hand: cut after the third loop
+    def detached(x, states=None):                       # the same by hand: cut after the third loop
         calls.append(1)
         z = trunk(x, states)
         return z.detach() if len(calls) == 3 else z
     model.trunk = detached
-    calls.clear()
     by_hand = gradient(model(xs, ys, 5, 5)[3:])
     del model.trunk
     torch.testing.assert_close(with_window, by_hand)
-    assert not torch.allclose(with_window, gradient(model(xs, ys, 5, 5)[3:]))
+    assert not torch.allclose(with_window[0], through_all[0])
+
+
+def test_autocast_leaves_a_window_its_gradient(monkeypatch):
+    args = one_run_args("--dtype", "bfloat16")
+    model = InContextTransformer(3, 6, 1, 2, 16)
+    xs, ys = sample_prompts("linear", 4, 6, 3, generator())
+
+    def gradients():
+        with looped_icl.autocast(args):
+            assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
+            predictions = model(xs, ys, 5, 2)
+        model.zero_grad()
+        predictions.float().square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+    ours = gradients()
+    # the same loop without no_grad, cut by hand before the window
+    trunk, calls = model.trunk, []
+
+    def detached(x, states=None):
+        calls.append(1)
+        z = trunk(x, states)
+        return z.detach() if len(calls) == 3 else z
+    monkeypatch.setattr(model, "trunk", detached)
+    monkeypatch.setattr(torch, "set_grad_enabled", lambda enabled: nullcontext())
+    expected = gradients()
+    assert len(calls) == 5 and set(ours) == set(expected)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+        assert gradient.abs().max() > 0, name
+
+
+def test_compiled_training_follows_the_curriculum(tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):                                # dynamo traces, nothing is generated
+        graphs.append(graph)
+        return graph.forward
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options | {"backend": backend}))
+    torch._dynamo.reset()
+    flags = ["--steps", "30", "--loops", "6"]                          # 2 .. 6 loops, 4 .. 6 points
+    plain = one_run(tmp_path / "plain", *flags)
+    looped_icl.train(plain.args, plain)
+    compiled = one_run(tmp_path / "compiled", "--compile", *flags)
+    looped_icl.train(compiled.args, compiled)
+    assert [line["loops"] for line in compiled.metrics] == [2, 4, 6]
+    for ours, expected in zip(compiled.metrics, plain.metrics):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert 1 <= len(graphs) <= 6                  # one trunk with and without gradient, not by loop
 
 
 # ---- Baselines --------------------------------------------------------------------------------------------------------
@@ -183,6 +283,47 @@ def test_lasso_satisfies_its_optimality_conditions():
         torch.testing.assert_close(correlation[active], alpha * w.sign()[active], atol=1e-3, rtol=0)
         assert correlation.abs().max() < alpha + 1e-3 and active.any() and not active.all()
     assert (lasso(xs, ys, alpha=100.0) == 0).all()
+
+
+def test_least_squares_ignores_what_rounding_adds_to_a_subspace():
+    args = SimpleNamespace(task="linear", n_dims=6, n_points=15, device="cpu")
+    for name, xs, ys, _ in looped_icl.shifted_prompts(args, 8, generator()):
+        ours = least_squares(xs, ys)
+        for b in range(8):
+            x, y = xs[b].double().numpy(), ys[b].double().numpy()
+            for i in range(1, 15):
+                w = np.linalg.lstsq(x[:i], y[:i], rcond=1e-5)[0]
+                assert ours[b, i].item() == pytest.approx(x[i] @ w, abs=1e-3), (name, b, i)
+        if "orthogonal" in name:
+            assert ours[:, -1].abs().max() < 1e-3             # the prompt says nothing of the query
+
+
+def test_lasso_is_optimal_on_every_prefix():
+    alpha, d, B = 0.01, 20, 8
+    xs, ys = (x.double() for x in sample_prompts("sparse-linear", B, 24, d, generator(20_000)))
+    unit = torch.eye(d).double().repeat(B, 1)[:, None]                           # (B d, 1, d)
+    for i in (1, 2, 3, 7, 12, 18, 19, 20, 23):
+        # predictions are x . w: ask at the unit vectors for w itself
+        asked = torch.cat([xs[:, :i].repeat_interleave(d, 0), unit], 1)
+        w = lasso(asked, F.pad(ys[:, :i].repeat_interleave(d, 0), (0, 1)), alpha)[:, -1].view(B, d)
+        residual = ys[:, :i] - (xs[:, :i] @ w[..., None])[..., 0]
+        correlation = (xs[:, :i] * residual[..., None]).mean(1)
+        assert correlation.abs().max() < alpha + 1e-7
+        torch.testing.assert_close(correlation[w != 0], alpha * w[w != 0].sign(), atol=1e-7, rtol=0)
+
+
+def test_lasso_against_plain_coordinate_descent():
+    # dense weights and noise: on the way to alpha coordinates leave that had joined
+    xs, ys = sample_prompts("noisy-linear", 3, 12, 5, generator(1))
+    ours = lasso(xs, ys, 0.3)
+    for b in range(3):
+        x, y = xs[b].double().numpy(), ys[b].double().numpy()
+        for i in range(6, 12):                                           # with fewer it is too slow
+            w = np.zeros(5)
+            for j in list(range(5)) * 300:
+                rest = x[:i, j] @ (y[:i] - x[:i] @ w + x[:i, j] * w[j]) / i
+                w[j] = np.sign(rest) * max(abs(rest) - 0.3, 0) / np.mean(x[:i, j] ** 2)
+            assert ours[b, i].item() == pytest.approx(x[i] @ w, abs=1e-3), (b, i)
 
 
 def test_the_greedy_tree_agrees_with_a_plain_one():
@@ -245,17 +386,63 @@ def test_other_inputs_are_what_their_names_say():
     assert 0.05 < (clean - ys[:, -1]).square().mean() < 1                        # the last label has no noise
 
 
+@pytest.mark.parametrize("task", looped_icl.TASKS[:5])
+def test_to_answer_0_scores_1_on_other_inputs(task):
+    args = SimpleNamespace(task=task, n_dims=5, n_points=4, device="cpu")
+    for name, _, ys, divisor in looped_icl.shifted_prompts(args, 8_000, generator()):
+        assert (ys[:, -1].square().mean() / divisor).item() == pytest.approx(1, abs=0.12), name
+
+
+class Fake(nn.Module):
+    """Its first hidden state says nothing, its second has x_i y_i at each y, its third x_i (x_i . 1) for any y."""
+
+    def forward(self, xs, ys, loops, window, return_states):
+        zeros = torch.zeros_like(xs)
+        read = torch.stack([zeros, xs * ys[..., None]], 2).flatten(1, 2)[:, :-1]
+        guessed = torch.stack([zeros, xs * xs.sum(2, keepdim=True)], 2).flatten(1, 2)[:, :-1]
+        return None, [torch.zeros_like(read), read, guessed]
+
+
 def test_the_probe_finds_what_is_there():
-    class Fake(nn.Module):
-        """Its first hidden state says nothing, its second has x_i y_i at each y."""
-        def forward(self, xs, ys, loops, window, return_states):
-            tokens = torch.stack([torch.zeros_like(xs), xs * ys[..., None]], 2).flatten(1, 2)[:, :-1]
-            return None, [torch.zeros_like(tokens), tokens]
     args = SimpleNamespace(task="linear", n_dims=3, n_points=15, device="cpu")
     found = looped_icl.probe(Fake(), args, 1, n=1_000)
-    assert found["X^T y"][0] == pytest.approx(1, abs=0.05) and found["X^T y"][1] < 0.01
+    assert set(found) == {target + fitted for target in ("X^T y", "least squares w")
+                          for fitted in ("", ", probe fitted on w = 1")}
+    nothing, read, guessed = found["X^T y"]
+    assert nothing == pytest.approx(1, abs=0.05) and read < 0.01 and guessed > 0.9
     assert 0.02 < found["least squares w"][1] < 0.5                              # X^T y is close to n w
-    assert found["least squares w (w constant)"][0] < 1e-4                       # the control needs no hidden state
+    # fitted on w = 1, only what the states hold of the prompt's own w is found
+    nothing, read, guessed = found["X^T y, probe fitted on w = 1"]
+    assert nothing > 1.5 and read < 0.01 and guessed > 1.5
+    assert found["least squares w, probe fitted on w = 1"][0] == pytest.approx(2, abs=0.2)       # |1 - w|^2 / |w|^2
+
+
+@pytest.mark.parametrize("task", looped_icl.TASKS)
+def test_the_evaluation_needs_no_float64_on_the_device(tmp_path, request, task):
+    flags = ["--task", task, "--n-eval", "10", "--ood", "--probe"]
+    if task == "openml":
+        for number in range(2):
+            write_table(tmp_path / f"{number}.csv", seed=number)
+        flags += ["--data-dir", str(tmp_path), "--n-dims", "20"]
+    args = one_run_args(*flags)
+    tables, model = looped_icl.build(args)
+    request.getfixturevalue("no_float64_on_device")
+    results = looped_icl.measure(model, args, tables)
+    assert ("ood" in results and "probe" in results) == (task != "openml")
+    assert ("2-layer network" in results["baselines"]) == (task in ("decision-tree", "relu-2nn"))
+    assert np.isfinite(results["curve"]).all() and np.isfinite(results["by_loops"]).all()
+
+
+def test_errors_by_examples_at_converged_loops():
+    args = one_run_args("--eval-loops", "11")
+    torch.manual_seed(0)
+    model = looped_icl.build(args)[1]
+    results = looped_icl.measure(model, args, None)
+    usual = looped_icl.measure(model, one_run_args(), None)
+    assert results["curve_loops"] == 11 and usual["curve_loops"] == 4
+    assert results["curve"][0][-1] == pytest.approx(results["by_loops"][10], rel=1e-5)
+    assert usual["curve"][0][-1] == pytest.approx(usual["by_loops"][3], rel=1e-5)
+    assert results["by_loops"] == usual["by_loops"] and results["curve"] != usual["curve"]
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------------------
@@ -293,11 +480,20 @@ def test_tables_are_standardised_padded_and_split(tmp_path):
         assert [known[tuple(row)] for row in x] == y
         narrow += not any(row[13] for row in x)
     assert 100 < narrow < 200                                                    # both tables, about equally often
+    assert tables.name == "1"
     with pytest.raises(ValueError, match="3 tables"):
         Tables(tmp_path, 3)
 
 
+def test_tables_are_ordered_by_number(tmp_path):
+    for name in ["1462", "720", "42192", "9x", "mine"]:
+        write_table(tmp_path / f"{name}.csv")
+    names = [Tables(tmp_path, held_out).name for held_out in range(5)]
+    assert names == ["720", "1462", "42192", "9x", "mine"]
+
+
 @pytest.mark.parametrize("edit, error", [
+    (lambda header, lines: lines.extend(lines * 10), "11000 rows are more than 10000"),
     (lambda header, lines: lines[7].__setitem__(2, "?"), "row 9: a value is missing"),
     (lambda header, lines: lines[7].__setitem__(2, ""), "row 9: a value is missing"),
     (lambda header, lines: lines[5].__setitem__(1, "red"), "column f1, row 7: 'red' is not a number"),
@@ -330,13 +526,14 @@ ARFF = """% a comment
 """
 
 
-def serve(monkeypatch, arff, target="Class"):
+def serve(monkeypatch, arff, target="Class", **more):
     """OpenML's API as its documentation shows it; returns the list of what is asked for."""
     asked = []
 
     def urlopen(url, timeout):
         asked.append(url)
-        about = dict(data_set_description=dict(url="https://host/bank.arff", default_target_attribute=target))
+        about = dict(url="https://host/bank.arff", default_target_attribute=target, **more)
+        about = dict(data_set_description=about)
         return io.BytesIO((json.dumps(about) if "json" in url else arff).encode())
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return asked
@@ -350,6 +547,18 @@ def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch)
         assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "1"], ["40", "7", "2"]]
 
 
+@pytest.mark.parametrize("more, left", [
+    (dict(row_id_attribute="the age"), ["height", "Class"]),
+    (dict(ignore_attribute="height"), ["the age", "Class"]),
+    (dict(row_id_attribute="height", ignore_attribute=["the age"]), ["Class"]),
+])
+def test_fetch_leaves_out_row_ids_and_ignored_columns(tmp_path, monkeypatch, more, left):
+    serve(monkeypatch, ARFF, **more)
+    looped_icl.fetch(1462, tmp_path)
+    with open(tmp_path / "1462.csv", newline="") as file:
+        assert next(csv.reader(file)) == left
+
+
 @pytest.mark.parametrize("arff, target", [(ARFF, None), (ARFF.replace("40, 2, c, 7", "{0 40, 1 2}"), "Class"), ("<html>", "Class")])
 def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch, capsys, arff, target):
     serve(monkeypatch, arff, target)
@@ -361,20 +570,28 @@ def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch,
 
 
 def test_ten_tables_leave_one_out(tmp_path, monkeypatch, capsys):
-    for number in range(10):
-        write_table(tmp_path / f"{number}.csv", seed=number)
+    for number in looped_icl.PUBLISHED:
+        write_table(tmp_path / f"{number}.csv", seed=int(number))
     flags = ["--task", "openml", "--data-dir", str(tmp_path), "--held-out", "0", "9", "--n-dims", "20", "--dims-start", "20",
              "--points-start", "6", "--steps", "20"]
     call_main(monkeypatch, looped_icl, *command(tmp_path, *flags)[2:])
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert [line[-1] for line in lines if len(line) == 3 and line[0].startswith("quick")] == ["0.662", "0.648"]      # the paper's
+    rows = [line for line in lines if len(line) == 4 and line[0].startswith("quick")]
+    assert [(row[1], row[3]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]          # the paper's
     assert "share of wrong labels" in out
     folders = {path.name for path in (tmp_path / "out" / "looped_icl").iterdir()}
     assert folders == {"quick,task=openml,seed=0", "quick,task=openml,held_out=9,seed=0"}
 
 
 # ---- Training and the command -----------------------------------------------------------------------------------------
+
+def one_run_args(*flags):
+    """The settings of the one run that the flags ask for, tiny unless they say otherwise."""
+    args = looped_icl.parse_args([*TINY, "--out-dir", "nowhere", *flags] if "paper" not in flags else ["--device", "cpu", *flags])
+    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
+    return run.args
+
 
 def one_run(tmp_path, *flags):
     args = looped_icl.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
@@ -391,7 +608,7 @@ def test_the_curriculum_of_the_paper():
     assert at(5_000) == (6, 13, 20) and at(74_999) == (19, 39, 20) and at(75_000) == at(499_999) == (20, 41, 20)
     args = looped_icl.parse_args(["--preset", "paper", "--task", "decision-tree", "--model", "standard", "--device", "cpu"])
     run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
-    assert at(5_000) == (6, 31, 1) and at(75_000) == (20, 101, 1)
+    assert at(0) == (20, 26, 1) and at(5_000) == (20, 31, 1) and at(75_000) == (20, 101, 1)
     assert (run.args.loops, run.args.window, run.args.steps, run.args.batch_size, run.args.lr) == (70, 15, 500_000, 64, 1e-4)
 
 
@@ -435,7 +652,8 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, monkeyp
     flags = ["--steps", "2", "--task", *looped_icl.TASKS[:5], "--model", "looped", "standard", "--ood", "--probe", "--plot"]
     call_main(monkeypatch, looped_icl, *command(tmp_path, *flags)[2:])
     out = capsys.readouterr().out
-    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "least squares w (w constant)"):
+    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "least squares w, probe fitted on w = 1",
+                   "by number of examples (looped: 4 loops)", "training seeds vary more"):
         assert wanted in out, wanted
     assert all((tmp_path / "out" / "looped_icl" / f"{task}.png").stat().st_size > 10_000 for task in looped_icl.TASKS[:5])
 
@@ -447,6 +665,7 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, monkeyp
     (["--points-start", "7"], "--points-start"),
     (["--task", "openml", "--data-dir", "nowhere"], "nowhere has 0 tables"),
     (["--steps", "-1"], "positive integer"),
+    (["--model", "tied", "--eval-loops", "20"], "--eval-loops is for --model looped"),
 ])
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
     with pytest.raises(SystemExit) as stop:
