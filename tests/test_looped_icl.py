@@ -3,10 +3,8 @@ import csv
 import io
 import json
 import math
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -635,7 +633,7 @@ def test_ten_tables_leave_one_out(tmp_path, capsys):
     results = call_main(looped_icl, *SMALL, *LOOPED, *flags)
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    rows = [line for line in lines if line[:1] == ["looped,"] and len(line) == 9]
+    rows = [line for line in lines if line[:1] == ["looped,"] and len(line) > 4]
     assert [(row[1], row[-1]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]         # the paper's
     assert [float(row[-2]) for row in rows] == pytest.approx([1 - result["curve"][0][-1] for result in results], abs=1e-3)
     assert "share of wrong labels" in out
