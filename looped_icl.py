@@ -1,40 +1,44 @@
 """
-Looped Transformers are Better at Learning Learning Algorithms. Yang, Lee, Nowak, Papailiopoulos. ICLR 2024, arXiv 2311.12424
+Looped Transformers are Better at Learning Learning Algorithms
+Yang, Lee, Nowak, Papailiopoulos. ICLR 2024, arXiv 2311.12424.
 
-One transformer block, looped b times with the prompt injected anew at every loop, matches a 12-layer transformer at
-regression in context with less than a tenth of its parameters, and it keeps its answer when it is looped far past b: it has
-learned an iterative algorithm with a fixed point. Look in the first table for the looped model beside least squares, and in
-the second for an error that stays flat from b loops on.
+One transformer block, looped b times with the prompt injected anew at every loop, matches a
+12-layer transformer at regression in context with less than a tenth of its parameters. It keeps its
+answer when it is looped far past b: it has learned an iterative algorithm with a fixed point. Look
+in the first table for the looped model beside least squares, and in the second for an error that
+stays flat from b loops on.
 
-    python looped_icl.py                                                 three dimensions, in minutes
-    python looped_icl.py --model looped standard                         beside 12 layers of the same width
-    python looped_icl.py --inject none --lr 1e-3                         without it: the answer is lost past b loops
+    python looped_icl.py                                three dimensions, in minutes
+    python looped_icl.py --model looped standard        beside 12 layers of the same width
+    python looped_icl.py --inject none --lr 1e-3        without injection: lost past b loops
 
-    Fig. 2, error by loops, at its own b:
-    python looped_icl.py --preset paper --task linear --loops 30 --plot           b = 30, T = 15
-    Fig. 3, error by examples of each task, with the paper's b and T (--loops, --window). The paper
-    draws the looped model at 200 to 500 loops, where it has converged: add --eval-loops 200;
-    without it, what is shown is b loops.
-    python looped_icl.py --preset paper --task linear --model looped standard tied --plot              b = 20, T = 15
-    python looped_icl.py --preset paper --task noisy-linear --model looped standard --plot             b = 20, T = 15
-    python looped_icl.py --preset paper --task sparse-linear --model looped standard --plot            b = 20, T = 10
-    python looped_icl.py --preset paper --task decision-tree --model looped standard --plot            b = 70, T = 15
-    python looped_icl.py --preset paper --task relu-2nn --model looped standard --plot                 b = 12, T = 5
-    Other inputs than trained on (App.), and what a probe finds in the hidden states by loop or layer (Sec. 6):
-    python looped_icl.py --preset paper --task linear --model looped standard --ood --probe
-    Tables of OpenML, downloaded by id or a folder of your own, one held out in turn, b = 30, T = 15:
-    python looped_icl.py --preset paper --task openml --model looped standard
-        --held-out 0 1 2 3 4 5 6 7 8 9 --data-dir tables
-        --fetch 720 725 737 803 807 816 819 847 871 42192
+Fig. 2, error by loops, at its own b = 30, T = 15 (--loops, --window):
+    python looped_icl.py --preset paper --loops 30 --plot
+Fig. 3, error by examples of each task, with its own b and T. The paper draws the looped model where
+it has converged, at 200 to 500 loops: add --eval-loops 200; without it, b loops are shown.
+    python looped_icl.py --preset paper --model looped standard tied --plot
+    python looped_icl.py --preset paper --task noisy-linear --model looped standard --plot
+    python looped_icl.py --preset paper --task sparse-linear --model looped standard --plot
+    python looped_icl.py --preset paper --task decision-tree --model looped standard --plot
+    python looped_icl.py --preset paper --task relu-2nn --model looped standard --plot
+Other inputs than trained on (App.), and what a probe finds in the hidden states (Sec. 6):
+    python looped_icl.py --preset paper --model looped standard --ood --probe
+Tables of OpenML, downloaded by id (the paper's: 720 725 737 803 807 816 819 847 871 42192), or a
+folder of your own; one held out in turn, b = 30, T = 15:
+    python looped_icl.py --preset paper --task openml --fetch --held-out 0 1 2 3 4 5 6 7 8 9
+
+To lift: InContextTransformer needs common's Block; each baseline is a function of torch alone.
 """
-import argparse
+import copy
 import csv
 import json
 import math
 import re
 import urllib.request
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -43,96 +47,186 @@ import torch.nn.functional as F
 
 import common
 
-# ---- The prompts (after Garg et al. 2022) ---------------------------------------------------------------------------
-def label(task, xs, generator):
-    """y = f(x) for inputs xs (B, n, d), with a new random f of the task's class for each prompt -> (B, n)."""
-    (B, n, d), draw = xs.shape, dict(generator=generator, device=xs.device)
-    if task == "decision-tree":                                                  # depth 4: 15 nodes, 16 leaves
-        coordinates, leaves = torch.randint(d, (B, 15), **draw), torch.randn(B, 16, **draw)
-        node = torch.zeros(B, n, dtype=torch.long, device=xs.device)
-        for _ in range(4):
-            x = xs.gather(2, coordinates.gather(1, node)[..., None])[..., 0]     # (B, n)
-            node = 2 * node + 1 + (x > 0)
-        return leaves.gather(1, node - 15)
-    if task == "relu-2nn":
-        W1, W2 = torch.randn(B, d, 100, **draw), torch.randn(B, 100, 1, **draw)
-        return (math.sqrt(2 / 100) * (xs @ W1).relu() @ W2)[..., 0]
-    w = torch.randn(B, d, 1, **draw)
-    if task == "sparse-linear":                                             # 3 of all d coordinates
-        chosen = torch.rand(B, d, **draw).argsort(1)[:, :3]
-        w = w * torch.zeros(B, d, device=xs.device).scatter(1, chosen, 1.0)[..., None]
-    ys = (xs @ w)[..., 0]
-    return ys + 0.1 * torch.randn(B, n, **draw) if task == "noisy-linear" else ys
+# ---- The task (Sec. 3): prompts after Garg et al. 2022 ------------------------------------------
+
+# Each function class is a function of xs (B, n, d) and a generator. It draws a new random f for
+# every prompt, and returns ys = f(xs), (B, n).
+
+def randn(generator, *shape):
+    """Normal random numbers, on the generator's device."""
+    return torch.randn(*shape, generator=generator, device=generator.device)
+
+def linear(xs, generator):
+    """w . x, w ~ N(0, I)."""
+    B, n, d = xs.shape
+    return (xs @ randn(generator, B, d, 1))[..., 0]
+
+def noisy_linear(xs, generator):
+    """w . x with noise of variance 0.1^2."""
+    ys = linear(xs, generator)
+    return ys + 0.1 * randn(generator, *ys.shape)
+
+def sparse_linear(xs, generator):
+    """w . x, but only 3 random coordinates of w are not 0."""
+    B, n, d = xs.shape
+    w = randn(generator, B, d, 1)
+    order = torch.rand(B, d, generator=generator, device=xs.device).argsort(1)
+    mask = torch.zeros(B, d, device=xs.device).scatter(1, order[:, :3], 1.0)            # (B, d)
+    return (xs @ (w * mask[..., None]))[..., 0]
+
+def decision_tree(xs, generator):
+    """A tree of depth 4: each node branches on the sign of a random coordinate, leaves are N(0, 1).
+
+    Nodes are numbered by level: the children of node k are 2 k + 1 and 2 k + 2.
+    """
+    B, n, d = xs.shape
+    coordinate = torch.randint(d, (B, 15), generator=generator, device=xs.device)       # nodes 0-14
+    leaves = randn(generator, B, 16)                                                    # 15-30
+    node = torch.zeros(B, n, dtype=torch.long, device=xs.device)        # all begin at the root
+    for _ in range(4):
+        asked = coordinate.gather(1, node)                              # (B, n)
+        x = xs.gather(2, asked[..., None])[..., 0]                      # (B, n)
+        node = 2 * node + 1 + (x > 0)
+    return leaves.gather(1, node - 15)
+
+def relu_2nn(xs, generator):
+    """W2 ReLU(W1 x) sqrt(2/100), with 100 hidden units and N(0, 1) weights."""
+    B, n, d = xs.shape
+    W1, W2 = randn(generator, B, d, 100), randn(generator, B, 100, 1)
+    return (math.sqrt(2 / 100) * (xs @ W1).relu() @ W2)[..., 0]
+
+@dataclass
+class Task:
+    """A function class with all that depends on it. One that lacks an entry fails here, by name."""
+    f: Callable | None          # (xs, generator) -> ys; None: real tables
+    n_terms: float              # how many coordinates y adds up (at most d), which is its variance
+    signs_only: bool            # whether f looks at the signs of x alone
+    baselines: list             # names, see BASELINES
+    # the paper's setting, where the preset and the command line say none
+    loops: int                  # b
+    window: int                 # T
+    n_points: int = 41
+    points_start: int = 11
+    points_step: int = 2
+    steps: int = 500_000
+    batch_size: int = 64
+
+USUAL = ["least squares", "averaging", "3-NN"]
+LONG = {"n_points": 101, "points_start": 26, "points_step": 5}
+
+TASKS = {
+    "linear": Task(linear, math.inf, False, USUAL, loops=20, window=15),
+    "noisy-linear": Task(noisy_linear, math.inf, False, USUAL, loops=20, window=15),
+    "sparse-linear": Task(sparse_linear, 3, False, USUAL + ["Lasso"], loops=20, window=10),
+    "decision-tree": Task(decision_tree, 1, True, USUAL + ["greedy tree", "2-layer network"],
+                          loops=70, window=15, **LONG),
+    "relu-2nn": Task(relu_2nn, math.inf, False, USUAL + ["2-layer network"],
+                     loops=12, window=5, **LONG),
+    "openml": Task(None, 1, True, [], loops=30, window=15,
+                   points_start=41, steps=100_000, batch_size=40),
+}
 
 def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
     """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others,
-    and y = f(x).
+    and y = f(x), f a new one of the task's class for each prompt. KeyError: no such task.
 
     f never knows of active_dims: sparse-linear draws its coordinates among all n_dims. A decision
     tree would branch on zeros, so its x has all dimensions from the start.
     """
     xs = torch.randn(batch, n_points, n_dims, generator=generator, device=device)
-    if active_dims is not None and task != "decision-tree":
+    if active_dims is not None and not TASKS[task].signs_only:
         xs[..., active_dims:] = 0
-    return xs, label(task, xs, generator)
+    return xs, TASKS[task].f(xs, generator)
 
-TASKS = ["linear", "noisy-linear", "sparse-linear", "decision-tree", "relu-2nn", "openml"]
+class Prompts:
+    """The prompts of one function class. `scale`: the variance of y, without noise, by which
+    squared errors are divided."""
 
-def scale(task, n_dims):
-    """What squared errors are divided by: the variance of y, for noisy-linear without the noise."""
-    return {"decision-tree": 1, "sparse-linear": min(3, n_dims)}.get(task, n_dims)
+    def __init__(self, name, n_dims, device="cpu"):
+        self.name = name
+        self.n_dims = n_dims
+        self.device = device
+        self.scale = min(TASKS[name].n_terms, n_dims)
+
+    def sample(self, batch, n_points, generator, active_dims=None, part="train"):
+        """xs (B, n, d), ys (B, n). `part` has no meaning here: every prompt is a new one."""
+        shape = batch, n_points, self.n_dims
+        return sample_prompts(self.name, *shape, generator, active_dims, self.device)
+
+# ---- The task on real tables (OpenML) -----------------------------------------------------------
+
+def is_number(cell):
+    """Whether a cell of a table is a finite number."""
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
 
 def read_table(path, n_dims=20, least_rows=1_000, most_rows=10_000):
-    """A CSV with a header, the label in the last column -> features (n, n_dims) standardised and padded with zeros in front,
-    labels (n,) in 0, 1. ValueError, with row or column, where it is not such a table (OpenML's conditions of the paper)."""
+    """A CSV with a header, the label in the last column -> features (n, n_dims), standardised and
+    padded with zeros in front, labels (n,) in 0, 1. ValueError, with row or column, where it is not
+    such a table (OpenML's conditions of the paper)."""
     with open(path, newline="") as file:
-        header, *rows = csv.reader(file)
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header) or "" in (cell.strip() for cell in row) or "?" in row:
-            raise ValueError(f"{path}, row {number}: a value is missing")
-    if len(rows) < least_rows:
-        raise ValueError(f"{path}: {len(rows)} rows are fewer than {least_rows}")
-    if len(rows) > most_rows:
-        raise ValueError(f"{path}: {len(rows)} rows are more than {most_rows}")
-    columns = list(zip(*rows))
-    for name, column in zip(header[:-1], columns):
-        for number, cell in enumerate(column, 2):
-            if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell):
-                raise ValueError(f"{path}, column {name}, row {number}: {cell!r} is not a number")
+        header, *rows = list(csv.reader(file)) or [[]]
+    if all(is_number(cell) for cell in header):
+        raise ValueError(f"{path}, row 1: a header with the columns' names is missing")
     if not 5 <= len(header) - 1 <= n_dims:
         raise ValueError(f"{path}: {len(header) - 1} features are not in 5 .. {n_dims}")
-    classes = sorted(set(columns[-1]))
-    labels = np.array([classes.index(cell) for cell in columns[-1]])
-    if len(classes) != 2 or min(labels.mean(), 1 - labels.mean()) < 1 / 3:
-        raise ValueError(f"{path}, column {header[-1]}: not two classes of which one has at least half of the other's rows")
-    features = np.array(columns[:-1], dtype=float).T
-    features = (features - features.mean(0)) / np.where(features.std(0) > 0, features.std(0), 1)
-    return np.pad(features, ((0, 0), (n_dims - features.shape[1], 0))).astype(np.float32), labels
+    if not least_rows <= len(rows) <= most_rows:
+        raise ValueError(f"{path}: {len(rows)} rows are not in {least_rows} .. {most_rows}")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"{path}, row {number}: {len(row)} values, not {len(header)}")
+        for name, cell in zip(header[:-1], row):
+            if not is_number(cell):
+                raise ValueError(f"{path}, column {name}, row {number}: {cell!r} is not a number")
+    *columns, labels = zip(*rows)
+    labels = [label.strip() for label in labels]
+    classes = sorted(set(labels))
+    labels = np.array([classes.index(label) for label in labels])
+    if len(classes) != 2 or not 1 / 3 <= labels.mean() <= 2 / 3:
+        raise ValueError(f"{path}, column {header[-1]}: not two classes of which one has at least "
+                         "half of the other's rows")
+    features = np.array(columns, dtype=float).T                         # (n, features)
+    deviation = features.std(0)
+    features = (features - features.mean(0)) / np.where(deviation > 0, deviation, 1)
+    missing = n_dims - features.shape[1]
+    return np.pad(features, ((0, 0), (missing, 0))).astype(np.float32), labels
+
+def download(url):
+    """The text at an address. OSError."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return answer.read().decode("utf-8", "replace")
 
 def fetch(number, folder):
     """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, without the
     row's number and what OpenML says to ignore, then its target. OSError where that fails,
     ValueError where it is no dense table with a target."""
-    def get(url):
-        return urllib.request.urlopen(url, timeout=60).read().decode("utf-8", "replace")
-    about = json.loads(get(f"https://www.openml.org/api/v1/json/data/{number}"))["data_set_description"]
-    head, data = re.split(r"(?im)^@data.*$", get(about["url"]) + "\n@data", maxsplit=1)
+    about = json.loads(download(f"https://www.openml.org/api/v1/json/data/{number}"))
+    about = about["data_set_description"]
+    # ARFF: a line "@attribute name type" for each column, then @data and the rows
+    head, data = re.split(r"(?im)^@data.*$", download(about["url"]) + "\n@data", maxsplit=1)
     attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", head)
-    names = [name.strip("'\"") for name, _ in attributes]
-    lines = [line for line in data.splitlines() if line.strip() and not line.startswith(("%", "@"))]
+    names = [name.strip("'\"") for name, kind in attributes]
+    lines = [line for line in data.splitlines() if line.strip() and line[0] not in "%@"]
     rows = list(csv.reader(lines, quotechar="'", skipinitialspace=True))
-    if about.get("default_target_attribute") not in names or {len(row) for row in rows} != {len(names)}:
+    target = about.get("default_target_attribute")
+    if target not in names or {len(row) for row in rows} != {len(names)}:
         raise ValueError(f"OpenML {number}: not a dense table with one target")
-    target = names.index(about["default_target_attribute"])
-    numeric = [i for i, (_, kind) in enumerate(attributes) if kind.lower() in ("numeric", "real", "integer")]
-    left_out = {about["default_target_attribute"], about.get("row_id_attribute")}
-    ignored = about.get("ignore_attribute") or []                     # one name, or a list of names
-    left_out.update([ignored] if isinstance(ignored, str) else ignored)
-    keep = [i for i in numeric if names[i] not in left_out] + [target]
+    left_out = about.get("ignore_attribute") or []                      # one name, or a list
+    left_out = [left_out] if isinstance(left_out, str) else left_out
+    left_out = [*left_out, about.get("row_id_attribute"), target]
+    keep = []
+    for i, (name, kind) in enumerate(attributes):
+        if kind.lower() in ("numeric", "real", "integer") and names[i] not in left_out:
+            keep.append(i)
+    keep.append(names.index(target))
     Path(folder).mkdir(parents=True, exist_ok=True)
     part = Path(folder) / f"{number}.part"
     with open(part, "w", newline="") as file:
-        csv.writer(file).writerows([row[i] for i in keep] for row in [names, *rows])
+        writer = csv.writer(file)
+        for row in [names, *rows]:
+            writer.writerow([row[i] for i in keep])
     part.rename(part.with_suffix(".csv"))
 
 def table_number(path):
@@ -141,8 +235,8 @@ def table_number(path):
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 class Tables:
-    """Prompts from real tables, all but the one held out: 41 rows of one table, in random order,
-    without repetition.
+    """Prompts from real tables, all but the one held out: rows of one table, in random order,
+    without repetition. ValueError where the tables do not serve.
 
     The paper's protocol: ten tables of OpenML with two classes, the smaller of at least half the
     larger one's rows, 1,000 to 10,000 rows, at most 20 features, 5 or more of them numeric, nothing
@@ -151,41 +245,58 @@ class Tables:
     are kept for validation), 100,000 steps of 40 prompts, cross-entropy of two logits, and tested
     on prompts from the tenth. `held_out` counts the folder's tables in the order of their numbers.
     """
-    def __init__(self, folder, held_out, device="cpu", **limits):
+
+    scale = 1
+
+    def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
         self.paths = sorted(Path(folder).glob("*.csv"), key=table_number)
-        if not 0 <= held_out < len(self.paths) or len(self.paths) < 2:
-            raise ValueError(f"{folder} has {len(self.paths)} tables (*.csv): --held-out {held_out} is none, or leaves none")
+        if held_out >= len(self.paths) or len(self.paths) < 2:
+            raise ValueError(f"{folder} has {len(self.paths)} tables (*.csv): --held-out "
+                             f"{held_out} is none, or leaves none")
         self.name = self.paths[held_out].stem
-        order, self.device, self.splits = np.random.default_rng(0), device, dict(train=[], valid=[], test=[])
+        self.device = device
+        order = np.random.default_rng(0)
+        parts = {"train": [], "valid": [], "test": []}
         for number, path in enumerate(self.paths):
-            features, labels = read_table(path, **limits)
-            rows = order.permutation(len(labels))
-            cut = len(rows) * 95 // 100                                          # 95% to train on, 5% of the same tables
-            parts = dict(test=rows) if number == held_out else dict(train=rows[:cut], valid=rows[cut:])
-            for part, own in parts.items():
-                self.splits[part].append((torch.from_numpy(features[own]).to(device), torch.from_numpy(labels[own]).to(device)))
-        self.packed = {}
-        for part, tables in self.splits.items():                                 # (tables, rows, ..), short ones padded
-            longest = max(len(labels) for _, labels in tables)
-            counts = torch.tensor([len(labels) for _, labels in tables], device=device)
-            xs = torch.stack([F.pad(features, (0, 0, 0, longest - len(features))) for features, _ in tables])
-            self.packed[part] = xs, torch.stack([F.pad(labels, (0, longest - len(labels))) for _, labels in tables]), counts
-    def sample(self, batch, n_points, generator, part="train"):
-        """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test (the table held out)."""
-        xs, ys, counts = self.packed[part]
-        table = torch.randint(len(xs), (batch, 1), generator=generator, device=self.device)              # (B, 1)
+            xs, ys = read_table(path, n_dims)
+            rows = order.permutation(len(ys))
+            train, valid = np.split(rows, [len(rows) * 95 // 100])
+            if len(valid) < n_points:
+                raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
+                                 f"--n-points {n_points}")
+            own = {"test": rows} if number == held_out else {"train": train, "valid": valid}
+            for part, rows in own.items():
+                parts[part].append((torch.from_numpy(xs[rows]), torch.from_numpy(ys[rows])))
+        self.parts = {part: self.pack(tables) for part, tables in parts.items()}
+
+    def pack(self, tables):
+        """Tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths."""
+        xs, ys = zip(*tables)
+        lengths = torch.tensor([len(y) for y in ys])
+        xs = nn.utils.rnn.pad_sequence(xs, batch_first=True)
+        ys = nn.utils.rnn.pad_sequence(ys, batch_first=True)
+        return [x.to(self.device) for x in (xs, ys, lengths)]
+
+    def sample(self, batch, n_points, generator, active_dims=None, part="train"):
+        """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test
+        (the table held out). All dimensions are active."""
+        xs, ys, lengths = self.parts[part]
+        table = torch.randint(len(xs), (batch, 1), generator=generator, device=self.device)
         keys = torch.rand(batch, xs.shape[1], generator=generator, device=self.device)
-        keys = keys.masked_fill(torch.arange(xs.shape[1], device=self.device) >= counts[table], -1.0)
-        rows = keys.topk(n_points, dim=1).indices                                # (B, n), distinct
+        is_row = torch.arange(xs.shape[1], device=self.device) < lengths[table]
+        rows = keys.masked_fill(~is_row, -1.0).topk(n_points, dim=1).indices            # distinct
         return xs[table, rows], ys[table, rows].float()
 
-# ---- The models -----------------------------------------------------------------------------------------------------
+# ---- The model (Sec. 4) -------------------------------------------------------------------------
+
 class InContextTransformer(nn.Module):
-    """A GPT-2 that reads x_1, y_1, x_2, y_2, ... and predicts each y at its x. Looped, its output goes in again.
+    """A GPT-2 that reads x_1, y_1, x_2, y_2, ... and predicts each y at its x. Looped, its output
+    goes in again.
 
     Tokens have n_dims numbers, y in the first; positions are 2 n_points + 1, as the authors count
     them (203). inject: how the prompt enters a loop; n_out 2: two logits.
     """
+
     def __init__(self, n_dims, n_points, n_layer, n_head, n_embd, inject="add", n_out=1):
         super().__init__()
         self.inject = inject
@@ -203,207 +314,101 @@ class InContextTransformer(nn.Module):
         trunk = type(self).trunk.__get__(self)
         self.trunk = torch.compile(trunk, **options)
 
-    def trunk(self, x, states=None):
-        """f: positions, blocks, final norm; (B, T, C) -> (B, T, C). Appends to states what leaves each block."""
+    def trunk(self, x, return_attn=False):
+        """f: positions, blocks, final norm; x (B, T, C) -> (B, T, C), with return_attn also a list
+        by layer (B, H, T, T)."""
         x = x + self.wpe.weight[:x.shape[1]]
+        attns = []
         for block in self.h:
-            x = block(x)
-            if states is not None:
-                states.append(x)
-        return self.ln_f(x)
+            x = block(x, return_attn)
+            if return_attn:
+                x, attn = x
+                attns.append(attn)
+        x = self.ln_f(x)
+        return (x, attns) if return_attn else x
 
-    def forward(self, xs, ys, loops=1, window=1, return_states=False):
-        """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or logits (window, B, n, 2);
-        with return_states also the hidden states after each block, a list of (B, 2n-1, C).
+    def forward(self, xs, ys, loops=1, window=1, return_attn=False):
+        """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or
+        logits (window, B, n, 2); with return_attn also a list by loop and layer (B, H, T, T).
 
         add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1, z_(i+1) = f(z_i e).
         With both, the loops before the window run without gradient. none: z_0 = e, z_(i+1) =
         f(z_i), with the gradient through all loops. One loop is an ordinary transformer.
         """
-        ys = F.pad(ys[..., None], (0, xs.shape[2] - 1))                          # (B, n, d)
-        tokens = torch.stack([xs, ys], 2).flatten(1, 2)                          # (B, 2n, d)
-        e = self.read_in(tokens[:, :-1])                             # the last y is never looked at
+        ys = F.pad(ys[..., None], (0, xs.shape[2] - 1))                 # (B, n, d)
+        tokens = torch.stack([xs, ys], 2).flatten(1, 2)                 # (B, 2n, d)
+        e = self.read_in(tokens[:, :-1])                                # without the last y
         if self.inject == "add":
             z = torch.zeros_like(e)
         elif self.inject == "multiply":
-            z = torch.ones_like(e)                             # 0 would hide the prompt from loop 1
+            z = torch.ones_like(e)                                      # 0 would hide the prompt
         else:
             z = e
         # none: the prompt enters at the start alone; a read-in cut off from the loss learns nothing
         first_with_gradient = 0 if self.inject == "none" else loops - window
-        predictions, states = [], [] if return_states else None
+        predictions = []
+        attns = []
         for i in range(loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first_with_gradient):
                 if self.inject == "add":
                     z = z + e
                 elif self.inject == "multiply":
                     z = z * e
-                z = self.trunk(z, states)                                        # (B, 2n-1, C)
+                z = self.trunk(z, return_attn)                          # (B, 2n-1, C)
+                if return_attn:
+                    z, attn = z
+                    attns += attn
             if i >= loops - window:
                 predictions.append(self.read_out(z[:, ::2]).squeeze(-1))
         predictions = torch.stack(predictions)
-        return (predictions, states) if return_states else predictions
+        return (predictions, attns) if return_attn else predictions
 
-# ---- Baselines: what the examples before x_i say of y_i, for all i at once or one i after the other -----------------
-def least_squares(xs, ys):
-    """Minimum-norm least squares on the pairs before each x: xs (B, n, d), ys (B, n) -> predictions (B, n)."""
-    x, y = xs.cpu().double(), ys.cpu().double()                       # not every device has float64
-    out = torch.zeros_like(y)
-    for i in range(1, ys.shape[1]):
-        # rtol: rotated in float32, inputs of a subspace leave it by 1e-8, which is not to be fitted
-        w = torch.linalg.pinv(x[:, :i], rtol=1e-5) @ y[:, :i, None]              # (B, d, 1)
-        out[:, i] = (x[:, i, None] @ w)[:, 0, 0]
-    return out.to(ys)
+# For each model of the paper: layers with weights of their own, passes through them, and how the
+# prompt enters a pass. "tied" is the 12-layer transformer with one layer's weights.
+MODELS = {
+    "looped": lambda args: (1, args.loops, args.inject),
+    "standard": lambda args: (args.n_layer, 1, "none"),
+    "tied": lambda args: (1, args.n_layer, "none"),
+}
 
-def averaging(xs, ys):
-    """x_i . w with w the mean of x_j y_j over the pairs before, 0 where there are none: (B, n, d), (B, n) -> (B, n)."""
-    total = F.pad((xs * ys[..., None]).cumsum(1)[:, :-1], (0, 0, 1, 0))          # (B, n, d)
-    return (xs * total).sum(2) / torch.arange(ys.shape[1], device=ys.device).clamp_min(1)
-
-def nearest_neighbors(xs, ys, n=3):
-    """Mean y of the n nearest x's before each x (of all, where they are fewer), 0 for the first: -> (B, n_points)."""
-    distances = torch.cdist(xs, xs)                                              # (B, i, j)
-    later = torch.ones_like(distances[0], dtype=torch.bool).triu()
-    nearest = distances.masked_fill(later, math.inf).topk(min(n, xs.shape[1]), largest=False)
-    known = nearest.values.isfinite()                                            # (B, i, n)
-    near = ys[:, None].expand_as(distances).gather(2, nearest.indices)
-    return (near * known).sum(2) / known.sum(2).clamp_min(1)
-
-def lasso(xs, ys, alpha=0.01):
-    """The Lasso on the i pairs before each x, all prefixes of all prompts at once: xs (B, n, d),
-    ys (B, n) -> predictions (B, n). Warns where the weights that it found are not optimal.
-
-    Minimises |y - X w|^2 / (2 i) + alpha |w|_1, exactly: the minimum is piecewise linear in alpha,
-    and is followed from w = 0 down to alpha (LARS, Efron et al. 2004). All coordinates in use
-    correlate with the residual as much as `level` says; one joins them where its correlation
-    reaches it, and leaves where its weight passes 0. (Coordinate descent is far from the minimum
-    after 2,000 sweeps on some prompts with i < d.)
-    """
-    x, y = xs.cpu().double(), ys.cpu().double()                       # not every device has float64
-    B, n, d = x.shape
-    # means over the i pairs before each x: X^T X / i and X^T y / i
-    i = torch.arange(n).clamp_min(1).view(1, -1, 1)
-    gram = (x[..., None] * x[..., None, :]).cumsum(1)[:, :-1]
-    gram = F.pad(gram, (0, 0, 0, 0, 1, 0)) / i[..., None]                    # (B, n, d, d)
-    target = F.pad((x * y[..., None]).cumsum(1)[:, :-1], (0, 0, 1, 0)) / i   # (B, n, d)
-    gram, target = gram.flatten(0, 1), target.flatten(0, 1)                     # (N, d, d), (N, d)
-
-    w = torch.zeros_like(target)
-    level, first = target.abs().max(1, keepdim=True)                             # (N, 1)
-    in_use = torch.zeros_like(target, dtype=torch.bool).scatter(1, first, level > 0)
-    for _ in range(10 * d):
-        if (level <= alpha).all():
-            break
-        correlation = target - (gram @ w[..., None])[..., 0]          # (N, d), +-level where in use
-        # lowering the level by s adds s * slope to w; what is not in use keeps its weight of 0
-        both = in_use[:, :, None] & in_use[:, None]
-        system = torch.where(both, gram, torch.eye(d, dtype=gram.dtype))
-        slope, _ = torch.linalg.solve_ex(system, correlation.sign() * in_use)
-        fall = (gram @ slope[..., None])[..., 0]                        # of the correlations, per s
-        # how far until |correlation - s fall| = level - s, with either sign; until w + s slope = 0
-        above = (level - correlation) / (1 - fall)
-        below = (level + correlation) / (1 + fall)
-        leaves = -w / slope
-        # one that just left still has the level's correlation: a distance of 0 does not count
-        near = 1e-10 * level
-        above = above.masked_fill(in_use | ~(above > near), math.inf)
-        below = below.masked_fill(in_use | ~(below > near), math.inf)
-        leaves = leaves.masked_fill(~in_use | ~(leaves > near), math.inf)
-        s, event = torch.cat([above, below, leaves], 1).min(1, keepdim=True)
-        rest = (level - alpha).clamp_min(0)
-        w = w + torch.minimum(s, rest) * slope
-        level = level - torch.minimum(s, rest)
-        changed = F.one_hot(event[:, 0] % d, d).bool() & (s < rest)              # joins or leaves
-        in_use = in_use ^ changed
-        w = w * in_use
-
-    # optimal: every correlation is alpha sign(w) where w is not 0, and at most alpha elsewhere
-    correlation = target - (gram @ w[..., None])[..., 0]
-    wrong = (correlation - alpha * w.sign()).abs()
-    wrong = torch.where(w != 0, wrong, (correlation.abs() - alpha).clamp_min(0))
-    unfinished = ~(wrong.amax(1) < 1e-6 * target.abs().amax().clamp_min(1))
-    if unfinished.any():
-        warnings.warn(f"Lasso: no minimum found for {unfinished.sum()} of {len(w)} prefixes")
-    return (x * w.view(B, n, d)).sum(2).to(ys)
-
-def greedy_tree(xs, ys, depth=4):
-    """A regression tree on the signs of x, grown greedily on the pairs before each x: each node splits at the coordinate
-    that lowers its squared error most; an empty leaf answers as its parent. -> predictions (B, n)."""
-    out, sign = torch.zeros_like(ys), (xs > 0).to(ys.dtype)
-    for i in range(1, ys.shape[1]):
-        seen, y, query = sign[:, :i], ys[:, :i], sign[:, i]                      # (B, i, d), (B, i), (B, d)
-        node, here = torch.zeros_like(y, dtype=torch.long), torch.zeros_like(ys[:, :1], dtype=torch.long)
-        out[:, i] = y.mean(1)
-        for level in range(depth):
-            member = F.one_hot(node, 2**level).to(y.dtype)                       # (B, i, nodes)
-            n, s = member.sum(1)[..., None], (member * y[..., None]).sum(1)[..., None]                   # (B, nodes, 1)
-            n1, s1 = member.mT @ seen, (member * y[..., None]).mT @ seen         # those right of a split: (B, nodes, d)
-            gain = s1**2 / n1.clamp_min(1) + (s - s1)**2 / (n - n1).clamp_min(1)
-            split = gain.masked_fill((n1 == 0) | (n1 == n), -1).argmax(2)        # (B, nodes)
-            node = 2 * node + seen.gather(2, split.gather(1, node)[..., None])[..., 0].long()
-            here = 2 * here + query.gather(1, split.gather(1, here)).long()      # (B, 1)
-            mine = (node == here).to(y.dtype)
-            out[:, i] = torch.where(mine.sum(1) > 0, (mine * y).sum(1) / mine.sum(1).clamp_min(1), out[:, i])
-    return out
-
-@torch.enable_grad()
-def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
-    """A two-layer ReLU network, trained by Adam from scratch on the pairs before each x, one for each prompt. -> (B, n)."""
-    out, (B, n, d) = torch.zeros_like(ys), xs.shape
-    draw = dict(generator=torch.Generator(xs.device).manual_seed(0), device=xs.device)
-    for i in range(1, n):
-        W1 = (torch.randn(B, d, hidden, **draw) / math.sqrt(d)).requires_grad_()
-        W2 = (torch.randn(B, hidden, 1, **draw) / math.sqrt(hidden)).requires_grad_()
-        optimizer = torch.optim.Adam([W1, W2], lr=lr)
-        for _ in range(steps):
-            loss = ((xs[:, :i] @ W1).relu() @ W2)[..., 0].sub(ys[:, :i]).square().mean(1).sum()
-            W1.grad, W2.grad = torch.autograd.grad(loss, [W1, W2])
-            optimizer.step()
-        out[:, i] = ((xs[:, i:i + 1] @ W1).relu() @ W2)[:, 0, 0].detach()
-    return out
-
-BASELINES = {"least squares": (least_squares, TASKS[:5]), "averaging": (averaging, TASKS[:5]),
-             "3-NN": (nearest_neighbors, TASKS[:5]), "Lasso": (lasso, ["sparse-linear"]), "greedy tree": (greedy_tree, ["decision-tree"]),
-             "2-layer network": (gd_network, ["decision-tree", "relu-2nn"])}
-
-# ---- Training -------------------------------------------------------------------------------------------------------
 def build(args):
-    """The tables of a run (None but for openml), and its model."""
-    tables = Tables(args.data_dir, args.held_out, args.device, n_dims=args.n_dims) if args.task == "openml" else None
-    n_layer = args.n_layer if args.model == "standard" else 1
-    inject = args.inject if args.model == "looped" else "none"
-    n_out = 2 if tables else 1
-    shape = args.n_dims, args.n_points, n_layer, args.n_head, args.n_embd
-    model = InContextTransformer(*shape, inject, n_out)
-    return tables, model.to(args.device)
+    """The task (its prompts) and the model of a run."""
+    if args.task == "openml":
+        task = Tables(args.data_dir, args.held_out, args.n_dims, args.n_points, args.device)
+    else:
+        task = Prompts(args.task, args.n_dims, args.device)
+    n_layer, _, inject = MODELS[args.model](args)
+    return task, build_model(args, n_layer, inject).to(args.device)
 
-def final_loops(args):
-    """How often the trained model runs through its trunk: tied is its one layer n_layer times."""
-    return {"looped": args.loops, "tied": args.n_layer, "standard": 1}[args.model]
+def build_model(args, n_layer, inject="none"):
+    """A model of n_layer layers for a run's task."""
+    n_out = 2 if args.task == "openml" else 1
+    shape = args.n_dims, args.n_points, n_layer, args.n_head, args.n_embd
+    return InContextTransformer(*shape, inject, n_out)
+
+def load(folder, device="cpu"):
+    """The task and the trained model of a run, the model in eval mode."""
+    return common.load(folder, build, device)
+
+# ---- Training (Sec. 5) --------------------------------------------------------------------------
 
 def curriculum(args, step):
     """Active dimensions, points and loops at a step: each grows at intervals to its full size."""
-    stage = step // args.curriculum_every
-    active_dims = min(args.n_dims, args.dims_start + stage)
-    if args.task == "decision-tree":
-        active_dims = args.n_dims                             # trees use all of them from the start
-    n_points = min(args.n_points, args.points_start + args.points_step * stage)
-    loops = final_loops(args)
-    if args.model == "looped":
+    stage = step // args.curriculum_every if args.curriculum_every else 0
+    active_dims = min(args.n_dims, (args.dims_start or args.n_dims) + stage)
+    n_points = min(args.n_points, args.points_start + (args.points_step or 0) * stage)
+    loops = MODELS[args.model](args)[1]
+    if args.loops_every:
         loops = min(loops, args.window + 2 * (step // args.loops_every))
     return active_dims, n_points, loops
 
-def prompts(args, tables, batch, n_points, active_dims, generator, part="train"):
-    """A batch of prompts, of tables from `part`: xs (B, n, d), ys (B, n)."""
-    if tables:
-        return tables.sample(batch, n_points, generator, part)
-    return sample_prompts(args.task, batch, n_points, args.n_dims, generator, active_dims, args.device)
-
-def losses(predictions, ys):
-    """Squared errors (T, B, n) of predictions (T, B, n), or of logits (T, B, n, 2) the cross-entropies."""
-    if predictions.dim() == 3:
-        return (predictions - ys).square()
-    return -predictions.log_softmax(-1).gather(-1, ys.long().expand(predictions.shape[:-1])[..., None])[..., 0]
+def learning_rate(step, args):
+    """Linear warm-up, then constant, or along a cosine that ends at 0."""
+    rate = args.lr * min(1, (step + 1) / max(1, args.warmup))
+    if args.schedule == "cosine":
+        done = step / args.steps
+        rate = rate * ((1 + math.cos(math.pi * done)) / 2)
+    return rate
 
 def autocast(args):
     """--dtype. Without the cache of weights: a cast made in a loop without gradient would be used
@@ -412,204 +417,596 @@ def autocast(args):
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
 
+def loss_of(predictions, ys):
+    """The mean over loops, prompts and points of the squared error of predictions (T, B, n), or of
+    the cross-entropy of logits (T, B, n, 2)."""
+    if predictions.dim() == 3:
+        return (predictions - ys).square().mean()
+    labels = ys.long().expand(predictions.shape[:-1])                   # (T, B, n)
+    log_p = predictions.log_softmax(-1)
+    return -log_p.gather(-1, labels[..., None]).mean()
+
 def train(args, run):
-    """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
-    tables, model = build(args)
-    lr = torch.tensor(0.0, device=args.device)                                   # a tensor: a CUDA graph sees it change
+    """One run of the sweep; goes on from its checkpoint where there is one."""
+    task, model = build(args)
+    lr = torch.tensor(0.0, device=args.device)                  # a CUDA graph sees a tensor change
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
-    data = torch.Generator(args.device).manual_seed(args.seed)                   # training prompts alone
-    start, stage = run.restore(model=model, optimizer=optimizer, data=data), None
-    optimizer.param_groups[0]["lr"] = lr
-    window = args.window if args.model == "looped" else 1
+    data = torch.Generator(args.device).manual_seed(args.seed)          # training prompts alone
+    start = run.restore(model=model, optimizer=optimizer, data=data)
+    optimizer.param_groups[0]["lr"] = lr                        # the checkpoint has brought its own
+    passes = MODELS[args.model](args)[1]
+    window = args.window or 1
+    stage = None
+
     def training_step():
         active_dims, n_points, loops = stage
-        xs, ys = prompts(args, tables, args.batch_size, n_points, active_dims, data)                     # (B, n, d), (B, n)
+        xs, ys = task.sample(args.batch_size, n_points, data, active_dims)              # (B, n, d)
         with autocast(args):
-            predictions = model(xs, ys, loops, window)                           # (T, B, n)
-        loss = losses(predictions.float(), ys).mean()
+            predictions = model(xs, ys, loops, window)                                  # (T, B, n)
+        loss = loss_of(predictions.float(), ys)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
     for step in run.steps(start, args.steps):
         if stage != curriculum(args, step):
-            stage = curriculum(args, step)                                       # new shapes: a new graph
-            step_once = common.compile_step(training_step, model, data) if args.compile else training_step
-        warm, done = min(1, (step + 1) / max(1, args.warmup)), step / args.steps
-        lr.fill_(args.lr * warm * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1))
+            stage = curriculum(args, step)                      # new shapes: a new CUDA graph
+            step_once = training_step
+            if args.compile:
+                step_once = common.compile_step(training_step, model, data)
+        lr.fill_(learning_rate(step, args))
         loss = step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            draw = torch.Generator(args.device).manual_seed(10_000)
-            xs, ys = prompts(args, tables, 256, args.n_points, args.n_dims, draw, "valid")
-            error = errors(model, args, xs, ys, final_loops(args))[0, :, -1].mean()
-            run.log(step + 1, loss=loss.item(), error=error.item(), dims=stage[0], points=stage[1], loops=stage[2])
+            held_out = torch.Generator(args.device).manual_seed(10_000)
+            xs, ys = task.sample(256, args.n_points, held_out, part="valid")
+            error = errors(model, task, xs, ys, passes)[0, :, -1].mean()
+            now = dict(zip(["dims", "points", "loops"], stage))
+            run.log(step + 1, loss=loss.item(), error=error.item(), **now)
             run.save(step + 1)
-    return measure(model, args, tables)
 
-# ---- Measurement ----------------------------------------------------------------------------------------------------
+# ---- Measurement: the baselines -----------------------------------------------------------------
+
+# Each says what the examples before x_i tell of y_i, for all i: xs (B, n, d), ys (B, n) -> (B, n)
+
+def least_squares(xs, ys):
+    """Minimum-norm least squares on the pairs before each x."""
+    x, y = xs.cpu().double(), ys.cpu().double()                         # not all devices have it
+    out = torch.zeros_like(y)
+    for i in range(1, ys.shape[1]):
+        # rtol: rotated in float32, inputs of a subspace leave it by 1e-8, which is not to be fitted
+        w = torch.linalg.pinv(x[:, :i], rtol=1e-5) @ y[:, :i, None]     # (B, d, 1)
+        out[:, i] = (x[:, i, None] @ w)[:, 0, 0]
+    return out.to(ys)
+
+def averaging(xs, ys):
+    """x_i . w with w the mean of x_j y_j over the pairs before, 0 where there are none."""
+    total = (xs * ys[..., None]).cumsum(1)                              # (B, n, d), with x_i itself
+    before = F.pad(total[:, :-1], (0, 0, 1, 0))
+    n_before = torch.arange(ys.shape[1], device=ys.device).clamp_min(1)
+    return (xs * before).sum(2) / n_before
+
+def nearest_neighbors(xs, ys, n=3):
+    """Mean y of the n nearest x's before each x (of all, where they are fewer), 0 for the first."""
+    distances = torch.cdist(xs, xs)                                     # (B, i, j)
+    not_before = torch.ones_like(distances[0], dtype=torch.bool).triu()
+    distances = distances.masked_fill(not_before, math.inf)
+    nearest = distances.topk(min(n, xs.shape[1]), largest=False)
+    known = nearest.values.isfinite()                                   # (B, i, n)
+    near = ys[:, None].expand_as(distances).gather(2, nearest.indices)
+    return (near * known).sum(2) / known.sum(2).clamp_min(1)
+
+def times(matrix, vector):
+    """(N, d, d), (N, d) -> (N, d)."""
+    return (matrix @ vector[..., None])[..., 0]
+
+def lasso(xs, ys, alpha=0.01):
+    """The Lasso on the pairs before each x. Warns where the weights that it found are not optimal.
+
+    Minimises |y - X w|^2 / (2 i) + alpha |w|_1 over the i pairs, exactly and for all prefixes of
+    all prompts at once: the minimum is piecewise linear in alpha, and is followed from w = 0 down
+    to alpha (LARS, Efron et al. 2004). All coordinates in use correlate with the residual as much
+    as `level` says; one joins them where its correlation reaches it, and leaves where its weight
+    passes 0. (Coordinate descent is far from the minimum after 2,000 sweeps on some prompts.)
+    """
+    x, y = xs.cpu().double(), ys.cpu().double()                         # not all devices have it
+    B, n, d = x.shape
+    # means over the i pairs before each x: X^T X / i and X^T y / i
+    i = torch.arange(n).clamp_min(1).view(1, -1, 1)
+    gram = (x[..., None] * x[..., None, :]).cumsum(1)[:, :-1]
+    gram = F.pad(gram, (0, 0, 0, 0, 1, 0)) / i[..., None]
+    target = (x * y[..., None]).cumsum(1)[:, :-1]
+    target = F.pad(target, (0, 0, 1, 0)) / i
+    gram, target = gram.flatten(0, 1), target.flatten(0, 1)             # (N, d, d), (N, d)
+    w = torch.zeros_like(target)
+    level, first = target.abs().max(1, keepdim=True)                    # (N, 1)
+    in_use = torch.zeros_like(target, dtype=torch.bool).scatter(1, first, level > 0)
+    for _ in range(10 * d):
+        if (level <= alpha).all():
+            break
+        correlation = target - times(gram, w)                           # +-level where in use
+        # lowering the level by s adds s * slope to w: the slope of what is not in use is 0
+        both = in_use[:, :, None] & in_use[:, None]
+        system = torch.where(both, gram, torch.eye(d, dtype=gram.dtype))
+        slope, _ = torch.linalg.solve_ex(system, correlation.sign() * in_use)
+        fall = times(gram, slope)                                       # of correlation, per s
+        # the s at which a coordinate joins, |correlation - s fall| = level - s with either sign, or
+        # leaves, w + s slope = 0; one that just left is at s = 0, which does not count
+        joins = (level - correlation) / (1 - fall)
+        joins_below = (level + correlation) / (1 + fall)
+        s = torch.cat([joins, joins_below, -w / slope], 1)              # (N, 3 d)
+        counts = torch.cat([~in_use, ~in_use, in_use], 1) & (s > 1e-10 * level)
+        s, event = torch.where(counts, s, math.inf).min(1, keepdim=True)
+        rest = (level - alpha).clamp_min(0)
+        changes = F.one_hot(event[:, 0] % d, d).bool() & (s < rest)     # (N, d)
+        w = w + torch.minimum(s, rest) * slope
+        level = level - torch.minimum(s, rest)
+        in_use = in_use ^ changes
+        w = w * in_use
+    else:
+        unfinished = (level > alpha).sum()
+        warnings.warn(f"Lasso: no minimum found for {unfinished} of {len(w)} prefixes")
+    return (x * w.view(B, n, d)).sum(2).to(ys)
+
+def best_splits(right, y, node, n_nodes):
+    """The coordinate at which to split each node, so that the squared error falls most: right
+    (B, i, d) is 1 where a pair would go right, y (B, i), node (B, i) -> (B, nodes)."""
+    member = F.one_hot(node, n_nodes).to(y.dtype)                       # (B, i, nodes)
+    n = member.sum(1)[..., None]                                        # (B, nodes, 1)
+    total = (member * y[..., None]).sum(1)[..., None]
+    n_right = member.mT @ right                                         # (B, nodes, d)
+    total_right = (member * y[..., None]).mT @ right
+    # about their means, the y of n pairs have the squared error sum y^2 - (sum y)^2 / n
+    gain = total_right**2 / n_right.clamp_min(1)
+    gain = gain + (total - total_right)**2 / (n - n_right).clamp_min(1)
+    splits_nothing = (n_right == 0) | (n_right == n)
+    return gain.masked_fill(splits_nothing, -1).argmax(2)
+
+def greedy_tree(xs, ys, depth=4):
+    """A regression tree on the signs of x, grown greedily on the pairs before each x; a leaf
+    without pairs answers as its parent.
+
+    The trees of all prompts grow at once, level by level. The children of a level's node k are the
+    next level's 2 k (x <= 0) and 2 k + 1 (x > 0). Split at coordinate 0, then at coordinate 1:
+        x of four pairs   (-1, 2)   (3, -1)   (-2, -2)   (1, 1)
+        node              0 0 0 0,  then 0 1 0 1,  then 1 2 0 3
+    """
+    out = torch.zeros_like(ys)
+    right = (xs > 0).to(ys.dtype)                                       # (B, n, d)
+    for i in range(1, ys.shape[1]):
+        y = ys[:, :i]
+        node = torch.zeros_like(y, dtype=torch.long)                    # of each pair, (B, i)
+        query = torch.zeros_like(node[:, :1])                           # of x_i, (B, 1)
+        out[:, i] = y.mean(1)
+        for level in range(depth):
+            split = best_splits(right[:, :i], y, node, 2**level)        # (B, nodes)
+            asked = split.gather(1, node)[..., None]                    # (B, i, 1)
+            node = 2 * node + right[:, :i].gather(2, asked)[..., 0].long()
+            query = 2 * query + right[:, i].gather(1, split.gather(1, query)).long()
+            same = (node == query).to(y.dtype)                          # (B, i)
+            mean = (same * y).sum(1) / same.sum(1).clamp_min(1)
+            out[:, i] = torch.where(same.sum(1) > 0, mean, out[:, i])
+    return out
+
+@torch.enable_grad()
+def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
+    """A two-layer ReLU network, trained by Adam on the pairs before each x, one for each prompt."""
+    B, n, d = xs.shape
+    draw = {"generator": torch.Generator(xs.device).manual_seed(0), "device": xs.device}
+    out = torch.zeros_like(ys)
+    for i in range(1, n):
+        W1 = (torch.randn(B, d, hidden, **draw) / math.sqrt(d)).requires_grad_()
+        W2 = (torch.randn(B, hidden, 1, **draw) / math.sqrt(hidden)).requires_grad_()
+        optimizer = torch.optim.Adam([W1, W2], lr=lr)
+        for _ in range(steps):
+            predictions = ((xs[:, :i] @ W1).relu() @ W2)[..., 0]        # (B, i)
+            loss = (predictions - ys[:, :i]).square().mean(1).sum()
+            W1.grad, W2.grad = torch.autograd.grad(loss, [W1, W2])
+            optimizer.step()
+        hidden_units = (xs[:, i, None] @ W1).relu()                     # (B, 1, hidden)
+        out[:, i] = (hidden_units @ W2)[:, 0, 0].detach()
+    return out
+
+BASELINES = {
+    "least squares": least_squares,
+    "averaging": averaging,
+    "3-NN": nearest_neighbors,
+    "Lasso": lasso,
+    "greedy tree": greedy_tree,
+    "2-layer network": gd_network,
+}
+
+for name, task in TASKS.items():
+    for baseline in task.baselines:
+        if baseline not in BASELINES:
+            raise ValueError(f"TASKS[{name!r}]: there is no baseline {baseline!r} in BASELINES")
+
+# ---- Measurement: the models --------------------------------------------------------------------
+
 @torch.no_grad()
-def errors(model, args, xs, ys, loops=1, window=1):
-    """Of each prompt and point, (window, B, n): the squared error over the task's scale; of tables, 1 where the label is
-    wrong, else 0."""
-    parts = [model(x, y, loops, window).float() for x, y in zip(xs.split(256), ys.split(256))]
-    if args.task == "openml":
-        return torch.cat([(part.argmax(-1) != y).float() for part, y in zip(parts, ys.split(256))], 1)
-    return torch.cat([(part - y).square() for part, y in zip(parts, ys.split(256))], 1) / scale(args.task, args.n_dims)
+def errors(model, task, xs, ys, loops=1, window=1):
+    """For each of the last `window` loops, each prompt and each point, (window, B, n): the squared
+    error over the variance of y; with two logits 1 where the more likely label is wrong, else 0."""
+    parts = []
+    for x, y in zip(xs.split(256), ys.split(256)):                      # what fits into memory
+        predictions = model(x, y, loops, window).float()
+        if predictions.dim() == 4:
+            parts.append((predictions.argmax(-1) != y).float())
+        else:
+            parts.append((predictions - y).square() / task.scale)
+    return torch.cat(parts, 1)
 
 def bootstrap(values, n=1_000, level=0.9):
-    """Mean over rows of values (N, n_points), and the ends of its bootstrap interval: three lists of n_points."""
-    draw = torch.Generator().manual_seed(0)
+    """Mean over rows of values (N, n_points), and the ends of its bootstrap interval: three lists
+    of n_points."""
     values = values.cpu().double()
-    picks = torch.stack([torch.randint(len(values), (len(values),), generator=draw).bincount(minlength=len(values))
-                         for _ in range(n)])                                     # how often each row is drawn, (n, N)
-    means = picks.to(values) @ values / len(values)                              # (n, n_points)
-    return [x.tolist() for x in (values.mean(0), means.quantile((1 - level) / 2, 0), means.quantile((1 + level) / 2, 0))]
+    N = len(values)
+    draw = torch.Generator().manual_seed(0)
+    times_drawn = []
+    for _ in range(n):
+        rows = torch.randint(N, (N,), generator=draw)
+        times_drawn.append(rows.bincount(minlength=N))
+    means = torch.stack(times_drawn).to(values) @ values / N            # (n, n_points)
+    low, high = means.quantile((1 - level) / 2, 0), means.quantile((1 + level) / 2, 0)
+    return [values.mean(0).tolist(), low.tolist(), high.tolist()]
 
-def shifted_prompts(args, n, generator):
+def shifted_prompts(task, n, n_points, generator):
     """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of y, by which
     squared errors are divided: to answer 0 scores 1 on each."""
-    d = args.n_dims
-    draw = dict(generator=generator, device=args.device)
-    usual = scale(args.task, d)
-    xs, _ = sample_prompts(args.task, n, args.n_points, d, generator, device=args.device)
-    ys = label(args.task, xs, generator)
-    yield "as trained", xs, ys, usual
+    d = task.n_dims
+    f = TASKS[task.name].f
+    degree = 0 if TASKS[task.name].signs_only else 2                    # E y^2 ~ |x|^degree
+    xs, _ = task.sample(n, n_points, generator)
+    yield "as trained", xs, f(xs, generator), task.scale
 
-    basis = torch.linalg.qr(torch.randn(n, d, d, **draw)).Q                      # (B, d, d)
-    deviation = 1 / torch.arange(1, d + 1, device=args.device)                 # eigenvalues 1 / i^2
-    deviation = deviation / deviation.square().mean().sqrt()                     # of trace d
+    basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # (B, d, d)
+    deviation = 1 / torch.arange(1, d + 1, device=task.device)          # eigenvalues 1 / i^2
+    deviation = deviation / deviation.square().mean().sqrt()            # of trace d
     skewed = xs * deviation @ basis.mT
-    yield "skewed covariance", skewed, label(args.task, skewed, generator), usual
+    yield "skewed covariance", skewed, f(skewed, generator), task.scale
 
-    in_prompt = torch.arange(d, device=args.device) < d // 2            # a random half of the space
+    in_prompt = torch.arange(d, device=task.device) < d // 2            # half of the space
     split = xs * in_prompt
-    split[:, -1] = xs[:, -1] * ~in_prompt                                # the query: the other half
+    split[:, -1] = xs[:, -1] * ~in_prompt                               # the query: the other half
     split = split @ basis.mT
-    power = 1 if args.task == "decision-tree" else (d - d // 2) / d        # E|x|^2 / d of the query
-    yield "query orthogonal to the prompt", split, label(args.task, split, generator), usual * power
+    size = math.sqrt((d - d // 2) / d)                                  # of the query's |x|
+    ys = f(split, generator)
+    yield "query orthogonal to prompt", split, ys, task.scale * size**degree
 
     for factor in (0.5, 2, 3):
-        power = 1 if args.task == "decision-tree" else factor**2     # trees see only the signs of x
-        ys = label(args.task, factor * xs, generator)
-        yield f"x times {factor}", factor * xs, ys, usual * power
+        ys = f(factor * xs, generator)
+        yield f"x times {factor}", factor * xs, ys, task.scale * factor**degree
     for factor in (0.5, 2, 3):
-        ys = factor * label(args.task, xs, generator)
-        yield f"y times {factor}", xs, ys, usual * factor**2
+        ys = factor * f(xs, generator)
+        yield f"y times {factor}", xs, ys, task.scale * factor**2
 
-    ys = label(args.task, xs, generator)
-    noise = torch.randn(ys.shape, **draw)
-    noise[:, -1] = 0                                                             # what is scored is the function itself
-    yield "label noise of variance 1", xs, ys + noise, usual
+    ys = f(xs, generator)
+    noise = randn(generator, *ys.shape)
+    noise[:, -1] = 0                                                    # scored without noise
+    yield "label noise of variance 1", xs, ys + noise, task.scale
+
+def hidden_states(model, xs, ys, loops):
+    """What a probe reads after each pass through a block, at the last x and the mean over tokens,
+    and a last 1 for its bias: a list of (N, 2C + 1), float64, on the CPU."""
+    parts = []
+
+    def keep(block, inputs, z):                                         # (250, 2n-1, C)
+        read = torch.cat([z[:, -1], z.mean(1)], 1).cpu().double()
+        parts[-1].append(F.pad(read, (0, 1), value=1.0))
+
+    hooks = [block.register_forward_hook(keep) for block in model.h]
+    for x, y in zip(xs.split(250), ys.split(250)):
+        parts.append([])
+        model(x, y, loops)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(layer) for layer in zip(*parts)]
 
 @torch.no_grad()
-def probe(model, args, loops, n=1_000, ridge=1.0):
+def probe(model, task, n_points, loops, n=1_000, ridge=1.0):
     """Sec. 6: what a linear probe reads off the hidden states (at the last x, and their mean) after
-    each loop or layer: X^T y / k, and the least-squares w. Relative squared errors on n prompts,
-    {name: a list by loop}.
+    each loop or layer: X^T y / k, and the least-squares w. Relative squared errors on n prompts of
+    "linear", {name: a list by loop}.
 
     The probe is fitted in closed form (ridge) on n other prompts; as a control on n prompts that
     all have w = (1, .., 1): another w is then found only if the states hold it.
     """
-    draw = torch.Generator(args.device).manual_seed(40_000)
+    draw = torch.Generator(task.device).manual_seed(40_000)
+
     def states_and_targets(constant):
-        xs, ys = sample_prompts("linear", n, args.n_points, args.n_dims, draw, device=args.device)
+        xs, ys = sample_prompts("linear", n, n_points, task.n_dims, draw, device=task.device)
         if constant:
             ys = xs.sum(2)
-        read = []                                           # for each batch, of each loop (250, 2C)
-        for x, y in zip(xs.split(250), ys.split(250)):
-            _, states = model(x, y, loops, 1, return_states=True)
-            read.append([torch.cat([z[:, -1], z.mean(1)], 1).cpu().double() for z in states])
-        X, y = xs[:, :-1].cpu().double(), ys[:, :-1, None].cpu().double()
-        targets = {"X^T y": (X.mT @ y)[..., 0] / X.shape[1],                     # (N, d)
-                   "least squares w": (torch.linalg.pinv(X) @ y)[..., 0]}
-        # a last 1, for the probe's bias: (N, 2C + 1) for each loop
-        return [F.pad(torch.cat(layer), (0, 1), value=1.0) for layer in zip(*read)], targets
+        X = xs[:, :-1].cpu().double()
+        y = ys[:, :-1, None].cpu().double()
+        targets = {
+            "X^T y": (X.mT @ y)[..., 0] / X.shape[1],                   # (N, d)
+            "least-squares w": (torch.linalg.pinv(X) @ y)[..., 0],
+        }
+        return hidden_states(model, xs, ys, loops), targets
+
     test_states, test_targets = states_and_targets(constant=False)
     found = {}
-    for name, constant in [("", False), (", probe fitted on w = 1", True)]:
+    for fitted, constant in [("", False), (", fitted on w = 1", True)]:
         states, targets = states_and_targets(constant)
-        for target in targets:
-            found[target + name] = []
+        for name, target in targets.items():
+            by_loop = found[name + fitted] = []
             for fit, test in zip(states, test_states):
                 penalty = ridge * torch.eye(fit.shape[1]).to(fit)
-                W = torch.linalg.solve(fit.mT @ fit + penalty, fit.mT @ targets[target])
-                missed = (test @ W - test_targets[target]).square().sum()
-                found[target + name].append((missed / test_targets[target].square().sum()).item())
+                W = torch.linalg.solve(fit.mT @ fit + penalty, fit.mT @ target)
+                missed = (test @ W - test_targets[name]).square().sum()
+                by_loop.append((missed / test_targets[name].square().sum()).item())
     return found
 
-def measure(model, args, tables):
-    """Error by number of examples and by loops, baselines, and with --ood and --probe the rest; all as plain numbers."""
-    model.eval()
+def measure(args, run):
+    """Of a run's checkpoint: error by examples and by loops, the baselines, and what --ood and
+    --probe ask for; all as plain numbers."""
+    task, model = load(run.folder, args.device)
+    passes = MODELS[args.model](args)[1]
+    loops = args.eval_loops or passes
     draw = torch.Generator(args.device).manual_seed(20_000)
-    xs, ys = prompts(args, tables, args.n_eval, args.n_points, args.n_dims, draw, "test")
-    loops = final_loops(args)
-    shown = args.eval_loops if args.model == "looped" and args.eval_loops else loops
-    results = {"n_params": sum(p.numel() for p in model.parameters())}
-    results["curve"] = bootstrap(errors(model, args, xs, ys, shown)[0])
-    results["curve_loops"] = shown
-    results["baselines"] = {}
-    for name, (function, tasks) in BASELINES.items():
-        if args.task in tasks:
-            squares = (function(xs, ys) - ys).square()                           # (B, n)
-            results["baselines"][name] = bootstrap(squares / scale(args.task, args.n_dims))
+    xs, ys = task.sample(args.n_eval, args.n_points, draw, part="test")
+    with torch.device("meta"):                                          # counted, not made
+        deep = build_model(args, n_layer=12)
+    results = {
+        "n_params": sum(p.numel() for p in model.parameters()),
+        "n_params_12": sum(p.numel() for p in deep.parameters()),
+        "curve": bootstrap(errors(model, task, xs, ys, loops)[0]),      # mean, low, high
+        "curve_loops": loops,
+        "baselines": {},
+    }
+    for name in TASKS[args.task].baselines:
+        squares = (BASELINES[name](xs, ys) - ys).square()               # (B, n)
+        results["baselines"][name] = bootstrap(squares / task.scale)
     if args.model == "looped":
-        by_loops = errors(model, args, xs, ys, 10 * loops, 10 * loops)           # (10 b, B, n)
+        by_loops = errors(model, task, xs, ys, 10 * passes, 10 * passes)
         results["by_loops"] = by_loops[..., -1].mean(1).tolist()
-    if tables:
-        results["table"] = tables.name
-    if args.ood and not tables:
-        results["ood"] = {}
-        for name, xs, ys, divisor in shifted_prompts(args, args.n_eval, draw):
-            ours = errors(model, args, xs, ys, shown)[0, :, -1] * scale(args.task, args.n_dims)
+    if args.task == "openml":
+        results["table"] = task.name
+    if args.ood:
+        results |= {"ood": {}, "ood of least squares": {}}
+        for name, xs, ys, variance in shifted_prompts(task, args.n_eval, args.n_points, draw):
+            ours = errors(model, task, xs, ys, loops)[0, :, -1] * task.scale
             theirs = (least_squares(xs, ys) - ys)[:, -1].square()
-            results["ood"][name] = [(x.mean() / divisor).item() for x in (ours, theirs)]
-    if args.probe and not tables:
-        results["probe"] = probe(model, args, loops)
+            results["ood"][name] = (ours.mean() / variance).item()
+            results["ood of least squares"][name] = (theirs.mean() / variance).item()
+    if args.probe:
+        results["probe"] = probe(model, task, args.n_points, passes)
     return results
 
-# ---- The command, its tables and its figures ------------------------------------------------------------------------
-by_task = lambda *values: dict(zip(TASKS, values))       # linear, noisy-linear, sparse-linear, decision-tree, relu-2nn, openml
-PRESETS = {
-    "quick": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=3, n_points=8, n_embd=64, n_head=4,
-                  loops=8, window=6, steps=2_500, batch_size=64, lr=3e-3, warmup=200, schedule="cosine", dims_start=1,
-                  points_start=8, points_step=2, curriculum_every=400, loops_every=100, eval_every=250),
-    "paper": dict(task=["linear"], model=["looped"], inject=["add"], held_out=[0], n_dims=20, n_embd=256, n_head=8,
-                  n_points=by_task(41, 41, 41, 101, 101, 41), loops=by_task(20, 20, 20, 70, 12, 30),
-                  window=by_task(15, 15, 10, 15, 5, 15), steps=by_task(*[500_000] * 5, 100_000), lr=1e-4, warmup=0,
-                  schedule="constant", batch_size=by_task(*[64] * 5, 40), dims_start=by_task(*[5] * 5, 20),
-                  points_start=by_task(11, 11, 11, 26, 26, 41), points_step=by_task(2, 2, 2, 5, 5, 2),
-                  curriculum_every=5_000, loops_every=500, eval_every=2_500),
-}
-SWEEP = ["task", "model", "inject", "held_out", "seed"]
+# ---- Tables and figures -------------------------------------------------------------------------
+
 # The paper's accuracy on each table of OpenML, held out. It numbers them 0 .. 9: the ids in their
 # order are our reading, and that the last is 42192 a guess from its about 5,270 rows.
 PUBLISHED = {
-    "720": dict(standard=.627, looped=.662),
-    "725": dict(standard=.511, looped=.504),
-    "737": dict(standard=.656, looped=.721),
-    "803": dict(standard=.395, looped=.401),
-    "807": dict(standard=.406, looped=.416),
-    "816": dict(standard=.463, looped=.462),
-    "819": dict(standard=.483, looped=.568),
-    "847": dict(standard=.668, looped=.757),
-    "871": dict(standard=.533, looped=.510),
-    "42192": dict(standard=.650, looped=.648),
+    "720": {"standard": .627, "looped": .662},
+    "725": {"standard": .511, "looped": .504},
+    "737": {"standard": .656, "looped": .721},
+    "803": {"standard": .395, "looped": .401},
+    "807": {"standard": .406, "looped": .416},
+    "816": {"standard": .463, "looped": .462},
+    "819": {"standard": .483, "looped": .568},
+    "847": {"standard": .668, "looped": .757},
+    "871": {"standard": .533, "looped": .510},
+    "42192": {"standard": .650, "looped": .648},
 }
+
+def describe(args, results):
+    """A run's model in words: what legends and tables call it."""
+    name = "looped" if args.model == "looped" else f"{args.n_layer} layers"
+    name += ", tied" if args.model == "tied" else ""
+    name += {"none": ", no injection", "multiply": ", multiplied"}.get(args.inject, "")
+    return f"{name}, {results[0]['table']}" if args.task == "openml" else name
+
+def print_columns(title, corner, columns, rows):
+    """A table: columns {name: numbers for each seed}, rows {name: index or key of a number}."""
+    print(f"\n{title}")
+    cells = []
+    for label, key in rows.items():
+        cells.append([label])
+        for seeds in columns.values():
+            cells[-1].append(common.spread([numbers[key] for numbers in seeds]))
+    common.print_table([corner, *columns], cells)
+
+def print_by_examples(task, groups):
+    """Errors by number of examples, with the baselines."""
+    columns = {}
+    for name, (args, results) in groups.items():
+        loops = f", {results[0]['curve_loops']} loops" if args.model == "looped" else ""
+        columns[name + loops] = [result["curve"][0] for result in results]
+    for name, (mean, low, high) in results[0]["baselines"].items():
+        columns[name] = [mean]
+    what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
+    rows = {str(i): i for i in range(0, args.n_points, max(1, args.n_points // 10))}
+    rows[str(args.n_points - 1)] = -1
+    print_columns(f"{task}: {what} by number of examples", "examples", columns, rows)
+
+def print_by_loops(task, groups):
+    """Errors by number of loops, of the looped models."""
+    columns = {}
+    for name, (args, results) in groups.items():
+        if args.model == "looped":
+            columns[name] = [result["by_loops"] for result in results]
+            b = args.loops
+    if columns:
+        rows = {str(b // 4): b // 4 - 1, str(b // 2): b // 2 - 1} if b >= 4 else {}
+        rows = {"1": 0, **rows, **{str(k * b): k * b - 1 for k in (1, 2, 3, 5, 7, 10)}}
+        title = f"{task}: the same with all examples by number of loops, trained with {b}"
+        print_columns(title, "loops", columns, rows)
+
+def print_ood(task, groups):
+    """The error on other inputs than trained on, where --ood asked for it."""
+    columns = {}
+    for name, (args, results) in groups.items():
+        if "ood" in results[0]:
+            columns[name] = [result["ood"] for result in results]
+            theirs = results[0]["ood of least squares"]
+    if columns:
+        columns["least squares"] = [theirs]
+        rows = {name: name for name in theirs}
+        print_columns(f"{task}: error on other inputs / variance of y", "inputs", columns, rows)
+
+def print_probe(groups):
+    """What the probe read off the hidden states, where --probe asked for it."""
+    for name, (args, results) in groups.items():
+        columns = {}
+        for target in results[0].get("probe", []):
+            columns[target] = [result["probe"][target] for result in results]
+            n = len(columns[target][0])
+        if columns:
+            rows = {str(k): k - 1 for k in sorted({1, (n + 3) // 4, (n + 1) // 2, n})}
+            print_columns(f"{name}: relative error of the probe", "loop or layer", columns, rows)
+
+def print_summary(task, groups):
+    """Parameters and the error with all examples of each model; on tables the accuracy, beside the
+    paper's."""
+    header = ["model", "parameters", "of 12 layers'", "error, all examples", "90% over prompts"]
+    rows = []
+    for name, (args, results) in groups.items():
+        _, low, high = results[0]["curve"]
+        share = results[0]["n_params"] / results[0]["n_params_12"]
+        last = [result["curve"][0][-1] for result in results]
+        row = [name, f"{results[0]['n_params']:,}", f"{share:.1%}", common.spread(last)]
+        row.append(f"{low[-1]:.3f} .. {high[-1]:.3f}")
+        if task == "openml":
+            published = PUBLISHED.get(results[0]["table"], {}).get(args.model, "-")
+            row += [common.spread([1 - error for error in last]), str(published)]
+        rows.append(row)
+    if task == "openml":
+        header += ["accuracy", "paper"]
+    print(f"\n{task}: summary (the interval is over test prompts alone; training seeds vary more)")
+    common.print_table(header, rows)
+
+STYLES = ["-", "--", "-.", ":", "o-", "s--", "^-.", "v:"] * 9           # readable in grey, too
+
+def draw_band(axis, start, curves, style, label, **more):
+    """The median line of some curves, from x = start, and their range as a band."""
+    x = range(start, start + len(curves[0]))
+    line, = axis.plot(x, np.median(curves, 0), style, label=label, markersize=3, **more)
+    low, high = np.min(curves, 0), np.max(curves, 0)
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+
+def draw_by_examples(axis, task, groups):
+    """Fig. 3: error by examples of models and baselines. The band: seeds, of one its interval."""
+    for style, (name, (args, results)) in zip(STYLES, groups.items()):
+        curves = [result["curve"][0] for result in results]
+        if len(results) == 1:
+            curves = results[0]["curve"]
+        draw_band(axis, 0, curves, style, name)
+    for style, (name, curve) in zip(STYLES, results[0]["baselines"].items()):
+        draw_band(axis, 0, curve, style, name, color="gray", linewidth=1)
+    what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
+    axis.set(title=task, xlabel="examples in the prompt", ylabel=what, ylim=(0, 1.5))
+    axis.legend(fontsize=7)
+
+def draw_by_loops(axis, groups):
+    """Fig. 2: error with all examples by loops; a thin line at the loops trained with."""
+    for style, (name, (args, results)) in zip(STYLES, groups.items()):
+        if args.model == "looped":
+            draw_band(axis, 1, [result["by_loops"] for result in results], style, name)
+            axis.axvline(args.loops, color="gray", linewidth=1)
+            axis.set(title=f"line: trained with {args.loops} loops", yscale="log")
+            axis.legend(fontsize=7)
+    axis.set(xlabel="loops", ylabel="error with all examples")
+
+def draw_probes(axis, groups):
+    """Sec. 6: what a probe of the hidden states misses, by loop or layer."""
+    for style, (name, (args, results)) in zip(STYLES, groups.items()):
+        for target in results[0].get("probe", []):
+            curves = [result["probe"][target] for result in results]
+            draw_band(axis, 1, curves, style, f"{name}: {target}")
+    axis.set(xlabel="loop or layer", ylabel="relative squared error", title="probes")
+    axis.legend(fontsize=6)
+
+def plot(runs, by_task):
+    """A row of panels for each task."""
+    columns = 3 if runs[0].args.probe else 2
+    figure, axes = common.new_figure(len(by_task), columns)
+    for row, (task, groups) in zip(axes, by_task.items()):
+        draw_by_examples(row[0], task, groups)
+        draw_by_loops(row[1], groups)
+        if runs[0].args.probe:
+            draw_probes(row[2], groups)
+    common.save_figure(figure, runs, "errors")
+
+def show(runs, results):
+    """Prints the tables of each task, and draws the figure that --plot asks for."""
+    by_task = {}
+    for args, group in common.by_setting(runs, results):
+        by_task.setdefault(args.task, {})[describe(args, group)] = args, group
+    for task, groups in by_task.items():
+        print_by_examples(task, groups)
+        print_by_loops(task, groups)
+        print_ood(task, groups)
+        print_probe(groups)
+        print_summary(task, groups)
+    if runs[0].args.plot:
+        plot(runs, by_task)
+
+# ---- The command --------------------------------------------------------------------------------
+
+SWEEP = ["task", "model", "inject", "held_out", "seed"]
+MEASURED = ["n_eval", "eval_loops", "ood", "probe"]             # training does not depend on them
+
+# None: the task's own, see TASKS
+QUICK = {
+    "task": ["linear"], "model": ["looped"], "inject": ["add"], "held_out": [0],
+    "n_layer": 12, "n_head": 4, "n_embd": 64, "n_dims": 3, "n_points": 8,
+    "loops": 8, "window": 6, "loops_every": 100,
+    "dims_start": 1, "points_start": 8, "points_step": 2, "curriculum_every": 400,
+    "steps": 2_500, "batch_size": 64, "lr": 3e-3, "warmup": 200, "schedule": "cosine",
+    "eval_every": 250, "n_eval": 1_280, "eval_loops": None, "ood": False, "probe": False,
+    "data_dir": None, "fetch": None,
+}
+PAPER = {
+    **QUICK,
+    "n_head": 8, "n_embd": 256, "n_dims": 20, "n_points": None,
+    "loops": None, "window": None, "loops_every": 500,
+    "dims_start": 5, "points_start": None, "points_step": None, "curriculum_every": 5_000,
+    "steps": None, "batch_size": None, "lr": 1e-4, "warmup": 0, "schedule": "constant",
+    "eval_every": 2_500,
+}
+PRESETS = {"quick": QUICK, "paper": PAPER}
+
+def resolve(args):
+    """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
+    task = TASKS[args.task]
+    for name in vars(task):
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, getattr(task, name))
+    if args.task == "openml" and args.data_dir is None:
+        args.data_dir = Path("tables")
+    dims_grow = not task.signs_only and args.dims_start < args.n_dims
+    points_grow = args.points_start < args.n_points
+    without_effect = [
+        (args.model == "looped", ["n_layer"]),
+        (args.model != "looped", ["inject", "loops", "window", "loops_every", "eval_loops"]),
+        (args.task == "openml", ["ood", "probe"]),
+        (args.task != "openml", ["data_dir", "fetch", "held_out"]),
+        (task.signs_only, ["dims_start"]),
+        (not points_grow, ["points_step"]),
+        (not dims_grow and not points_grow, ["curriculum_every"]),
+        (args.loops == args.window, ["loops_every"]),
+    ]
+    for unused, names in without_effect:
+        for name in names:
+            if unused:
+                setattr(args, name, None)
 
 def parse_args(argv=None):
     """The command line. What cannot be run ends here, before anything is written."""
-    parser = argparse.ArgumentParser(
-        description="Looped Transformers are Better at Learning Learning Algorithms, Yang et al., ICLR 2024",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add, count = parser.add_argument, common.positive_int
-    add("--task", nargs="+", choices=TASKS, help="function classes")
-    add("--model", nargs="+", choices=["looped", "standard", "tied"], help="one layer looped; layers; layers of one block")
-    add("--inject", nargs="+", choices=["add", "multiply", "none"], help="how the prompt enters each loop")
-    add("--n-layer", type=count, default=12, help="layers of standard and tied")
+    parser = common.make_parser(main)
+    add = parser.add_argument
+    count = common.positive_int
+    several = common.number(int, 2, 10_000)
+    add("--task", nargs="+", choices=list(TASKS), help="function classes")
+    add("--model", nargs="+", choices=list(MODELS), help="one layer looped; layers; one shared")
+    add("--inject", nargs="+", choices=["add", "multiply", "none"], help="the prompt, every loop")
+    add("--n-layer", type=count, help="layers of standard and tied")
     add("--n-head", type=count, help="heads a layer")
     add("--n-embd", type=count, help="width")
     add("--n-dims", type=count, help="dimensions d of x")
-    add("--n-points", type=count, help="pairs in a prompt; the last is predicted from the others")
+    add("--n-points", type=several, help="pairs in a prompt; the last is predicted from the others")
     add("--loops", type=count, help="b: loops, at the end of the curriculum")
     add("--window", type=count, help="T: last loops, on which the loss is taken")
     add("--loops-every", type=count, help="steps until two loops are added, from T up to b")
@@ -619,130 +1016,55 @@ def parse_args(argv=None):
     add("--curriculum-every", type=count, help="steps of a stage")
     add("--steps", type=count, help="training steps")
     add("--batch-size", type=count, help="prompts a step")
-    add("--lr", type=float, help="peak learning rate of Adam")
-    add("--warmup", type=int, help="steps of linear warm-up")
-    add("--schedule", choices=["constant", "cosine"], help="the learning rate afterwards; cosine ends at 0")
-    add("--n-eval", type=count, default=1_280, help="prompts of each measurement")
+    add("--lr", type=common.positive_float, help="peak learning rate of Adam")
+    add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")
+    add("--schedule", choices=["constant", "cosine"], help="the rate afterwards; cosine ends at 0")
+    add("--n-eval", type=count, help="prompts of each measurement")
     add("--eval-loops", type=count, help="looped: loops of errors by examples and of --ood, else b")
     add("--ood", action="store_true", help="measure on other inputs than trained on")
     add("--probe", action="store_true", help="probe the hidden states for X^T y and w")
-    add("--data-dir", default="tables", help="openml: a folder of tables, CSVs with the label (two classes) in the last column")
-    add("--fetch", nargs="+", type=count, default=[], help="openml: ids of data sets to download there first")
-    add("--held-out", nargs="+", type=int, help="openml: number of the table to test on, by file name")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds of weights and prompts")
+    add("--data-dir", type=Path, help="openml: folder of CSVs, label (two classes) last; ./tables")
+    add("--fetch", nargs="*", type=count, help="openml: ids to download there first (the paper's)")
+    add("--held-out", nargs="+", type=common.number(int, 0, 10**6),
+        help="openml: number of the table to test on, by file name")
+    add("--seed", nargs="+", type=common.seed_int, default=[0], help="of weights and prompts")
     args = common.parse_args(parser, PRESETS, argv)
     if args.n_embd % args.n_head:
         parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
-    if args.eval_loops and "looped" not in args.model:
-        parser.error("--eval-loops is for --model looped")
     for task in args.task:
-        own = {key: value[task] if isinstance(value, dict) else value for key, value in vars(args).items()}
-        if own["window"] > own["loops"]:
-            parser.error(f"--window {own['window']} is larger than --loops {own['loops']}")
-        if own["dims_start"] > own["n_dims"] or own["points_start"] > own["n_points"]:
-            parser.error(f"the curriculum starts with {own['dims_start']} dimensions and {own['points_start']} points, above "
-                         f"--n-dims {own['n_dims']} or --n-points {own['n_points']}: lower --dims-start or --points-start")
-        if task == "openml":
-            try:
-                for number in args.fetch:
-                    if not (Path(args.data_dir) / f"{number}.csv").exists():
-                        fetch(number, args.data_dir)
-                for held_out in args.held_out:
-                    Tables(args.data_dir, held_out, n_dims=own["n_dims"])
-            except (OSError, ValueError) as error:
-                parser.error(f"{error}")
+        check_task(parser, args, task)
     return args
 
-def print_results(runs, results):
-    """Error by number of examples and by loops, median [range] over seeds, with the baselines; what --ood and --probe found."""
-    def table(title, corner, columns, rows):                                     # columns: a list of numbers for each seed
-        print(f"\n{title}")
-        common.print_table([corner, *columns], [[str(name), *(common.spread([numbers[i] for numbers in column])
-                                                              for column in columns.values())] for name, i in rows.items()])
-    for task in dict.fromkeys(run.args.task for run in runs):
-        own, seeds = [(run, result) for run, result in zip(runs, results) if run.args.task == task], {}
-        for run, result in own:
-            a = run.args
-            name = a.model + f" {a.inject}" * (a.inject != "add") + f" {a.held_out}" * (task == "openml")
-            seeds.setdefault(name, []).append(result)
-        curves = {name: [result["curve"] for result in group] for name, group in seeds.items()}
-        curves |= {name: [curve] for name, curve in own[0][1]["baselines"].items()}
-        curves = {name: [[*mean, low[-1], high[-1]] for mean, low, high in column] for name, column in curves.items()}
-        shown = {i: i for i in [*range(0, a.n_points - 1, max(1, a.n_points // 10)), a.n_points - 1]}
-        what = "share of wrong labels in the table held out" if task == "openml" else "squared error, normalised,"
-        title = f"{task}: {what} by number of examples"
-        for run, result in own:
-            looped = f" (looped: {result['curve_loops']} loops)"
-            if run.args.model == "looped" and looped not in title:
-                title += looped
-        table(title, "examples", curves, shown | {"90% from": -2, "to": -1})
-        print("90%: over test prompts alone, of the last line; training seeds vary more")
-        if task == "openml":
-            print("\nAccuracy with all examples on the table held out; the paper's on that table")
-            rows = []
-            for run, result in own:
-                accuracy = 1 - result["curve"][0][-1]
-                published = PUBLISHED.get(result["table"], {}).get(run.args.model, "-")
-                rows.append([run.name, result["table"], f"{accuracy:.3f}", str(published)])
-            common.print_table(["run", "table", "ours", "paper"], rows)
-        looped = {name: [result["by_loops"] for result in group] for name, group in seeds.items() if "by_loops" in group[0]}
-        if looped:
-            b = a.loops
-            counts = {1, max(1, b // 4), max(1, b // 2), b, *(k * b for k in (2, 3, 5, 7, 10))}
-            table(f"{task}: after the last example, by number of loops; trained with {b}", "loops", looped,
-                  {n: n - 1 for n in sorted(counts)})
-        for key, title in [("ood", "normalised error on other inputs, and that of least squares"),
-                           ("probe", "relative error of the probe, by loop or layer")]:
-            for run, result in ((run, result) for run, result in own if key in result):
-                print(f"\n{run.name}: {title}")
-                for name, values in result[key].items():
-                    print(f"{name:>38}  " + " ".join(f"{x:.3f}" for x in values))
-    print("\nParameters:")
-    for (task, model), (a, result) in {(run.args.task, run.args.model): (run.args, result) for run, result in zip(runs, results)}.items():
-        with torch.device("meta"):
-            deep = InContextTransformer(a.n_dims, a.n_points, 12, a.n_head, a.n_embd, n_out=2 if task == "openml" else 1)
-        deep = sum(p.numel() for p in deep.parameters())
-        print(f"{task}, {model}: {result['n_params']:,}, {result['n_params'] / deep:.1%} of the {deep:,} of 12 layers")
+def check_task(parser, args, task):
+    """Ends in parser.error where a task cannot be run with these settings."""
+    own = copy.copy(args)
+    own.task, own.model, own.inject = task, "looped", "add"
+    resolve(own)
+    if own.window > own.loops:
+        parser.error(f"--window {own.window} is larger than --loops {own.loops}")
+    if own.points_start > own.n_points:
+        parser.error(f"--points-start {own.points_start} is above --n-points {own.n_points}")
+    if own.dims_start and own.dims_start > own.n_dims:
+        parser.error(f"--dims-start {own.dims_start} is above --n-dims {own.n_dims}")
+    if task != "openml":
+        return
+    try:
+        wanted = [] if args.fetch is None else args.fetch or map(int, PUBLISHED)
+        for number in wanted:
+            if not (own.data_dir / f"{number}.csv").exists():
+                fetch(number, own.data_dir)
+        Tables(own.data_dir, max(args.held_out), own.n_dims, own.n_points)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if args.fetch is not None:
+        args.fetch = None                                       # done: no run depends on it
+        args.given.remove("fetch")
 
-def plot(runs, results, folder):
-    """Fig. 3, error by examples, and Fig. 2, error by loops, with 90% intervals; probes by loop."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    probed = any("probe" in result for result in results)
-    figure, axes = plt.subplots(1, 2 + probed, figsize=(9 + 5 * probed, 4))
-    lines = {}
-    for run, result in zip(runs, results):
-        looped = f", {result['curve_loops']} loops" if run.args.model == "looped" else ""
-        lines[run.name + looped] = result["curve"]
-    lines |= results[0]["baselines"]
-    for name, (mean, low, high) in lines.items():
-        axes[0].plot(range(len(mean)), mean, label=name)
-        axes[0].fill_between(range(len(mean)), low, high, alpha=0.2)
-    axes[0].set(title=runs[0].args.task, xlabel="examples", ylabel="error", ylim=(0, 1.5))
-    for run, result in zip(runs, results):
-        if "by_loops" in result:
-            axes[1].semilogy(range(1, len(result["by_loops"]) + 1), result["by_loops"], label=run.name)
-            axes[1].axvline(run.args.loops, color="gray", linestyle=":")
-        for name, values in result.get("probe", {}).items():
-            axes[2].plot(range(1, len(values) + 1), values, label=f"{run.args.model}: {name}")
-    axes[1].set(title="dotted: the loops trained with", xlabel="loops", ylabel="error with all examples")
-    if probed:
-        axes[2].set(title="probes", xlabel="loop or layer", ylabel="relative error", ylim=(0, 1.2))
-    for axis in axes:
-        axis.legend(fontsize=6) if axis.get_legend_handles_labels()[0] else None
-    figure.tight_layout()
-    figure.savefig(folder / f"{runs[0].args.task}.png", dpi=130)
-    print(f"figure: {folder / runs[0].args.task}.png")
-
-def main():
-    """Trains what the flags ask for, prints the tables."""
-    args = parse_args()
-    runs = common.sweep(args, PRESETS, SWEEP)
-    results = common.complete(runs, train)
-    print_results(runs, results)
-    for task in args.task if args.plot else []:
-        own = [(run, result) for run, result in zip(runs, results) if run.args.task == task]
-        plot(*zip(*own), Path(args.out_dir) / "looped_icl")
+def main(argv=None):
+    """The command: trains what the flags ask for, prints the tables, returns the results."""
+    args = parse_args(argv)
+    runs = common.sweep(args, SWEEP, resolve, MEASURED)
+    return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -3,11 +3,8 @@ import csv
 import io
 import json
 import math
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +14,18 @@ import torch.nn.functional as F
 
 import common
 import looped_icl
-from looped_icl import (InContextTransformer, Tables, averaging, gd_network, greedy_tree, lasso, least_squares,
+from looped_icl import (InContextTransformer, Prompts, Tables, averaging, gd_network, greedy_tree, lasso, least_squares,
                         nearest_neighbors, sample_prompts)
-from test_common import call_main, cut_and_continued, numpy_block
+from test_common import call_main, cut_and_continued, metrics_of, numpy_block
 
 SCRIPT = Path(looped_icl.__file__)
-TINY = ["--device", "cpu", "--n-dims", "3", "--n-points", "6", "--points-start", "4", "--n-embd", "16", "--n-head", "2", "--n-layer", "2",
-        "--loops", "4", "--window", "2", "--loops-every", "10", "--curriculum-every", "10", "--batch-size", "8", "--steps", "60",
-        "--eval-every", "10", "--n-eval", "20"]
+FUNCTIONS = [name for name in looped_icl.TASKS if name != "openml"]
+SMALL = ["--device", "cpu", "--n-dims", "3", "--n-points", "6", "--points-start", "4", "--n-embd", "16", "--n-head", "2",
+         "--curriculum-every", "10", "--batch-size", "8", "--steps", "60", "--eval-every", "10", "--n-eval", "20"]
+LOOPED = ["--loops", "4", "--window", "2", "--loops-every", "10"]
+LAYERS = ["--n-layer", "2"]
+TINY = [*SMALL, *LOOPED]                                                         # the looped model alone
+BOTH = [*SMALL, *LOOPED, *LAYERS, "--model", "looped", "standard"]
 
 
 def generator(seed=0):
@@ -33,12 +34,12 @@ def generator(seed=0):
 
 # ---- The prompts ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task", looped_icl.TASKS[:5])
+@pytest.mark.parametrize("task", FUNCTIONS)
 def test_prompts_have_the_variance_that_errors_are_divided_by(task):
     xs, ys = sample_prompts(task, 4_000, 12, 6, generator())
     assert xs.shape == (4_000, 12, 6) and ys.shape == (4_000, 12)
     assert abs(xs.mean()) < 0.02 and abs(xs.var() - 1) < 0.02
-    assert ys.var().item() == pytest.approx(looped_icl.scale(task, 6) + (0.01 if task == "noisy-linear" else 0), rel=0.1)
+    assert ys.var().item() == pytest.approx(Prompts(task, 6).scale + (0.01 if task == "noisy-linear" else 0), rel=0.1)
     xs, ys = sample_prompts(task, 50, 12, 6, generator(), active_dims=4)
     assert torch.equal(ys, sample_prompts(task, 50, 12, 6, generator(), 4)[1])
     assert xs[..., :4].all() and (xs[..., 4:].all() if task == "decision-tree" else not xs[..., 4:].any())
@@ -71,7 +72,7 @@ def test_linear_classes_are_linear():
 
 def test_trees_and_networks_against_plain_recursion():
     xs = torch.randn(50, 20, 7, generator=generator(1))
-    ys, again = looped_icl.label("decision-tree", xs, generator()), generator()
+    ys, again = looped_icl.decision_tree(xs, generator()), generator()
     coordinates = torch.randint(7, (50, 15), generator=again).tolist()
     leaves = torch.randn(50, 16, generator=again).tolist()
 
@@ -82,7 +83,7 @@ def test_trees_and_networks_against_plain_recursion():
     for b in range(50):
         assert ys[b].tolist() == [walk(x, coordinates[b], leaves[b]) for x in xs[b].tolist()]
 
-    ys, again = looped_icl.label("relu-2nn", xs, generator()), generator()
+    ys, again = looped_icl.relu_2nn(xs, generator()), generator()
     W1, W2 = torch.randn(50, 7, 100, generator=again).double().numpy(), torch.randn(50, 100, 1, generator=again).double().numpy()
     expected = [math.sqrt(0.02) * np.maximum(x @ w1, 0) @ w2 for x, w1, w2 in zip(xs.double().numpy(), W1, W2)]
     np.testing.assert_allclose(ys, np.stack(expected)[..., 0], rtol=1e-3, atol=1e-3)
@@ -93,8 +94,8 @@ def test_trees_and_networks_against_plain_recursion():
 def test_parameter_counts_at_the_papers_sizes():
     count = lambda *args, **kw: sum(p.numel() for p in InContextTransformer(*args, **kw).parameters())
     assert count(20, 101, 1, 8, 256) == 847_873 and count(20, 101, 12, 8, 256) == 9_535_233
-    tied = vars(one_run_args("--preset", "paper", "--task", "relu-2nn", "--model", "tied"))
-    assert sum(p.numel() for p in looped_icl.build(SimpleNamespace(**tied))[1].parameters()) == 847_873
+    tied = settings("--preset", "paper", "--task", "relu-2nn", "--model", "tied")
+    assert sum(p.numel() for p in looped_icl.build(tied)[1].parameters()) == 847_873
     # 41 points need 83 positions: 120 x 256 parameters fewer
     assert count(20, 41, 1, 8, 256) == 847_873 - 120 * 256
     n_points, d, L, C = 7, 3, 2, 16
@@ -139,14 +140,14 @@ def test_the_first_loop_sees_the_prompt_however_it_enters():
 
 
 def test_tied_is_the_whole_trunk_of_one_layer_applied_n_layer_times():
-    args = one_run_args("--model", "tied", "--n-layer", "4", "--n-embd", "64")
+    args = settings(*SMALL, "--model", "tied", "--n-layer", "4", "--n-embd", "64")
     torch.manual_seed(0)
     model = looped_icl.build(args)[1]
     # the initialisation of one layer: N(0, 0.02 / sqrt(2)) for what writes to the residual stream
     assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2), rel=0.05)
     passes, trunk = [], model.trunk
-    model.trunk = lambda x, states=None: passes.append(1) or trunk(x, states)
-    assert looped_icl.final_loops(args) == 4 and looped_icl.curriculum(args, 0)[2] == 4
+    model.trunk = lambda x, return_attn=False: passes.append(1) or trunk(x, return_attn)
+    assert looped_icl.MODELS["tied"](args) == (1, 4, "none") and looped_icl.curriculum(args, 0)[2] == 4
     xs, ys = sample_prompts("linear", 2, 6, 3, generator())
     z = model.read_in(torch.stack([xs, F.pad(ys[..., None], (0, 2))], 2).flatten(1, 2)[:, :-1])
     for _ in range(4):
@@ -195,9 +196,9 @@ def test_loops_and_windows(inject):
         return
     trunk, calls = model.trunk, []
 
-    def detached(x, states=None):                       # the same by hand: cut after the third loop
+    def detached(x, return_attn=False):                       # the same by hand: cut after the third loop
         calls.append(1)
-        z = trunk(x, states)
+        z = trunk(x)
         return z.detach() if len(calls) == 3 else z
     model.trunk = detached
     by_hand = gradient(model(xs, ys, 5, 5)[3:])
@@ -207,7 +208,7 @@ def test_loops_and_windows(inject):
 
 
 def test_autocast_leaves_a_window_its_gradient(monkeypatch):
-    args = one_run_args("--dtype", "bfloat16")
+    args = settings(*TINY, "--dtype", "bfloat16")
     model = InContextTransformer(3, 6, 1, 2, 16)
     xs, ys = sample_prompts("linear", 4, 6, 3, generator())
 
@@ -222,9 +223,9 @@ def test_autocast_leaves_a_window_its_gradient(monkeypatch):
     # the same loop without no_grad, cut by hand before the window
     trunk, calls = model.trunk, []
 
-    def detached(x, states=None):
+    def detached(x, return_attn=False):
         calls.append(1)
-        z = trunk(x, states)
+        z = trunk(x)
         return z.detach() if len(calls) == 3 else z
     monkeypatch.setattr(model, "trunk", detached)
     monkeypatch.setattr(torch, "set_grad_enabled", lambda enabled: nullcontext())
@@ -242,15 +243,14 @@ def test_compiled_training_follows_the_curriculum(tmp_path, monkeypatch):
         graphs.append(graph)
         return graph.forward
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options | {"backend": backend}))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend=backend, **options))
     torch._dynamo.reset()
-    flags = ["--steps", "30", "--loops", "6"]                          # 2 .. 6 loops, 4 .. 6 points
-    plain = one_run(tmp_path / "plain", *flags)
-    looped_icl.train(plain.args, plain)
-    compiled = one_run(tmp_path / "compiled", "--compile", *flags)
-    looped_icl.train(compiled.args, compiled)
-    assert [line["loops"] for line in compiled.metrics] == [2, 4, 6]
-    for ours, expected in zip(compiled.metrics, plain.metrics):
+    flags = [*TINY, "--steps", "30", "--loops", "6", "--out-dir", tmp_path]     # 2 .. 6 loops, 4 .. 6 points
+    plain, = call_main(looped_icl, *flags)
+    compiled, = call_main(looped_icl, "--compile", *flags, "--out-dir", tmp_path / "compiled")
+    plain, compiled = metrics_of(Path(plain["folder"])), metrics_of(Path(compiled["folder"]))
+    assert [line["loops"] for line in compiled] == [2, 4, 6]
+    for ours, expected in zip(compiled, plain):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert 1 <= len(graphs) <= 6                  # one trunk with and without gradient, not by loop
 
@@ -286,8 +286,7 @@ def test_lasso_satisfies_its_optimality_conditions():
 
 
 def test_least_squares_ignores_what_rounding_adds_to_a_subspace():
-    args = SimpleNamespace(task="linear", n_dims=6, n_points=15, device="cpu")
-    for name, xs, ys, _ in looped_icl.shifted_prompts(args, 8, generator()):
+    for name, xs, ys, _ in looped_icl.shifted_prompts(Prompts("linear", 6), 8, 15, generator()):
         ours = least_squares(xs, ys)
         for b in range(8):
             x, y = xs[b].double().numpy(), ys[b].double().numpy()
@@ -369,12 +368,12 @@ def test_bootstrap_intervals_cover_as_they_should():
 
 
 def test_other_inputs_are_what_their_names_say():
-    args = SimpleNamespace(task="linear", n_dims=4, n_points=30, device="cpu")
-    found = {name: (xs, ys, divisor) for name, xs, ys, divisor in looped_icl.shifted_prompts(args, 200, generator())}
+    task = Prompts("linear", 4)
+    found = {name: (xs, ys, variance) for name, xs, ys, variance in looped_icl.shifted_prompts(task, 200, 30, generator())}
     xs = found["skewed covariance"][0]
     spectrum = torch.linalg.eigvalsh((xs.mT @ xs / 30)).mean(0).flip(0)          # (4,)
     assert spectrum.sum().item() == pytest.approx(4, rel=0.05) and spectrum[0] / spectrum.sum() > 0.6
-    xs, ys, _ = found["query orthogonal to the prompt"]
+    xs, ys, _ = found["query orthogonal to prompt"]
     assert (xs[:, :-1] @ xs[:, -1, :, None]).abs().max() < 1e-4 and torch.linalg.matrix_rank(xs[:, :-1], atol=1e-3).eq(2).all()
     for factor in (0.5, 2, 3):
         assert found[f"x times {factor}"][0].std().item() == pytest.approx(factor, rel=0.03)
@@ -386,59 +385,79 @@ def test_other_inputs_are_what_their_names_say():
     assert 0.05 < (clean - ys[:, -1]).square().mean() < 1                        # the last label has no noise
 
 
-@pytest.mark.parametrize("task", looped_icl.TASKS[:5])
+@pytest.mark.parametrize("task", FUNCTIONS)
 def test_to_answer_0_scores_1_on_other_inputs(task):
-    args = SimpleNamespace(task=task, n_dims=5, n_points=4, device="cpu")
-    for name, _, ys, divisor in looped_icl.shifted_prompts(args, 8_000, generator()):
+    for name, _, ys, divisor in looped_icl.shifted_prompts(Prompts(task, 5), 8_000, 4, generator()):
         assert (ys[:, -1].square().mean() / divisor).item() == pytest.approx(1, abs=0.12), name
 
 
 class Fake(nn.Module):
     """Its first hidden state says nothing, its second has x_i y_i at each y, its third x_i (x_i . 1) for any y."""
 
-    def forward(self, xs, ys, loops, window, return_states):
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Identity()])
+
+    def forward(self, xs, ys, loops):
         zeros = torch.zeros_like(xs)
         read = torch.stack([zeros, xs * ys[..., None]], 2).flatten(1, 2)[:, :-1]
         guessed = torch.stack([zeros, xs * xs.sum(2, keepdim=True)], 2).flatten(1, 2)[:, :-1]
-        return None, [torch.zeros_like(read), read, guessed]
+        for block, state in zip(self.h, [torch.zeros_like(read), read, guessed]):
+            block(state)
 
 
 def test_the_probe_finds_what_is_there():
-    args = SimpleNamespace(task="linear", n_dims=3, n_points=15, device="cpu")
-    found = looped_icl.probe(Fake(), args, 1, n=1_000)
-    assert set(found) == {target + fitted for target in ("X^T y", "least squares w")
-                          for fitted in ("", ", probe fitted on w = 1")}
+    fake = Fake()
+    found = looped_icl.probe(fake, Prompts("linear", 3), 15, 1, n=1_000)
+    assert set(found) == {target + fitted for target in ("X^T y", "least-squares w") for fitted in ("", ", fitted on w = 1")}
     nothing, read, guessed = found["X^T y"]
     assert nothing == pytest.approx(1, abs=0.05) and read < 0.01 and guessed > 0.9
-    assert 0.02 < found["least squares w"][1] < 0.5                              # X^T y is close to n w
+    assert 0.02 < found["least-squares w"][1] < 0.5                              # X^T y is close to n w
     # fitted on w = 1, only what the states hold of the prompt's own w is found
-    nothing, read, guessed = found["X^T y, probe fitted on w = 1"]
+    nothing, read, guessed = found["X^T y, fitted on w = 1"]
     assert nothing > 1.5 and read < 0.01 and guessed > 1.5
-    assert found["least squares w, probe fitted on w = 1"][0] == pytest.approx(2, abs=0.2)       # |1 - w|^2 / |w|^2
+    assert found["least-squares w, fitted on w = 1"][0] == pytest.approx(2, abs=0.2)             # |1 - w|^2 / |w|^2
+    assert not any(block._forward_hooks for block in fake.h)
+
+
+def test_the_probe_reads_each_loop_and_layer():
+    torch.manual_seed(0)
+    model = InContextTransformer(3, 6, 2, 2, 16)
+    xs, ys = sample_prompts("linear", 300, 6, 3, generator())
+    states = looped_icl.hidden_states(model, xs, ys, 3)
+    assert [tuple(state.shape) for state in states] == [(300, 33)] * 6           # 3 loops of 2 layers
+    z = model.h[0](model.read_in(torch.stack([xs, F.pad(ys[..., None], (0, 2))], 2).flatten(1, 2)[:, :-1]) + model.wpe.weight[:11])
+    torch.testing.assert_close(states[0][:, :16].float(), z[:, -1])
+    torch.testing.assert_close(states[0][:, 16:32].float(), z.mean(1))
+    assert (states[0][:, 32] == 1).all()
 
 
 @pytest.mark.parametrize("task", looped_icl.TASKS)
 def test_the_evaluation_needs_no_float64_on_the_device(tmp_path, request, task):
-    flags = ["--task", task, "--n-eval", "10", "--ood", "--probe"]
+    flags = [*TINY, "--task", task, "--n-eval", "10", "--steps", "2", "--out-dir", str(tmp_path / "out")]
     if task == "openml":
         for number in range(2):
             write_table(tmp_path / f"{number}.csv", seed=number)
         flags += ["--data-dir", str(tmp_path), "--n-dims", "20"]
-    args = one_run_args(*flags)
-    tables, model = looped_icl.build(args)
+    else:
+        flags += ["--ood", "--probe"]
+    args = looped_icl.parse_args(flags)
+    run, = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
+    run.folder.mkdir(parents=True)
+    looped_icl.train(run.args, run)
     request.getfixturevalue("no_float64_on_device")
-    results = looped_icl.measure(model, args, tables)
+    results = looped_icl.measure(run.args, run)
     assert ("ood" in results and "probe" in results) == (task != "openml")
     assert ("2-layer network" in results["baselines"]) == (task in ("decision-tree", "relu-2nn"))
     assert np.isfinite(results["curve"]).all() and np.isfinite(results["by_loops"]).all()
 
 
-def test_errors_by_examples_at_converged_loops():
-    args = one_run_args("--eval-loops", "11")
-    torch.manual_seed(0)
-    model = looped_icl.build(args)[1]
-    results = looped_icl.measure(model, args, None)
-    usual = looped_icl.measure(model, one_run_args(), None)
+def test_errors_by_examples_at_converged_loops(tmp_path, capsys):
+    usual, = call_main(looped_icl, *TINY, "--out-dir", tmp_path)
+    assert "looped, 4 loops" in capsys.readouterr().out
+    results, = call_main(looped_icl, *TINY, "--eval-loops", "11", "--out-dir", tmp_path)
+    out = capsys.readouterr().out
+    assert "measured again for eval_loops" in out and "looped, 11 loops" in out  # on the checkpoint
     assert results["curve_loops"] == 11 and usual["curve_loops"] == 4
     assert results["curve"][0][-1] == pytest.approx(results["by_loops"][10], rel=1e-5)
     assert usual["curve"][0][-1] == pytest.approx(usual["by_loops"][3], rel=1e-5)
@@ -456,24 +475,28 @@ def write_table(path, rows=1_000, features=6, seed=0, edit=None):
     header = [*(f"f{i}" for i in range(features)), "class"]
     if edit:
         edit(header, lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *lines])
+        csv.writer(file).writerows([header, *lines] if header else [])
 
 
 def test_tables_are_standardised_padded_and_split(tmp_path):
     for number in range(3):
         write_table(tmp_path / f"{number}.csv", 1_000 + 100 * number, 5 + number, number)
     tables = Tables(tmp_path, 1)
-    features, labels = tables.splits["test"][0]
-    assert features.shape == (1_100, 20) and not features[:, :14].any() and set(labels.tolist()) == {0, 1}
-    torch.testing.assert_close(features[:, 14:].mean(0), torch.zeros(6), atol=1e-4, rtol=0)
-    torch.testing.assert_close(features[:, 14:].var(0, correction=0), torch.ones(6))
-    assert [len(labels) for _, labels in tables.splits["train"]] == [950, 1_140]
-    assert [len(labels) for _, labels in tables.splits["valid"]] == [50, 60]
-    rows = {part: {tuple(row) for features, _ in own for row in features.tolist()} for part, own in tables.splits.items()}
+    xs, ys, lengths = tables.parts["test"]
+    assert xs.shape == (1, 1_100, 20) and not xs[..., :14].any() and set(ys[0].tolist()) == {0, 1}
+    torch.testing.assert_close(xs[0, :, 14:].mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(xs[0, :, 14:].var(0, correction=0), torch.ones(6))
+    assert tables.parts["train"][2].tolist() == [950, 1_140] and tables.parts["valid"][2].tolist() == [50, 60]
+    known = {part: {} for part in tables.parts}
+    for part, (xs, ys, lengths) in tables.parts.items():
+        for x, y, length in zip(xs, ys, lengths):
+            known[part].update(zip(map(tuple, x[:length].tolist()), y[:length].tolist()))
+    rows = {part: set(own) for part, own in known.items()}
     assert not rows["train"] & rows["valid"] and not rows["train"] & rows["test"] and len(rows["train"]) == 2_090
+    known = known["train"]
     xs, ys = tables.sample(300, 41, generator())
-    known = {tuple(row): label for features, labels in tables.splits["train"] for row, label in zip(features.tolist(), labels.tolist())}
     narrow = 0
     for x, y in zip(xs.tolist(), ys.tolist()):
         assert len({tuple(row) for row in x}) == 41                              # no row twice
@@ -493,23 +516,46 @@ def test_tables_are_ordered_by_number(tmp_path):
 
 
 @pytest.mark.parametrize("edit, error", [
-    (lambda header, lines: lines.extend(lines * 10), "11000 rows are more than 10000"),
-    (lambda header, lines: lines[7].__setitem__(2, "?"), "row 9: a value is missing"),
-    (lambda header, lines: lines[7].__setitem__(2, ""), "row 9: a value is missing"),
+    (lambda header, lines: lines.extend(lines * 10), "11000 rows are not in 1000 .. 10000"),
+    (lambda header, lines: lines[7].__setitem__(2, "?"), "column f2, row 9: '?' is not a number"),
+    (lambda header, lines: lines[7].__setitem__(2, ""), "column f2, row 9: '' is not a number"),
+    (lambda header, lines: lines[7].pop(), "row 9: 6 values, not 7"),
+    (lambda header, lines: lines[7].__setitem__(2, "1e999"), "is not a number"),
+    (lambda header, lines: header.__setitem__(slice(None), map(str, range(7))), "row 1: a header"),
+    (lambda header, lines: (header.clear(), lines.clear()), "row 1: a header"),
     (lambda header, lines: lines[5].__setitem__(1, "red"), "column f1, row 7: 'red' is not a number"),
     (lambda header, lines: lines[5].__setitem__(1, "nan"), "is not a number"),
     (lambda header, lines: [line.__setitem__(-1, "abc"[i % 3]) for i, line in enumerate(lines)], "column class: not two classes"),
     (lambda header, lines: [line.__setitem__(-1, "a" if i % 4 else "b") for i, line in enumerate(lines)], "half of the other's rows"),
-    (lambda header, lines: lines.__delitem__(slice(500)), "500 rows are fewer than 1000"),
+    (lambda header, lines: lines.__delitem__(slice(500)), "500 rows are not in 1000 .. 10000"),
     (lambda header, lines: [line.__delitem__(slice(2)) for line in [header, *lines]], "4 features"),
 ])
 def test_bad_tables_are_refused_with_file_place_and_reason(tmp_path, capsys, edit, error):
     write_table(tmp_path / "good.csv")
     write_table(tmp_path / "poor.csv", edit=edit)
     with pytest.raises(SystemExit) as stop:
-        looped_icl.parse_args([*TINY, "--task", "openml", "--n-dims", "20", "--data-dir", str(tmp_path)])
+        call_main(looped_icl, *TINY, "--task", "openml", "--n-dims", "20", "--data-dir", tmp_path, "--out-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error in line and "poor.csv" in line
+
+
+def test_labels_that_differ_in_blanks_are_one_class(tmp_path):
+    write_table(tmp_path / "0.csv", edit=lambda header, lines: [line.__setitem__(-1, f" {line[-1]} ") for line in lines[::3]])
+    write_table(tmp_path / "1.csv")
+    for ours, expected in zip(looped_icl.read_table(tmp_path / "0.csv"), looped_icl.read_table(tmp_path / "1.csv")):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_changed_tables_are_told(tmp_path, capsys):
+    for number in range(2):
+        write_table(tmp_path / "tables" / f"{number}.csv", seed=number)
+    flags = [*TINY, "--steps", "2", "--task", "openml", "--n-dims", "20", "--data-dir", tmp_path / "tables", "--out-dir", tmp_path]
+    call_main(looped_icl, *flags)
+    assert "changed" not in capsys.readouterr().out
+    write_table(tmp_path / "tables" / "2.csv", seed=2)
+    call_main(looped_icl, *flags)
+    assert "changed since: data" in capsys.readouterr().out
 
 
 ARFF = """% a comment
@@ -569,77 +615,94 @@ def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch,
     assert not (tmp_path / "tables").exists()
 
 
-def test_ten_tables_leave_one_out(tmp_path, monkeypatch, capsys):
+def test_fetch_without_ids_is_the_papers_tables(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(looped_icl, "fetch", lambda number, folder: fetched.append(number) or write_table(folder / f"{number}.csv"))
+    args = looped_icl.parse_args(["--device", "cpu", "--preset", "paper", "--task", "openml", "--data-dir", str(tmp_path), "--fetch"])
+    assert fetched == [720, 725, 737, 803, 807, 816, 819, 847, 871, 42192]
+    assert "fetch" not in args.given and args.fetch is None                      # a run does not depend on it
+    looped_icl.parse_args(["--device", "cpu", "--preset", "paper", "--task", "openml", "--data-dir", str(tmp_path), "--fetch", "7", "720"])
+    assert fetched[10:] == [7]                                                   # what is there is not downloaded again
+
+
+def test_ten_tables_leave_one_out(tmp_path, capsys):
     for number in looped_icl.PUBLISHED:
-        write_table(tmp_path / f"{number}.csv", seed=int(number))
-    flags = ["--task", "openml", "--data-dir", str(tmp_path), "--held-out", "0", "9", "--n-dims", "20", "--dims-start", "20",
-             "--points-start", "6", "--steps", "20"]
-    call_main(monkeypatch, looped_icl, *command(tmp_path, *flags)[2:])
+        write_table(tmp_path / "tables" / f"{number}.csv", seed=int(number))
+    flags = ["--task", "openml", "--data-dir", tmp_path / "tables", "--held-out", "0", "9", "--n-dims", "20",
+             "--steps", "20", "--out-dir", tmp_path / "out"]
+    results = call_main(looped_icl, *SMALL, *LOOPED, *flags)
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    rows = [line for line in lines if len(line) == 4 and line[0].startswith("quick")]
-    assert [(row[1], row[3]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]          # the paper's
+    rows = [line for line in lines if line[:1] == ["looped,"] and len(line) > 4]
+    assert [(row[1], row[-1]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]         # the paper's
+    assert [float(row[-2]) for row in rows] == pytest.approx([1 - result["curve"][0][-1] for result in results], abs=1e-3)
     assert "share of wrong labels" in out
     folders = {path.name for path in (tmp_path / "out" / "looped_icl").iterdir()}
-    assert folders == {"quick,task=openml,seed=0", "quick,task=openml,held_out=9,seed=0"}
+    assert len(folders) == 2
 
 
 # ---- Training and the command -----------------------------------------------------------------------------------------
 
-def one_run_args(*flags):
-    """The settings of the one run that the flags ask for, tiny unless they say otherwise."""
-    args = looped_icl.parse_args([*TINY, "--out-dir", "nowhere", *flags] if "paper" not in flags else ["--device", "cpu", *flags])
-    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
+def settings(*flags):
+    """The settings of the one run that the flags ask for."""
+    args = looped_icl.parse_args(["--device", "cpu", "--out-dir", "nowhere", *flags])
+    run, = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
     return run.args
 
 
-def one_run(tmp_path, *flags):
-    args = looped_icl.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
-    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
-    common.seed_everything(0)
-    return run
-
-
 def test_the_curriculum_of_the_paper():
-    args = looped_icl.parse_args(["--preset", "paper", "--device", "cpu"])
-    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
-    at = lambda step: looped_icl.curriculum(run.args, step)
+    args = settings("--preset", "paper")
+    at = lambda step: looped_icl.curriculum(args, step)
     assert at(0) == (5, 11, 15) and at(499) == (5, 11, 15) and at(500) == (5, 11, 17) and at(1_500) == (5, 11, 20)
     assert at(5_000) == (6, 13, 20) and at(74_999) == (19, 39, 20) and at(75_000) == at(499_999) == (20, 41, 20)
-    args = looped_icl.parse_args(["--preset", "paper", "--task", "decision-tree", "--model", "standard", "--device", "cpu"])
-    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
+    args = settings("--preset", "paper", "--task", "decision-tree", "--model", "standard")
     assert at(0) == (20, 26, 1) and at(5_000) == (20, 31, 1) and at(75_000) == (20, 101, 1)
-    assert (run.args.loops, run.args.window, run.args.steps, run.args.batch_size, run.args.lr) == (70, 15, 500_000, 64, 1e-4)
+    args = settings("--preset", "paper", "--task", "decision-tree")
+    assert (args.loops, args.window, args.steps, args.batch_size, args.lr) == (70, 15, 500_000, 64, 1e-4)
+    assert at(0) == (20, 26, 15) and at(499_999) == (20, 101, 70)
+    args = settings("--dims-start", "3")                                         # nothing grows but the loops
+    assert args.curriculum_every is None and at(0) == (3, 8, 6) and at(2_499) == (3, 8, 8)
 
 
 @pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
                                              (["--schedule", "cosine", "--warmup", "10"], [0.1, 0.5, 0.5, 0.0027])])
 def test_learning_rates(tmp_path, monkeypatch, flags, expected):
-    run, rates = one_run(tmp_path, "--lr", "1e-2", "--steps", "30", *flags), []
+    rates = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"]) / 1e-2), step(self))[1])
-    looped_icl.train(run.args, run)
+    call_main(looped_icl, *TINY, "--lr", "1e-2", "--steps", "30", "--out-dir", tmp_path, *flags)
     assert [rates[0], rates[15], rates[15], rates[29]] == pytest.approx(expected, abs=0.005) and len(rates) == 30
 
 
 @pytest.mark.parametrize("model", ["looped", "standard", "tied"])
 def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
-    run = one_run(tmp_path, "--model", model, "--points-start", "6", "--dims-start", "1", "--curriculum-every", "100", "--lr", "1e-2")
-    before = looped_icl.build(run.args)[1]
+    flags = [*SMALL, *(LOOPED if model == "looped" else LAYERS), "--model", model, "--points-start", "6", "--curriculum-every", "100",
+             "--lr", "1e-2", "--out-dir", str(tmp_path)]
     common.seed_everything(0)
-    result = looped_icl.train(run.args, run)
-    after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
+    before = looped_icl.build(settings(*flags))[1]
+    results, = call_main(looped_icl, *flags)
+    after = torch.load(Path(results["folder"]) / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
-    assert len(result["curve"][0]) == 6 and ("by_loops" in result) == (model == "looped")
-    assert run.metrics[-1]["error"] < run.metrics[0]["error"]                    # on the same prompts
+    assert len(results["curve"][0]) == 6 and ("by_loops" in results) == (model == "looped")
+    metrics = metrics_of(Path(results["folder"]))
+    assert metrics[-1]["error"] < metrics[0]["error"]                            # on the same prompts
 
 
-def command(tmp_path, *flags):
-    return [sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags]
-
-
-def call(tmp_path, *flags):
-    return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
+def test_a_loaded_run_predicts_and_shows_its_attention(tmp_path):
+    results, = call_main(looped_icl, *TINY, "--out-dir", tmp_path)
+    task, model = looped_icl.load(results["folder"])
+    assert not model.training
+    xs, ys = task.sample(2, 6, generator())
+    predictions, attns = model(xs, ys, loops=4, return_attn=True)
+    torch.testing.assert_close(predictions, model(xs, ys, loops=4))
+    assert len(attns) == 4 and attns[0].shape == (2, 2, 11, 11)
+    for attn in attns:
+        torch.testing.assert_close(attn.sum(-1), torch.ones(2, 2, 11))
+        assert not attn.triu(1).any()
+    # the errors that the run reports are those of the loaded model
+    xs, ys = task.sample(20, 6, generator(20_000), part="test")
+    ours = (model(xs, ys, 4)[0] - ys).square().mean(0) / 3
+    assert ours.tolist() == pytest.approx(results["curve"][0], rel=1e-4)
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
@@ -647,47 +710,130 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     assert "least squares" in out and "of 12 layers" in out
 
 
-def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, monkeypatch, capsys):
+def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    flags = ["--steps", "2", "--task", *looped_icl.TASKS[:5], "--model", "looped", "standard", "--ood", "--probe", "--plot"]
-    call_main(monkeypatch, looped_icl, *command(tmp_path, *flags)[2:])
+    flags = [*BOTH, "--steps", "2", "--task", *FUNCTIONS, "--ood", "--probe", "--plot", "--out-dir", tmp_path]
+    results = call_main(looped_icl, *flags)
     out = capsys.readouterr().out
-    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "least squares w, probe fitted on w = 1",
-                   "by number of examples (looped: 4 loops)", "training seeds vary more"):
+    assert len(results) == 10
+    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "least-squares w, fitted on w = 1",
+                   "looped, 4 loops", "training seeds vary more", "2 layers", "10/10"):
         assert wanted in out, wanted
-    assert all((tmp_path / "out" / "looped_icl" / f"{task}.png").stat().st_size > 10_000 for task in looped_icl.TASKS[:5])
+    tables = out[out.index("linear: squared"):out.index("figure:")]
+    assert max(map(len, tables.splitlines())) <= 100
+    figure, = (tmp_path / "looped_icl").glob("*.png")
+    assert figure.name.startswith("errors,quick,") and figure.stat().st_size > 50_000
+    # asked for again, all is read, and prints the same
+    call_main(looped_icl, *flags)
+    again = capsys.readouterr().out
+    assert again.count("finished on") == 10 and "measuring" not in again
+    assert tables in again
+
+
+def test_seeds_are_one_column_with_their_range(tmp_path, capsys):
+    results = call_main(looped_icl, *TINY, "--steps", "10", "--seed", "0", "1", "2", "--out-dir", tmp_path)
+    errors = [result["curve"][0][-1] for result in results]
+    assert len(set(errors)) == 3 and common.spread(errors) in capsys.readouterr().out
+
+
+def test_models_without_loops_are_trained_once_whatever_the_injection(tmp_path):
+    args = looped_icl.parse_args([*BOTH, "--model", "looped", "standard", "tied", "--inject", "add", "none"])
+    runs = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
+    assert [(run.args.model, run.args.inject) for run in runs] == [("looped", "add"), ("looped", "none"), ("standard", None), ("tied", None)]
+
+
+def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
+    def square(xs, generator):
+        """(w . x)^2 of one coordinate."""
+        return looped_icl.randn(generator, len(xs), 1) * xs[..., 0].square()
+    toy = looped_icl.Task(square, 1, False, ["averaging", "Lasso"], loops=2, window=1, n_points=5, points_start=5, steps=6, batch_size=4)
+    monkeypatch.setitem(looped_icl.TASKS, "square", toy)
+    results, = call_main(looped_icl, "--device", "cpu", "--preset", "paper", "--task", "square", "--n-embd", "16", "--n-dims", "2",
+                         "--dims-start", "1", "--n-eval", "20", "--ood", "--out-dir", tmp_path)
+    assert list(results["baselines"]) == ["averaging", "Lasso"] and len(results["by_loops"]) == 20
+    assert metrics_of(Path(results["folder"]))[-1]["step"] == 6
+    assert "square: squared error" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="baselines"):                            # what is missing is named
+        looped_icl.Task(square, 1, False, loops=2, window=1)
+    with pytest.raises(KeyError, match="cube"):
+        sample_prompts("cube", 2, 5, 3, generator())
 
 
 @pytest.mark.parametrize("flags, error", [
-    (["--n-embd", "10", "--n-head", "4"], "not divisible"),
+    (["--n-embd", "10", "--n-head", "4"], "--n-embd 10 is not divisible by --n-head 4"),
+    (["--n-head", "3"], "not divisible"),
     (["--window", "5"], "--window 5 is larger than --loops 4"),
-    (["--dims-start", "4"], "--dims-start"),
-    (["--points-start", "7"], "--points-start"),
+    (["--loops", "1"], "--window 2 is larger than --loops 1"),
+    (["--dims-start", "4"], "--dims-start 4 is above --n-dims 3"),
+    (["--points-start", "7"], "--points-start 7 is above --n-points 6"),
+    (["--n-points", "3"], "--points-start 4 is above --n-points 3"),
+    (["--n-points", "1"], "--n-points: 1 is not from 2"),
+    (["--n-points", "many"], "--n-points: invalid int value: 'many'"),
     (["--task", "openml", "--data-dir", "nowhere"], "nowhere has 0 tables"),
-    (["--steps", "-1"], "positive integer"),
-    (["--model", "tied", "--eval-loops", "20"], "--eval-loops is for --model looped"),
+    (["--task", "openml", "--data-dir", "nowhere", "--held-out", "-1"], "--held-out: -1 is not from 0"),
+    (["--task", "linear", "openml"], "has 0 tables"),
+    (["--task", "cubic"], "invalid choice: 'cubic'"),
+    (["--task"], "--task: expected at least one argument"),
+    (["--model", "rnn"], "invalid choice: 'rnn'"),
+    (["--inject", "subtract"], "invalid choice: 'subtract'"),
+    (["--model", "standard", "--inject", "none"], "has no effect on what was asked for"),
+    (["--model", "tied", "--window", "2"], "has no effect on what was asked for"),
+    (["--n-layer", "3"], "--n-layer has no effect on what was asked for"),
+    (["--model", "standard"], "has no effect on what was asked for"),            # with the loops of TINY
+    (["--held-out", "1"], "--held-out has no effect on what was asked for"),
+    (["--data-dir", "tables"], "--data-dir has no effect on what was asked for"),
+    (["--fetch", "720"], "--fetch has no effect on what was asked for"),
+    (["--task", "decision-tree", "--dims-start", "2"], "--dims-start has no effect on what was asked for"),
+    (["--points-start", "6", "--points-step", "2"], "--points-step has no effect on what was asked for"),
+    (["--points-start", "6", "--dims-start", "3"], "--curriculum-every has no effect on what was asked for"),
+    (["--window", "4"], "--loops-every has no effect on what was asked for"),
+    (["--steps", "-1"], "--steps: -1 is not from 1"),
+    (["--steps", "0"], "--steps: 0 is not from 1"),
+    (["--steps", "1.5"], "invalid int value: '1.5'"),
+    (["--batch-size", "0"], "--batch-size: 0 is not from 1"),
+    (["--n-eval", "0"], "--n-eval: 0 is not from 1"),
+    (["--eval-loops", "0"], "--eval-loops: 0 is not from 1"),
+    (["--eval-every", "0"], "--eval-every: 0 is not from 1"),
+    (["--lr", "0"], "--lr: 0 is not from"),
+    (["--lr", "-1"], "--lr: -1 is not from"),
+    (["--lr", "nan"], "--lr: nan is not from"),
+    (["--lr", "1e308"], "--lr: 1e308 is not from"),
+    (["--warmup", "-1"], "--warmup: -1 is not from 0"),
+    (["--schedule", "linear"], "invalid choice: 'linear'"),
+    (["--seed", "-1"], "--seed: -1 is not from 0"),
+    (["--seed", str(2**63)], "--seed: 9223372036854775808 is not from 0"),
+    (["--seed"], "--seed: expected at least one argument"),
+    (["--n-embd", "0"], "--n-embd: 0 is not from 1"),
+    (["--n-head", "0"], "--n-head: 0 is not from 1"),
+    (["--n-dims", "0"], "--n-dims: 0 is not from 1"),
+    (["--loops", "0"], "--loops: 0 is not from 1"),
+    (["--loops-every", "0"], "--loops-every: 0 is not from 1"),
+    (["--curriculum-every", "0"], "--curriculum-every: 0 is not from 1"),
+    (["--points-start", "0"], "--points-start: 0 is not from 1"),
+    (["--device", "tpu"], "--device tpu"),
+    (["--device", "cuda:x"], "--device cuda:x"),
+    (["--dtype", "float16"], "invalid choice: 'float16'"),
+    (["--preset", "tiny"], "invalid choice: 'tiny'"),
+    (["--lr-warmup", "3"], "unrecognized arguments: --lr-warmup 3"),
 ])
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
     with pytest.raises(SystemExit) as stop:
-        looped_icl.parse_args([*TINY, "--out-dir", str(tmp_path / "out"), *flags])
+        call_main(looped_icl, *TINY, "--out-dir", tmp_path / "out", *flags)
     line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path):
-    args = looped_icl.parse_args(["--device", "cpu", "--out-dir", str(tmp_path), "--seed", "3"])
-    run, = common.sweep(args, looped_icl.PRESETS, looped_icl.SWEEP)
-    common.seed_everything(3)
-    result = looped_icl.train(run.args, run)
-    last = {name: curve[0][-1] for name, curve in result["baselines"].items()}
-    b, by_loops = run.args.loops, result["by_loops"]
-    assert result["curve"][0][-1] < 0.12 and last["averaging"] > 0.4 and last["3-NN"] > 0.4
-    assert max(by_loops[b - 1:5 * b]) < 2 * by_loops[b - 1] < by_loops[0] / 4
+@pytest.mark.parametrize("seed", [10, 11])
+def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, seed):
+    results, = call_main(looped_icl, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
+    last = {name: curve[0][-1] for name, curve in results["baselines"].items()}
+    b, by_loops = results["curve_loops"], results["by_loops"]
+    assert results["curve"][0][-1] < 0.12 and last["averaging"] > 0.4 and last["3-NN"] > 0.4
+    assert by_loops[10 * b - 1] < 1.3 * by_loops[b - 1] < by_loops[0] / 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_and_bfloat16(tmp_path):
-    done = call(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--model", "looped", "standard")
-    assert done.returncode == 0, done.stderr
+    call_main(looped_icl, *BOTH, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--out-dir", tmp_path)
