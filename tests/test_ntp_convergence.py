@@ -51,6 +51,121 @@ def test_closure_and_what_the_data_decide():
     assert ntp.optimal_token(np.array([[2, 0, 3], [2, 2, 3], [3, 2, 3], [0, 2, 1], [1, 0, 1]]), implied).tolist() == [0, -1, -1, 2, -1]
 
 
+@pytest.mark.parametrize("order", ["total", "partial"])
+@pytest.mark.parametrize("embedding", ["orthonormal", "gaussian"])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_data_that_a_run_trains_on_are_realizable(tmp_path, order, embedding, seed):
+    flags = ["--order", order, "--embedding", embedding, "--seed", str(seed), "--out-dir", str(tmp_path)]
+    run, = common.sweep(ntp.parse_args(["--device", "cpu", *flags]), ntp.PRESETS, ntp.SWEEP)
+    (sentences, next_tokens, collocation, optimal), orders, model, weights = ntp.build(run.args)
+    assert sentences.shape == (200, 5) and np.array_equal(next_tokens, collocation[optimal])
+    assert np.array_equal(ntp.check_realizable(sentences, next_tokens, collocation), optimal)
+    for x, best in zip(sentences.tolist(), optimal.tolist()):
+        assert all(orders[x[-1], best, other] for other in x if other != best)
+    assert (orders.sum((1, 2)) == 190).all() == (order == "total")              # all 20 * 19 / 2 pairs of each query
+    gram = model.E.T @ model.E - torch.eye(20)
+    assert (gram.abs().max() < 1e-12) == (embedding == "orthonormal") and torch.linalg.matrix_rank(model.E) == 20
+    assert weights.sum() == pytest.approx(1) and weights.min() > 0
+
+
+def test_what_theorem_3_adds_to_the_data():
+    # query 3: 0 > 1 and 1 > 2 are said; 4 and 5 were never seen with it, 2 and 3 never optimal
+    sentences, optimal = np.array([[0, 1, 3], [1, 2, 3]]), np.array([0, 1])
+    extended = ntp.extended_orders(sentences, optimal, 6)
+    assert not extended[[0, 1, 2, 4, 5]].any()
+    pairs = {tuple(map(int, pair)) for pair in np.argwhere(extended[3])}
+    said = {(0, 1), (0, 3), (1, 2), (1, 3), (0, 2)}
+    assert pairs == said | set(itertools.product([0, 1], [4, 5])) | set(itertools.product([4, 5], [2, 3]))
+
+
+@pytest.mark.parametrize("order", ["total", "partial"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_extended_order_is_the_one_of_the_max_margin_solution(order, seed):
+    """With orthonormal embeddings a token that is optimal and below no other scores above those never seen with the query,
+    and no token that is never optimal does."""
+    sentences, _, _, optimal = ntp.make_dataset(20, 200, 5, seed, order)
+    scores = ntp.max_margin_kq(np.eye(20), sentences, optimal).T                 # (query, token)
+    checked = 0
+    for q in set(sentences[:, -1].tolist()):
+        with_q = sentences[:, -1] == q
+        seen, best = set(sentences[with_q].flatten().tolist()), set(optimal[with_q].tolist())
+        below = {t for x, b in zip(sentences[with_q].tolist(), optimal[with_q]) for t in x if t != b}
+        for unseen in set(range(20)) - seen:
+            assert all(scores[q, token] > scores[q, unseen] + 1e-6 for token in best - below)
+            assert all(scores[q, token] < scores[q, unseen] + 1e-6 for token in seen - best)
+            checked += len(best - below)
+    assert checked > 50
+
+
+@pytest.mark.parametrize("order", ["total", "partial", None])
+def test_generalisation_agrees_with_plain_loops(tmp_path, order):
+    V, L, N = 9, 4, 40
+    data = ntp.make_dataset(V, N, L, 3, order or "total", return_orders=True)
+    dataset, orders = data[:4], data[4] if order else None
+    sentences, _, collocation, optimal = dataset
+    model = ntp.OneLayer(torch.eye(V, dtype=torch.float64))
+    model.W_OV.data = 5 * torch.from_numpy(ntp.max_margin_ov(np.eye(V), collocation))
+    model.W_KQ.data = 3 * torch.from_numpy(ntp.max_margin_kq(np.eye(V), sentences, optimal))
+    args = ntp.argparse.Namespace(seed=11)
+    found = ntp.generalisation(args, model, dataset, orders, n=300)
+
+    rng = np.random.default_rng(20_011)
+    if order:
+        unseen, truth = ntp.draw_sentences(300, L, orders, rng)
+    else:
+        unseen, truth = rng.integers(V, size=(300, L)), [None] * 300
+    known = set(map(tuple, sentences.tolist()))
+    above = {q: set() for q in range(V)}                                         # pairs said, closed by hand
+    seen, best = {q: set() for q in range(V)}, {q: set() for q in range(V)}
+    for x, b in zip(sentences.tolist(), optimal.tolist()):
+        above[x[-1]] |= {(b, other) for other in x if other != b}
+        seen[x[-1]] |= set(x)
+        best[x[-1]].add(b)
+
+    def closed(pairs):
+        while more := {(a, d) for a, b in pairs for c, d in pairs if b == c} - pairs:
+            pairs = pairs | more
+        return pairs
+
+    def decide(pairs, x):
+        return next((a for a in x if all(a == b or (a, b) in pairs for b in x)), None)
+    groups, right, on_top, true = {}, {}, [], {}
+    for x, t in zip(unseen.tolist(), truth):
+        if tuple(x) in known:
+            continue
+        q, z = x[-1], model(torch.tensor([x]))[0].argmax().item()
+        by_data = decide(closed(above[q]), x)
+        extra = {(a, b) for a in best[q] for b in range(V) if b not in seen[q]}
+        extra |= {(a, b) for a in range(V) if a not in seen[q] for b in seen[q] - best[q]}
+        by_both = decide(closed(above[q] | extra), x)
+        group = "decided" if by_data is not None else "extended" if by_both is not None else "undecided"
+        token = {"decided": by_data, "extended": by_both, "undecided": t}[group]
+        groups[group] = groups.get(group, 0) + 1
+        if token is not None:
+            right.setdefault(group, []).append(z == collocation[token])
+        if t is not None:
+            true.setdefault(group, []).append(z == collocation[t])
+        if group == "extended" and not any(b == by_both for _, b in above[q]):
+            on_top.append(z == collocation[by_both])
+    total = sum(groups.values())
+    assert len(groups) == 3 and len(on_top) > 10
+    for group, count in groups.items():
+        assert found[f"share_{group}"] == pytest.approx(count / total)
+    assert found["accuracy_decided"] == np.mean(right["decided"]) == 1
+    assert found["accuracy_extended"] == pytest.approx(np.mean(right["extended"]))
+    assert found["accuracy_on_top"] == pytest.approx(np.mean(on_top))
+    for group in ("extended", "undecided"):
+        expected = pytest.approx(np.mean(true[group])) if order else None
+        assert found[f"true_{group}"] == expected
+
+
+def test_long_sentences_that_partial_orders_seldom_decide_are_refused():
+    with pytest.raises(ValueError, match="of 10000 random sentences of 50 tokens only 0 have an optimal token"):
+        ntp.make_dataset(4, 10, 50, 0, "partial")
+    sentences, optimal = ntp.draw_sentences(5, 50, np.zeros((6, 6, 6), dtype=bool), np.random.default_rng(0))
+    assert len(sentences) <= 5 and len(optimal) == len(sentences)
+
+
 @pytest.mark.parametrize("sentences, following, collocation, error", [
     ([[0, 1, 2], [0, 1, 2]], [1, 2], [1, 2, 0], "query 2 say 0 > 1 > 0"),
     ([[0, 1, 3], [1, 2, 3], [2, 0, 3]], [1, 2, 3], [1, 2, 3, 0], "query 3 say 0 > 1 > 2 > 0"),
@@ -112,6 +227,19 @@ def certify(A, w, l):
     np.testing.assert_allclose(w, A.T @ l, atol=1e-9)                            # stationarity
 
 
+def ov_constraints(E, collocation):
+    """(e_n(v) - e_u)^T W x_v >= 1 for all u != n(v): rows over the entries of W (V, d)."""
+    V, one = len(collocation), np.eye(len(collocation))
+    return np.array([np.outer(one[n] - one[u], E[:, v]).ravel()
+                     for v, n in enumerate(collocation) for u in range(V) if u != n])
+
+
+def kq_constraints(E, sentences, optimal):
+    """(x* - x)^T W x_q >= 1 for each sentence, each other distinct token x in it: rows over the entries of W (d, d)."""
+    triples = {(x[-1], best, other) for x, best in zip(sentences.tolist(), optimal.tolist()) for other in x if other != best}
+    return np.array([np.outer(E[:, best] - E[:, other], E[:, q]).ravel() for q, best, other in sorted(triples)])
+
+
 def exhaustive(A):
     """The smallest w that meets all constraints, over every set of constraints held with equality."""
     best = None
@@ -137,7 +265,7 @@ def test_max_margin_agrees_with_an_exhaustive_search(seed):
 
 def test_kq_of_a_tiny_dataset_agrees_with_an_exhaustive_search():
     sentences, _, _, optimal = ntp.make_dataset(4, 6, 3, seed=1)
-    A = ntp.kq_constraints(np.eye(4), sentences, optimal)
+    A = kq_constraints(np.eye(4), sentences, optimal)
     used = np.abs(A).sum(0) > 0
     expected = np.zeros(16)
     for q in range(4):                                                           # with orthonormal embeddings, query by query
@@ -154,11 +282,11 @@ def test_both_solutions_are_certified_at_the_papers_size(embedding, order):
     E = np.random.default_rng(3).standard_normal((20, 20)) / math.sqrt(20)
     E = np.linalg.qr(E)[0] if embedding == "orthonormal" else E
     sentences, _, collocation, optimal = ntp.make_dataset(20, 200, 5, 3, order)
-    for A, W in ((ntp.ov_constraints(E, collocation), ntp.max_margin_ov(E, collocation)),
-                 (ntp.kq_constraints(E, sentences, optimal), ntp.max_margin_kq(E, sentences, optimal))):
+    for A, W in ((ov_constraints(E, collocation), ntp.max_margin_ov(E, collocation)),
+                 (kq_constraints(E, sentences, optimal), ntp.max_margin_kq(E, sentences, optimal))):
         w, l = ntp.max_margin(A)
         certify(A, w, l)
-        np.testing.assert_array_equal(W.ravel(), w)
+        np.testing.assert_allclose(W.ravel(), w, atol=1e-8)                      # query by query, or all at once
     for v, n in enumerate(collocation):                                          # the constraints are those of the paper
         margins = (ntp.max_margin_ov(E, collocation) @ E[:, v])[n] - np.delete(ntp.max_margin_ov(E, collocation) @ E[:, v], n)
         assert margins.min() > 1 - 1e-6
@@ -171,9 +299,25 @@ def test_both_solutions_are_certified_at_the_papers_size(embedding, order):
         np.testing.assert_allclose(ntp.max_margin_ov(E, collocation), closed, atol=1e-9)
 
 
-def test_constraints_that_cannot_be_met_are_refused():
+@pytest.mark.parametrize("A", [[[1.0, 0.0], [-1.0, 0.0]], [[1.0, 1.0], [-1.0, 0.5], [0.0, -1.0]], [[0.0, 0.0]]])
+def test_constraints_that_cannot_be_met_are_refused(A):
     with pytest.raises(ValueError, match="cannot all be met"):
-        ntp.max_margin(np.array([[1.0, 0.0], [-1.0, 0.0]]))
+        ntp.max_margin(np.array(A))
+
+
+def test_a_large_vocabulary_costs_the_max_margin_solver_little(monkeypatch):
+    """With orthonormal embeddings each query, or token of a pair, is a problem of its own: V - 1 constraints at most."""
+    V, sizes, solve = 60, [], np.linalg.solve
+    E = np.linalg.qr(np.random.default_rng(0).standard_normal((V, V)))[0]
+    monkeypatch.setattr(np.linalg, "solve", lambda G, y: (sizes.append(len(G)), solve(G, y))[1])
+    collocation = np.random.default_rng(1).permutation(V)
+    closed = sum(np.outer(np.eye(V)[n] - 1 / V, E[:, v]) for v, n in enumerate(collocation))
+    np.testing.assert_allclose(ntp.max_margin_ov(E, collocation), closed, atol=1e-9)
+    assert max(sizes) <= V - 1 and len(sizes) <= 2 * V * V
+    sentences, _, _, optimal = ntp.make_dataset(V, 300, 5, 0)
+    W = ntp.max_margin_kq(E, sentences, optimal)
+    A = kq_constraints(E, sentences, optimal)
+    assert max(sizes) <= V - 1 and (A @ W.ravel()).min() > 1 - 1e-9
 
 
 # ---- Algorithm 1 ------------------------------------------------------------------------------------------------------
@@ -257,6 +401,7 @@ def test_sentences_from_a_file_are_trained(tmp_path, monkeypatch, capsys):
     ([*PAIRS, "0 1 2 1", "0 1 2 2"], "say 0 > 1 > 0"),
     ([*PAIRS, "0 1 x 1"], "line 4"),
     ([*PAIRS, "0"], "line 4"),
+    ([*PAIRS, "0 0 0 1"], "nothing to learn"),
     ([*PAIRS], "sentences of two tokens or more"),
     ([*PAIRS, "0 1 2", "0 1 2 1"], "all of one length"),
     (["0 1", "1 2", "0 1 2 1"], "none for [2]"),
@@ -275,6 +420,8 @@ def test_bad_files_are_refused(tmp_path, capsys, lines, error):
     (["--dtype", "bfloat16"], "float64"),
     (["--eval-every", "7"], "--eval-every"),
     (["--steps", "-3"], "positive integer"),
+    (["--vocab-size", "4", "--seq-len", "50", "--order", "total", "partial"], "take shorter ones"),
+    (["--vocab-size", "2", "--n-sentences", "1", "--seq-len", "2", "--seed", "0", "1", "2", "3"], "nothing to learn"),
 ])
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
     with pytest.raises(SystemExit) as stop:
@@ -288,6 +435,16 @@ def test_the_figure_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     call_main(monkeypatch, ntp, *TINY, "--out-dir", tmp_path / "out", "--plot", "--steps", "50")
     assert (tmp_path / "out" / "ntp_convergence" / "fig2.png").stat().st_size > 10_000
+
+
+def test_mps_which_has_no_float64_is_not_picked(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert ntp.parse_args([]).device == "cpu" == ntp.parse_args(["--device", "auto"]).device
+    with pytest.raises(SystemExit) as stop:
+        ntp.parse_args(["--device", "mps"])
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "float64" in line
 
 
 @pytest.mark.slow
