@@ -1,27 +1,37 @@
 r"""
-Non-asymptotic Convergence of Training Transformers for Next-token Prediction. Huang, Liang, Yang. NeurIPS 2024,
-arXiv 2409.17335. The paper has no public code: the definitions that the experiment needs stand in this file.
+Non-asymptotic Convergence of Training Transformers for Next-token Prediction.
+Huang, Liang, Yang. NeurIPS 2024, arXiv 2409.17335. The paper has no public code.
 
-On a realizable dataset, where query-dependent partial orders decide which token of a sentence the next one follows, a
-one-layer transformer is trained by two-stage normalised gradient descent. Each matrix converges in direction to its
-max-margin solution at a sub-linear rate, its norm grows linearly and the loss falls at a linear rate (Theorems 1, 2);
-and the model predicts sentences that it never saw (Theorem 3).
+In a realizable dataset each query has an order on the tokens, and the token of a sentence that is
+above all its others decides what follows. A one-layer transformer trained on it by two-stage
+normalised gradient descent converges: each matrix in direction to its max-margin solution at a
+sub-linear rate, its norm linearly, the loss to its minimum at a linear rate (Theorems 1, 2). And
+it predicts sentences that it never saw, by an order that extends the data's (Theorem 3).
 
-What to look for: both alignments go to 1, both norms are straight lines, log loss falls along a straight line, and
-accuracy on unseen sentences is 1 wherever the training data decide the answer.
+What to look for: both alignments pass 0.99, and 1 - alignment falls like a power of the step; both
+norms are straight lines; log L_0 and log(L - L_min) end as straight lines (L itself ends at L_min);
+accuracy on unseen sentences is 1 where the data decide the answer, near 1 where only the extended
+order does (with orthonormal embeddings), lower where neither does.
 
-    python ntp_convergence.py                                       the paper's run, Fig. 2 as rows of numbers
-    python ntp_convergence.py --plot                                Fig. 2 as six panels
-    python ntp_convergence.py --seed 0 1 2 3 4 5 6 7 8 9            median and range
+|V| = d = 20 and the step sizes of normalised gradient descent are the paper's. The numbers of
+steps, 200 sentences of 5 tokens, random weights of the pairs in stage 1 (with equal ones, W_OV is
+aligned from the first step) and the step sizes of the other optimizers are ours.
+
+    python ntp_convergence.py                          Fig. 2 as rows of numbers
+    python ntp_convergence.py --preset medium --plot   Fig. 2, ten seeds
+    python ntp_convergence.py --preset paper --plot    Fig. 2, one seed
     python ntp_convergence.py --order total partial --embedding orthonormal gaussian
-    What the normalisation and the two stages buy:
+    python ntp_convergence.py --embedding gaussian --steps-ov 5000 --steps 60000
     python ntp_convergence.py --optimizer ngd gd adam --stages two joint
-    Your own data, token ids, each line a sentence and its next token:
-    python ntp_convergence.py --sentences FILE
+                                                       without normalisation, without stages
+    python ntp_convergence.py --sentences FILE         your own data: token ids, each line a
+                                                       sentence and its next token
+
+To lift: max_margin needs numpy alone; OneLayer and gradients, torch; the task, numpy.
 """
-import argparse
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,280 +40,508 @@ import torch.nn.functional as F
 
 import common
 
-# ---- The data (Sec. 3, Assumption 1): collocations, and a strict partial order for each query -----------------------
-def make_orders(vocab_size, kind, rng):
-    """A strict order for each query: (V, V, V) bool, [q, a, b] where a >_q b. total: a random permutation for each q;
-    partial: each pair of it kept with probability 1/4, and closed transitively."""
-    V = vocab_size
-    rank = np.argsort(rng.random((V, V)), axis=1)                                # (V, V): rank of each token by query
-    orders = rank[:, :, None] > rank[:, None, :]
-    return orders if kind == "total" else closure(orders & (rng.random((V, V, V)) < 0.25))
+# ---- The task (Sec. 3, Assumption 1) ------------------------------------------------------------
+#
+# A collocation n says what follows each token alone. For every query q, the last token of a
+# sentence, there is a strict partial order >_q on the vocabulary. A sentence whose query is q has
+# an optimal token x* >_q all its other tokens, and is followed by n(x*).
+#
+#     query 3, 0 >_3 1 >_3 2 >_3 3:    1 2 2 3 -> n(1)    2 0 1 3 -> n(0)
+
+ORDERS = {"total": 1.0, "partial": 0.25}       # the share of a total order's pairs that is kept
+
+class Task(NamedTuple):
+    """A dataset and what it was made from."""
+    sentences: np.ndarray                      # (N, L) token ids; the last one is the query
+    next_tokens: np.ndarray                    # (N,) n(x*)
+    collocation: np.ndarray                    # (V,) n, an injective map
+    optimal: np.ndarray                        # (N,) x*
+    weights: np.ndarray                        # (V,) of the pairs (v, n(v)) in stage 1, sum 1
+    orders: np.ndarray                         # (V, V, V) bool, [q, a, b]: a >_q b; None: a file
+
+    def tensors(self, device):
+        """The same as tensors on a device."""
+        return Task(*[x if x is None else torch.from_numpy(x).to(device) for x in self])
 
 def closure(orders):
-    """Transitive closure of each relation of (..., V, V), by squaring."""
-    for _ in range(max(1, (orders.shape[-1] - 1).bit_length())):
-        orders = orders | (orders.astype(np.float32) @ orders.astype(np.float32) > 0)
+    """The transitive closure of each relation of (..., V, V), by squaring."""
+    V = orders.shape[-1]
+    for _ in range(max(1, (V - 1).bit_length())):
+        paths = orders.astype(np.float32) @ orders.astype(np.float32)
+        orders = orders | (paths > 0)
     return orders
 
-def optimal_token(sentences, orders):
-    """The token of each sentence (N, L) that every other distinct one is below, by its query's order; -1: none."""
-    query = sentences[:, -1]
-    above = orders[query[:, None, None], sentences[:, :, None], sentences[:, None, :]]                 # (N, L, L)
-    best = (above | (sentences[:, :, None] == sentences[:, None, :])).all(2)                           # (N, L)
-    return np.where(best.any(1), sentences[np.arange(len(sentences)), best.argmax(1)], -1)
+def make_orders(vocab_size, kind, rng):
+    """A strict order for each query: (V, V, V) bool, [q, a, b] where a >_q b.
 
-def draw_sentences(n, length, orders, rng):
-    """n random sentences (n, L), repeats allowed, that have an optimal token; and that token (n,)."""
+    total: a random permutation. partial: 1/4 of its pairs, and what these imply.
+    """
+    V = vocab_size
+    rank = np.argsort(rng.random((V, V)), axis=1)            # (query, token)
+    orders = rank[:, :, None] > rank[:, None, :]
+    if ORDERS[kind] == 1:
+        return orders
+    return closure(orders & (rng.random((V, V, V)) < ORDERS[kind]))
+
+def optimal_token(sentences, orders):
+    """The token of each sentence (N, L) that is above all its other ones; -1 where there is none.
+
+    A tournament: whoever is above the winner so far takes its place. One that is above all others
+    wins when its turn comes, and stays.
+    """
+    query = sentences[:, -1]
+    best = sentences[:, 0]
+    for token in sentences.T[1:]:
+        best = np.where(orders[query, token, best], token, best)                     # (N,)
+    above = orders[query[:, None], best[:, None], sentences]                         # (N, L)
+    above_all = (above | (sentences == best[:, None])).all(axis=1)
+    return np.where(above_all, best, -1)
+
+def draw_sentences(n, length, orders, rng, tries=1_000):
+    """Random sentences (n, L) that have an optimal token, repeats allowed; and that token (n,).
+
+    Fewer than n, where `tries` random ones for each do not do: long ones seldom have one.
+    """
+    V = len(orders)
     found = np.empty((0, length), dtype=np.int64)
-    while len(found) < n:
-        sentences = rng.integers(len(orders), size=(4 * n, length))
-        found = np.concatenate([found, sentences[optimal_token(sentences, orders) >= 0]])
+    for _ in range(tries // 4):
+        sentences = rng.integers(V, size=(4 * n, length))
+        has_one = optimal_token(sentences, orders) >= 0
+        found = np.concatenate([found, sentences[has_one]])
+        if len(found) >= n:
+            break
     return found[:n], optimal_token(found[:n], orders)
 
-def make_dataset(vocab_size, n_sentences, length, seed, order="total", return_orders=False):
-    """A realizable dataset: sentences (N, L), next_tokens (N,), collocation (V,), optimal (N,), int64 arrays.
-
-    The last token of a sentence is its query q; its optimal token x* is above all others by >_q; the next token is
-    n(x*), n the collocation, an injective map. With return_orders also the orders (V, V, V). ValueError: V or L below 2.
-    """
+def draw_dataset(vocab_size, n_sentences, length, seed, order):
+    """What make_dataset returns, and the orders (V, V, V)."""
     if vocab_size < 2 or length < 2:
-        raise ValueError(f"nothing to learn with a vocabulary of {vocab_size} and sentences of {length} (2 at least)")
+        size = f"a vocabulary of {vocab_size} and sentences of {length}"
+        raise ValueError(f"nothing to learn with {size} (2 at least)")
     rng = np.random.default_rng(seed)
-    collocation, orders = rng.permutation(vocab_size), make_orders(vocab_size, order, rng)
+    collocation = rng.permutation(vocab_size)
+    orders = make_orders(vocab_size, order, rng)
     sentences, optimal = draw_sentences(n_sentences, length, orders, rng)
-    dataset = sentences, collocation[optimal], collocation, optimal
-    return (*dataset, orders) if return_orders else dataset
+    if len(sentences) < n_sentences:
+        drawn = f"of {1_000 * n_sentences} random sentences of {length} tokens"
+        found = f"only {len(sentences)} have an optimal token by the {order} orders of seed {seed}"
+        raise ValueError(f"{drawn} {found}: take shorter ones, more tokens or total orders")
+    return (sentences, collocation[optimal], collocation, optimal), orders
 
-def implied_orders(sentences, optimal, vocab_size):
-    """What the sentences say and imply: (V, V, V) bool, [q, a, b] where a >_q b in the transitive closure."""
-    says = np.zeros((vocab_size,) * 3, dtype=bool)
-    for x, best in zip(sentences, optimal):
-        says[x[-1], best, x[x != best]] = True
-    return closure(says)
+def make_dataset(vocab_size, n_sentences, length, seed, order="total"):
+    """Sentences (N, L), next_tokens (N,), collocation (V,), optimal (N,): realizable, int64.
+
+    ValueError: V or L below 2, or less than one random sentence in 1,000 has an optimal token.
+    """
+    return draw_dataset(vocab_size, n_sentences, length, seed, order)[0]
+
+def said_orders(sentences, optimal, vocab_size):
+    """What the sentences say: (V, V, V) bool, [q, a, b]: a is optimal in one with b and query q."""
+    said = np.zeros((vocab_size,) * 3, dtype=bool)
+    said[sentences[:, -1:], optimal[:, None], sentences] = True
+    tokens = np.arange(vocab_size)
+    said[:, tokens, tokens] = False                          # x* is not above itself
+    return said
+
+def extended_orders(sentences, optimal, vocab_size):
+    """What the sentences say, imply, and what Theorem 3 adds, as we understand it: (V, V, V) bool.
+
+    For each query, the tokens that are optimal in some sentence are above those it was never seen
+    with, and these are above those that were seen and are optimal in none.
+    """
+    seen = np.zeros((vocab_size, vocab_size), dtype=bool)    # (query, token)
+    seen[sentences[:, -1:], sentences] = True
+    once_optimal = np.zeros_like(seen)
+    once_optimal[sentences[:, -1], optimal] = True
+    never_optimal = seen & ~once_optimal
+    above_unseen = once_optimal[:, :, None] & ~seen[:, None, :]
+    below_unseen = ~seen[:, :, None] & never_optimal[:, None, :]
+    said = said_orders(sentences, optimal, vocab_size)
+    return closure(closure(said) | above_unseen | below_unseen)
 
 def check_realizable(sentences, next_tokens, collocation):
-    """The optimal tokens (N,) of a realizable dataset, however it was made. ValueError says what makes it not one:
-    a collocation that is not injective, a next token that no token of the sentence gives, or a cycle in an order."""
-    given = {}
-    for v, n in enumerate(collocation):
-        if given.setdefault(int(n), v) != v:
-            raise ValueError(f"not realizable: tokens {given[int(n)]} and {v} are both followed by {n}")
+    """The optimal tokens (N,) of a realizable dataset, however it was made.
+
+    ValueError says what makes it not one: a collocation that is not injective, a next token that
+    no token of the sentence gives, or a cycle in a query's order.
+    """
+    given_by = {}
+    for token, following in enumerate(collocation.tolist()):
+        if following in given_by:
+            both = f"tokens {given_by[following]} and {token}"
+            raise ValueError(f"not realizable: {both} are both followed by {following}")
+        given_by[following] = token
     optimal = []
-    for i, (x, n) in enumerate(zip(sentences, next_tokens)):
-        if given.get(int(n)) not in x:
-            raise ValueError(f"not realizable: no token of sentence {i}, {list(map(int, x))}, is followed by {n}")
-        optimal.append(given[int(n)])
-    for q in np.unique(sentences[:, -1]):
-        below = {}                                                               # what the sentences put under a token
-        for x, best in zip(sentences, optimal):
-            if x[-1] == q:
-                below.setdefault(best, set()).update(set(map(int, x)) - {best})
-        done = set()
-        def visit(token, path):
-            if token in path:
-                cycle = " > ".join(map(str, path[path.index(token):] + [token]))
-                raise ValueError(f"not realizable: the sentences with query {q} say {cycle}")
-            for other in sorted(below.get(token, ())) if token not in done else ():
-                visit(other, path + [token])
-            done.add(token)
-        for token in sorted(below):
-            visit(token, [])
-    return np.array(optimal)
+    for i, (x, following) in enumerate(zip(sentences.tolist(), next_tokens.tolist())):
+        if given_by.get(following) not in x:
+            problem = f"no token of sentence {i}, {x}, is followed by {following}"
+            raise ValueError(f"not realizable: {problem}")
+        optimal.append(given_by[following])
+    optimal = np.array(optimal)
+    implied = closure(said_orders(sentences, optimal, len(collocation)))
+    for q, token in np.argwhere(implied.diagonal(axis1=1, axis2=2)):
+        order = f"the sentences with query {q} put token {token} above itself"
+        raise ValueError(f"not realizable: {order}")
+    return optimal
 
 def read_dataset(path):
-    """Token ids, a line a sentence and its next token; lines of two give the collocation. ValueError names the line."""
-    rows = [line.split() for line in Path(path).read_text().splitlines() if line.strip()]
-    for i, row in enumerate(rows, 1):
-        if len(row) < 2 or not all(word.isdecimal() for word in row):
-            raise ValueError(f"line {i}: give token ids 0, 1, ..., the sentence and its next token")
-    rows = [list(map(int, row)) for row in rows]
-    pairs, longer = dict(row for row in rows if len(row) == 2), [row for row in rows if len(row) > 2]
-    tokens = {token for row in rows for token in row}
-    if not longer or len({len(row) for row in longer}) > 1:
-        raise ValueError("give sentences of two tokens or more, all of one length, each with its next token")
-    if sorted(tokens) != list(range(len(tokens))) or set(pairs) != tokens:
-        missing = sorted((tokens | set(range(max(tokens)))) - set(pairs))
-        raise ValueError(f"every token needs a line with what follows it alone; none for {missing[:5]}")
-    collocation, longer = np.array([pairs[v] for v in range(len(pairs))]), np.array(longer)
-    return longer[:, :-1], longer[:, -1], collocation, check_realizable(longer[:, :-1], longer[:, -1], collocation)
+    """Token ids from a file: each line a sentence and its next token.
 
-# ---- The model (Sec. 3) ---------------------------------------------------------------------------------------------
+    Lines of two tokens give the collocation, all of it. Returns what make_dataset returns.
+    ValueError names what is wrong, and the line.
+    """
+    pairs = {}
+    longer = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) < 2 or not all(word.isdecimal() and len(word) < 10 for word in words):
+            raise ValueError(f"line {number}: give token ids 0, 1, ...: a sentence, what follows")
+        row = list(map(int, words))
+        if len(row) > 2:
+            longer.append(row)
+        elif pairs.setdefault(row[0], row[1]) != row[1]:
+            both = f"{pairs[row[0]]} and by {row[1]}"
+            raise ValueError(f"line {number}: token {row[0]} is followed by {both}")
+    if len(set(map(len, longer))) != 1:
+        raise ValueError("give sentences of two tokens or more, all of one length")
+    tokens = set(pairs).union(pairs.values(), *longer)
+    for token in range(len(tokens)):                         # the ids are 0 .. V - 1
+        if token not in pairs:
+            raise ValueError(f"every token needs a line with what follows it; {token} has none")
+    collocation = np.array([pairs[token] for token in range(len(tokens))])
+    rows = np.array(longer)
+    sentences, next_tokens = rows[:, :-1], rows[:, -1]
+    optimal = check_realizable(sentences, next_tokens, collocation)
+    return sentences, next_tokens, collocation, optimal
+
+# ---- The model (Sec. 3) -------------------------------------------------------------------------
+
 class OneLayer(nn.Module):
-    """logits(X) = W_OV X softmax(X^T W_KQ x_q): W_OV (V, d) and W_KQ (d, d) from zero, float64; x_q is X's last token."""
+    """logits(X) = W_OV X softmax(X^T W_KQ x_q): x_q is the last token, its query; float64.
+
+    W_OV (V, d) and W_KQ (d, d) start from zero; the embedding (d, V) is fixed.
+    """
 
     def __init__(self, embedding):
         super().__init__()
         d, V = embedding.shape
-        self.register_buffer("E", embedding)                                     # (d, V)
+        self.register_buffer("E", embedding)                 # (d, V)
         self.W_OV = nn.Parameter(torch.zeros(V, d, dtype=torch.float64))
         self.W_KQ = nn.Parameter(torch.zeros(d, d, dtype=torch.float64))
-        self.register_buffer("first", torch.tensor(-1))                          # the first step with a loss below 1e-3
+        # part of the checkpoint: the first step of stage 2 with a loss below 1e-3, -1 before
+        self.register_buffer("first", torch.tensor(-1))
 
-    def forward(self, sentences):
-        """sentences (N, L) -> logits (N, V), attention (N, L), the V x V table of each token's logits."""
-        table = (self.W_OV @ self.E).mT                                          # (V, V): row x is W_OV x
-        scores = self.E.mT @ self.W_KQ @ self.E                                  # (V, V): x^T W_KQ q
-        attn = scores[sentences, sentences[:, -1:]].softmax(-1)                  # (N, L)
-        return (attn.unsqueeze(1) @ table[sentences]).squeeze(1), attn, table
+    def token_logits(self):
+        """(V, V): row x is W_OV x, the logits where all attention is on token x."""
+        return (self.W_OV @ self.E).mT
+
+    def attention(self, sentences):
+        """sentences (N, L) -> attention of the last token to each (N, L)."""
+        scores = self.E.mT @ self.W_KQ @ self.E              # (V, V): x^T W_KQ q for all x and q
+        return scores[sentences, sentences[:, -1:]].softmax(-1)
+
+    def forward(self, sentences, return_attn=False):
+        """sentences (N, L) -> logits (N, V), with return_attn also the attention (N, L)."""
+        attn = self.attention(sentences)
+        values = self.token_logits()[sentences]              # (N, L, V)
+        logits = (attn.unsqueeze(1) @ values).squeeze(1)     # (N, V)
+        return (logits, attn) if return_attn else logits
+
+# The gradients in plain form, with which a test compares what follows:
+#
+#     logits = model(sentences)
+#     loss = weights @ F.cross_entropy(logits, next_tokens, reduction="none")
+#     loss.backward()
+#
+# That loses all digits just where this paper looks. At a loss of 1e-17 the probability p of the
+# next token rounds to 1, and its residual p - 1 to 0; yet normalised gradient descent goes on as
+# fast as ever, in the direction of what is left. Two differences of nearly equal numbers are to
+# blame, and neither needs a subtraction:
+#
+#     p - 1 = -sigmoid(z) and loss = log(1 + e^z), z = log(sum of e^logit of the others) - logit
+#     the gradient by the scores of a sentence sums to 0, so that the entry of the largest attention
+#         weight (itself nearly 1) is minus the sum of the others, which are tiny and exact
 
 def loss_and_residual(logits, next_tokens):
-    """Cross-entropy of each row (N,), and its gradient by the logits (N, V), softmax - one_hot. Nothing cancels where the
-    loss is tiny: with z = log sum_{u != y} e^(l_u) - l_y, the loss is log(1 + e^z) and 1 - p_y is sigmoid(z)."""
-    here = F.one_hot(next_tokens, logits.shape[1]).bool()
-    others = logits.masked_fill(here, -math.inf)
-    z = others.logsumexp(1, keepdim=True) - logits.gather(1, next_tokens[:, None])                     # (N, 1)
-    return F.softplus(z).squeeze(1), (others.softmax(1) - here.double()) * z.sigmoid()
+    """Cross-entropy of each row (N,) in nats, and its gradient by the logits (N, V)."""
+    is_next = F.one_hot(next_tokens, logits.shape[1]).bool()                         # (N, V)
+    others = logits.masked_fill(is_next, -math.inf)
+    z = others.logsumexp(1, keepdim=True) - logits.gather(1, next_tokens[:, None])   # (N, 1)
+    residual = (others.softmax(1) - is_next.double()) * z.sigmoid()
+    return F.softplus(z).squeeze(1), residual
 
 @torch.no_grad()
 def gradients(model, sentences, next_tokens, weights):
-    """The cross-entropy, weights (N,) that sum to 1, and its gradients by W_OV and W_KQ, in closed form."""
-    logits, attn, table = model(sentences)
+    """The loss of sentences (N, L), weighted (N,); its gradients by W_OV (V, d), W_KQ (d, d)."""
+    V = model.E.shape[1]
+    attn = model.attention(sentences)                                                # (N, L)
+    values = model.token_logits()[sentences]                                         # (N, L, V)
+    logits = (attn.unsqueeze(1) @ values).squeeze(1)                                 # (N, V)
     losses, residual = loss_and_residual(logits, next_tokens)
-    residual = residual * weights[:, None]                                       # (N, V)
-    mixture = torch.zeros_like(logits).scatter_add_(1, sentences, attn)          # (N, V): attention by token
-    by_attn = (table[sentences] @ residual[:, :, None]).squeeze(2)               # (N, L)
-    by_scores = attn * (by_attn - (attn * by_attn).sum(1, keepdim=True))         # (N, L)
-    most = attn.argmax(1, keepdim=True)                                          # its entry is minus the others': exact
-    by_scores = by_scores.scatter_add(1, most, -by_scores.sum(1, keepdim=True))
-    V = logits.shape[1]
-    by_pair = torch.zeros(V * V, dtype=attn.dtype, device=attn.device)           # (token, query)
-    by_pair = by_pair.index_add(0, (sentences * V + sentences[:, -1:]).flatten(), by_scores.flatten()).view(V, V)
-    return weights @ losses, residual.mT @ mixture @ model.E.mT, model.E @ by_pair @ model.E.mT
+    residual = residual * weights[:, None]
 
-# ---- Max-margin solutions (Sec. 4) ----------------------------------------------------------------------------------
+    # logits = W_OV E mixture, where mixture is the attention by token
+    mixture = torch.zeros_like(logits).scatter_add_(1, sentences, attn)              # (N, V)
+    by_W_OV = residual.mT @ mixture @ model.E.mT
+
+    # through the softmax: by_scores = attn * (by_attn - its mean under attn)
+    by_attn = (values @ residual[:, :, None]).squeeze(2)                             # (N, L)
+    mean = (attn * by_attn).sum(1, keepdim=True)
+    by_scores = attn * (by_attn - mean)
+    largest = attn.argmax(1, keepdim=True)
+    rest = by_scores.sum(1, keepdim=True)                    # 0 but for rounding
+    by_scores = by_scores.scatter_add(1, largest, -rest)
+
+    # score = x^T W_KQ q: sum by (token, query), so that E enters once
+    pair = sentences * V + sentences[:, -1:]                                         # (N, L)
+    by_pair = torch.zeros(V * V, dtype=attn.dtype, device=attn.device)
+    by_pair = by_pair.index_add(0, pair.flatten(), by_scores.flatten()).view(V, V)
+    by_W_KQ = model.E @ by_pair @ model.E.mT
+    return weights @ losses, by_W_OV, by_W_KQ
+
+# ---- The max-margin solutions (Sec. 4) ----------------------------------------------------------
+
 def max_margin(A, tolerance=1e-12):
-    """argmin |w| subject to A w >= 1, for A (m, n): w (n,) and the multipliers l (m,), w = A^T l, l >= 0.
+    """argmin |w| subject to A w >= 1, for A (m, n): w (n,) and multipliers l (m,), w = A^T l.
 
-    Least distance programming (Lawson and Hanson 1974, ch. 23): u >= 0 that minimises |A^T u|^2 + (1 - sum u)^2 gives
-    l = u / (1 - sum u). Active set: add the most violated constraint, solve for those held with equality, drop what turns
-    negative. ValueError where no w meets all constraints.
+    An active set grows by the constraint that is most violated; those in it are solved as
+    equations, and leave it where their multiplier would turn negative. In the form of least
+    distance programming (Lawson and Hanson 1974, ch. 23): the u >= 0 that minimises
+    |A^T u|^2 + (1 - sum u)^2 gives l = u / (1 - sum u). Its matrix A A^T + 1 is regular for the
+    sets that occur. ValueError where no w meets all constraints.
     """
-    G, u, held = A @ A.T + 1, np.zeros(len(A)), np.zeros(len(A), dtype=bool)
+    G = A @ A.T + 1
+    u = np.zeros(len(A))
+    held = np.zeros(len(A), dtype=bool)
     for _ in range(10 * len(A)):
         slack = np.where(held, 0.0, G @ u - 1)
         if slack.min() > -tolerance:
             break
         held[slack.argmin()] = True
         while True:
+            equations = G[np.ix_(held, held)]
             solution = np.zeros(len(A))
-            solution[held] = np.linalg.solve(G[np.ix_(held, held)], np.ones(held.sum()))
-            down = held & (solution <= 0)
-            if not down.any():
+            solution[held] = np.linalg.solve(equations, np.ones(len(equations)))
+            falls = held & (solution <= 0)
+            if not falls.any():
                 break
-            u = u + (u[down] / (u[down] - solution[down])).min() * (solution - u)
-            held &= ~down | (u > 1e-15)
+            # go towards the solution until the first multiplier is 0, and let go of it
+            rate = (u[falls] / (u[falls] - solution[falls])).min()
+            u = u + rate * (solution - u)
+            held &= ~falls | (u > 1e-15)
         u = solution
     l = u / max(1 - u.sum(), 1e-12)
-    if (A @ (A.T @ l)).min() < 1 - 1e-6:
+    w = A.T @ l
+    if (A @ w).min() < 1 - 1e-6:
         raise ValueError("no max-margin solution: the constraints cannot all be met")
-    return A.T @ l, l
+    return w, l
 
-def ov_constraints(embedding, collocation):
-    """(e_n(v) - e_u)^T W x_v >= 1 for all u != n(v): rows over the entries of W (V, d)."""
-    E, one = np.asarray(embedding), np.eye(len(collocation))
-    return np.array([np.outer(one[n] - one[u], E[:, v]).ravel()
-                     for v, n in enumerate(collocation) for u in range(len(collocation)) if u != n])
+def max_margin_matrix(differences, queries, embedding):
+    """argmin |W|_F subject to differences[i]^T W x_queries[i] >= 1: W (a, d).
 
-def kq_constraints(embedding, sentences, optimal):
-    """(x* - x)^T W x_q >= 1 for each sentence, each other distinct token x in it: rows over the entries of W (d, d)."""
-    E = np.asarray(embedding)
-    triples = sorted({(x[-1], best, other) for x, best in zip(np.asarray(sentences).tolist(), np.asarray(optimal).tolist())
-                      for other in x if other != best})
-    return np.array([np.outer(E[:, best] - E[:, other], E[:, q]).ravel() for q, best, other in triples])
+    For differences (m, a), token ids queries (m,) and an embedding (d, V). ValueError for more than
+    10,000 constraints in one problem.
+    """
+    d, V = embedding.shape
+    if np.allclose(embedding.T @ embedding, np.eye(V)):
+        # W = sum_q w_q x_q^T: the x_q are orthonormal, and each w_q has its own constraints
+        W = np.zeros((differences.shape[1], d))
+        for q in np.unique(queries):
+            w, _ = max_margin(differences[queries == q])
+            W += np.outer(w, embedding[:, q])
+        return W
+    if len(queries) > 10_000:
+        n = f"{len(queries):,} max-margin constraints"
+        raise ValueError(f"{n} at once: take fewer tokens or sentences, or orthonormal embeddings")
+    A = differences[:, :, None] * embedding[:, queries].T[:, None, :]                # (m, a, d)
+    w, _ = max_margin(A.reshape(len(A), -1))
+    return w.reshape(A.shape[1:])
 
 def max_margin_ov(embedding, collocation):
-    """W_OV* (V, d) for an embedding (d, V); with an orthonormal one it is sum_v (e_n(v) - 1/V) x_v^T."""
-    return max_margin(ov_constraints(embedding, collocation))[0].reshape(len(collocation), -1)
+    """W_OV* (V, d): (e_n(v) - e_u)^T W x_v >= 1 for each v and all u != n(v).
+
+    For an embedding (d, V); with an orthonormal one it is sum_v (e_n(v) - 1/V) x_v^T.
+    """
+    one_hot = np.eye(len(collocation))
+    v, u = np.nonzero(one_hot[collocation] == 0)             # all pairs with u != n(v)
+    differences = one_hot[collocation[v]] - one_hot[u]
+    return max_margin_matrix(differences, v, np.asarray(embedding))
 
 def max_margin_kq(embedding, sentences, optimal):
-    """W_KQ* (d, d) for an embedding (d, V), sentences (N, L) and their optimal tokens (N,)."""
-    return max_margin(kq_constraints(embedding, sentences, optimal))[0].reshape(len(embedding), -1)
+    """W_KQ* (d, d): (x* - x)^T W x_q >= 1 for each sentence and each other token x in it.
 
-# ---- Training (Algorithm 1) -----------------------------------------------------------------------------------------
-def build(args):
-    """A run's dataset, its true orders (None for a file), its model, and weights of the collocation pairs (V,)."""
-    rng = np.random.default_rng(args.seed + 10_000)
+    For an embedding (d, V), sentences (N, L) and their optimal tokens (N,).
+    """
+    E = np.asarray(embedding)
+    said = said_orders(sentences, optimal, E.shape[1])
+    query, best, other = np.nonzero(said)                    # (m,) each, without repeats
+    differences = (E[:, best] - E[:, other]).T
+    return max_margin_matrix(differences, query, E)
+
+# ---- Training (Algorithm 1) ---------------------------------------------------------------------
+
+class Optimizer(NamedTuple):
+    """How both matrices are trained; the step sizes are in units of 1 / sqrt(d)."""
+    torch_class: type
+    normalised: bool                           # gradients of norm 1
+    lr_ov: float                               # eta_0, of W_OV
+    lr: float                                  # eta, of W_KQ
+
+OPTIMIZERS = {
+    "ngd": Optimizer(torch.optim.SGD, True, lr_ov=0.2, lr=0.05),                     # Algorithm 1
+    "gd": Optimizer(torch.optim.SGD, False, lr_ov=40.0, lr=40.0),
+    "adam": Optimizer(torch.optim.Adam, False, lr_ov=0.05, lr=0.05),
+}
+
+def get_dataset(args):
+    """A run's dataset, and its true orders (None for a file). ValueError, OSError: none."""
     if args.sentences:
         dataset, orders = read_dataset(args.sentences), None
     else:
         size = args.vocab_size, args.n_sentences, args.seq_len
-        *dataset, orders = make_dataset(*size, args.seed, args.order, return_orders=True)
-    V = len(dataset[2])
-    E = rng.standard_normal((V, V)) / math.sqrt(V)
-    E = np.linalg.qr(E)[0] if args.embedding == "orthonormal" else E
-    weights = rng.exponential(size=V) if args.weights == "random" else np.ones(V)
-    return dataset, orders, OneLayer(torch.from_numpy(E)).to(args.device), weights / weights.sum()
+        dataset, orders = draw_dataset(*size, args.seed, args.order)
+    sentences = dataset[0]
+    if (sentences == sentences[:, -1:]).all():
+        raise ValueError("each sentence repeats one token, so that attention has nothing to learn")
+    return dataset, orders
 
-def marks(stop):
+def build(args):
+    """The task and the model of a run."""
+    dataset, orders = get_dataset(args)
+    V = len(dataset[2])
+    rng = np.random.default_rng(args.seed + 10_000)
+    embedding = rng.standard_normal((V, V)) / math.sqrt(V)
+    if args.embedding == "orthonormal":
+        embedding, _ = np.linalg.qr(embedding)
+    weights = rng.exponential(size=V) if args.weights == "random" else np.ones(V)
+    task = Task(*dataset, weights / weights.sum(), orders)
+    return task, OneLayer(torch.from_numpy(embedding)).to(args.device)
+
+def load(folder, device="cpu"):
+    """The task and the trained model of a run's folder, the model in eval mode."""
+    return common.load(folder, build, device)
+
+def marks(steps):
     """The steps to measure at: some log-spaced, some evenly spaced, the last one."""
-    return {round(t) for t in [*np.geomspace(1, stop, 25), *np.linspace(0, stop, 26)[1:]]}
+    spaced = [*np.geomspace(1, steps, 25), *np.linspace(0, steps, 26)[1:]]
+    return {round(t) for t in spaced}
 
 def train(args, run):
-    """One run of the sweep: stage 1 on the pairs, stage 2 on the sentences, or both jointly. Returns its results."""
-    dataset, orders, model, weights = build(args)
-    sentences, next_tokens, collocation, optimal = data = [torch.from_numpy(x).to(args.device) for x in dataset]
-    V, weights = len(collocation), torch.from_numpy(weights).to(args.device)
-    single = torch.arange(V, device=args.device)[:, None]                        # the one-token sentences (V, 1)
-    uniform = torch.full((len(sentences),), 1 / len(sentences), dtype=torch.float64, device=args.device)
-    best = solutions(model, dataset)
-    groups = [{"params": model.W_OV, "lr": args.lr_ov / math.sqrt(V)}, {"params": model.W_KQ, "lr": args.lr / math.sqrt(V)}]
-    optimizer = torch.optim.Adam(groups) if args.optimizer == "adam" else torch.optim.SGD(groups)
+    """One run of the sweep: stage 1 on the pairs, stage 2 on the sentences; or both jointly."""
+    task, model = build(args)
+    E = model.E.cpu()
+    best = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
+    best = [torch.from_numpy(W).to(model.E) for W in best]   # W_OV*, W_KQ*
+    data = task.tensors(args.device)
+    V, N = len(task.collocation), len(task.sentences)
+    pairs = torch.arange(V, device=args.device)[:, None]     # the one-token sentences (V, 1)
+    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=args.device)
+    chosen = OPTIMIZERS[args.optimizer]
+    optimizer = chosen.torch_class([
+        {"params": model.W_OV, "lr": args.lr_ov / math.sqrt(V)},
+        {"params": model.W_KQ, "lr": args.lr / math.sqrt(V)},
+    ])
     start = run.restore(model=model, optimizer=optimizer)
-    stage_1 = args.steps_ov if args.stages == "two" else 0                       # its length
-    measured = marks(stage_1) if stage_1 else set()
-    measured |= {stage_1 + t for t in marks(args.steps)}
+
+    joint = args.stages == "joint"
+    stage_1 = 0 if joint else args.steps_ov                  # steps of stage 1
+    measured = {stage_1 + t for t in marks(args.steps)}
+    if not joint:
+        measured |= marks(stage_1)
 
     for step in run.steps(start, stage_1 + args.steps):
-        model.W_OV.grad = model.W_KQ.grad = None
-        if step < stage_1 or args.stages == "joint":
-            _, model.W_OV.grad, _ = gradients(model, single, collocation, weights)
-        if step >= stage_1:
-            loss, by_OV, model.W_KQ.grad = gradients(model, sentences, next_tokens, uniform)
-            model.first = torch.where((model.first < 0) & (loss < 1e-3), step - stage_1, model.first)
-            if args.stages == "joint":
-                model.W_OV.grad += by_OV
-        if args.optimizer == "ngd":                                              # normalised gradient descent
-            for W in (model.W_OV, model.W_KQ):
+        optimizer.zero_grad(set_to_none=True)
+        if joint or step < stage_1:
+            _, model.W_OV.grad, _ = gradients(model, pairs, data.collocation, data.weights)
+        if joint or step >= stage_1:
+            loss, by_W_OV, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
+            model.W_KQ.grad = by_W_KQ
+            if joint:
+                model.W_OV.grad += by_W_OV
+            below = (loss < 1e-3) & (model.first < 0)
+            model.first = torch.where(below, step - stage_1, model.first)
+        if chosen.normalised:
+            for W in model.parameters():
                 if W.grad is not None:
                     W.grad /= W.grad.norm().clamp_min(1e-300)
         optimizer.step()
         if step + 1 in measured:
-            stage = 0 if args.stages == "joint" else 1 + (step >= stage_1)
-            now = measure(model, data, weights, best)
-            if min(now["gradient_ov"] if stage < 2 else 1, now["gradient_kq"] if stage != 1 else 1) < 1e-290:
-                common.fail(f"{run.name}: the gradient underflows at step {step + 1}, its direction is lost; take fewer")
-            loss, t = now["loss_ov" if stage == 1 else "loss_kq"], step + 1 - stage_1 * (stage == 2)
-            run.log(step + 1, loss=loss, accuracy=now.pop("accuracy"), stage=stage, t=t, **now)
+            now = panels(model, data, best)
+            stage = 0 if joint else 1 if step < stage_1 else 2
+            t = step + 1 - (stage_1 if stage == 2 else 0)
+            trained = {0: ["ov", "kq"], 1: ["ov"], 2: ["kq"]}[stage]
+            if min(now[f"gradient_{name}"] for name in trained) < 1e-290:            # no direction
+                raise common.RunError(f"the gradient underflows at step {step + 1}; take fewer")
+            loss, cosine = now[f"loss_{trained[-1]}"], now[f"cosine_{trained[-1]}"]
+            run.log(step + 1, loss=loss, cosine=cosine, stage=stage, t=t, **now)
             run.save(step + 1)
 
-    last = {key: run.metrics[-1][key] for key in ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")}
-    first = None if model.first < 0 else int(model.first)
-    return dict(**last, **rates(run.metrics), **generalisation(args, model, dataset, orders), steps_to_1e_3=first)
+# ---- Measurement --------------------------------------------------------------------------------
 
-# ---- Measurement ----------------------------------------------------------------------------------------------------
-def solutions(model, dataset):
-    """Both max-margin solutions for a run's dataset, on the model's device: W_OV* (V, d), W_KQ* (d, d)."""
-    E, (sentences, _, collocation, optimal) = model.E.cpu(), dataset
-    return [torch.from_numpy(W).to(model.E) for W in (max_margin_ov(E, collocation), max_margin_kq(E, sentences, optimal))]
+def alignment(W, W_best):
+    """The cosine of the angle between two matrices; 0 where W is 0."""
+    return ((W * W_best).sum() / W.norm().clamp_min(1e-300) / W_best.norm()).item()
 
 @torch.no_grad()
-def measure(model, data, weights, best):
-    """The quantities of Fig. 2: losses in nats, cosines with the max-margin solutions, Frobenius norms; excess is
-    L - L_min, L_min the loss of a hard attention to x* with the present W_OV; and the norms of both gradients."""
-    sentences, next_tokens, collocation, optimal = data
-    uniform = torch.full((len(sentences),), 1 / len(sentences)).to(weights)
-    single = torch.arange(len(collocation), device=weights.device)[:, None]
-    loss_ov, by_OV, _ = gradients(model, single, collocation, weights)
-    loss_kq, _, by_KQ = gradients(model, sentences, next_tokens, uniform)
-    logits, _, table = model(sentences)
-    hard = loss_and_residual(table[optimal], next_tokens)[0]
-    soft = loss_and_residual(logits, next_tokens)[0]
-    cosines = [((W * W_best).sum() / W.norm().clamp_min(1e-300) / W_best.norm()).item()
-               for W, W_best in zip((model.W_OV, model.W_KQ), best)]
-    return dict(loss_ov=loss_ov.item(), cosine_ov=cosines[0], norm_ov=model.W_OV.norm().item(),
-                loss_kq=loss_kq.item(), excess=(soft - hard).mean().item(), cosine_kq=cosines[1],
-                norm_kq=model.W_KQ.norm().item(), accuracy=(logits.argmax(1) == next_tokens).double().mean().item(),
-                gradient_ov=by_OV.norm().item(), gradient_kq=by_KQ.norm().item())
+def panels(model, data, best):
+    """What Fig. 2 shows of a model on a task of tensors, beside its max-margin solutions.
+
+    Losses in nats, cosines with the solutions, Frobenius norms, accuracy, and the norms of both
+    gradients. excess is L - L_min: L_min is the loss of a hard attention to x*, with this W_OV.
+    """
+    V, N = len(data.collocation), len(data.sentences)
+    uniform = torch.full((N,), 1 / N).to(data.weights)
+    pairs = torch.arange(V, device=data.weights.device)[:, None]
+    loss_ov, by_W_OV, _ = gradients(model, pairs, data.collocation, data.weights)
+    loss_kq, _, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
+    logits = model(data.sentences)
+    soft, _ = loss_and_residual(logits, data.next_tokens)
+    hard, _ = loss_and_residual(model.token_logits()[data.optimal], data.next_tokens)
+    right = logits.argmax(1) == data.next_tokens
+    return {
+        "accuracy": right.double().mean().item(),
+        "loss_ov": loss_ov.item(),
+        "cosine_ov": alignment(model.W_OV, best[0]),
+        "norm_ov": model.W_OV.norm().item(),
+        "loss_kq": loss_kq.item(),
+        "excess": (soft - hard).mean().item(),
+        "cosine_kq": alignment(model.W_KQ, best[1]),
+        "norm_kq": model.W_KQ.norm().item(),
+        "gradient_ov": by_W_OV.norm().item(),
+        "gradient_kq": by_W_KQ.norm().item(),
+    }
+
+STAGE = {"ov": 1, "kq": 2}                                   # that trains W_OV, W_KQ
+LOSS = {"ov": "loss_ov", "kq": "excess"}                     # what falls at a linear rate there
+
+def of_stage(metrics, name):
+    """The lines of metrics.jsonl where a matrix is trained; the joint training is stage 0."""
+    return [m for m in metrics if m["stage"] in (0, STAGE[name])]
+
+def curves(metrics, name):
+    """The panels of Fig. 2 of one stage, arrays (T,): loss, gap (1 - cosine) and norm against t."""
+    lines = of_stage(metrics, name)
+    keys = {"t": "t", "loss": LOSS[name], "total": f"loss_{name}", "norm": f"norm_{name}"}
+    found = {"gap": np.array([1 - m[f"cosine_{name}"] for m in lines])}
+    for panel, key in keys.items():
+        found[panel] = np.array([m[key] for m in lines])
+    return found
+
+def straight_parts(curve):
+    """Where Theorems 1 and 2 promise a straight line: x and y of a fit, for each panel.
+
+    The norm against t; the log loss against t over the second half of the steps; log(1 - cosine)
+    against log t from t = 100.
+    """
+    t, loss, gap = curve["t"], curve["loss"], curve["gap"]
+    half = (t >= t[-1] / 2) & (loss > 1e-12 * curve["total"])                        # not rounding
+    late = (t >= 100) & (gap > 0)
+    return {
+        "norm": (t, curve["norm"]),
+        "loss": (t[half], np.log(loss[half])),
+        "gap": (np.log(t[late]), np.log(gap[late])),
+    }
 
 def line_fit(x, y):
     """Least squares y = a x + b: slope a and R^2; None, None for fewer than 3 points."""
@@ -311,150 +549,269 @@ def line_fit(x, y):
         return None, None
     x, y = np.array(x, dtype=float), np.array(y)
     slope, offset = np.polyfit(x, y, 1)
-    total = ((y - y.mean())**2).sum()
-    return float(slope), float(1 - ((y - slope * x - offset)**2).sum() / total) if total > 0 else 1.0
+    left = ((y - slope * x - offset) ** 2).sum()
+    total = ((y - y.mean()) ** 2).sum()
+    return float(slope), float(1 - left / total) if total > 0 else 1.0
 
-def rates(metrics):
-    """Theorems 1 and 2 as fits, each a slope and its R^2: for each stage the norm against t, log loss against t over the
-    second half of the steps, its straight part, and log(1 - cosine) against log t from t = 100."""
-    found = {}
-    for stage, name, loss in (1, "ov", "loss_ov"), (2, "kq", "excess"):
-        lines = [m for m in metrics if m["stage"] in (0, stage)]
-        half = [m for m in lines if m["t"] >= lines[-1]["t"] / 2 and m[loss] > 1e-12 * m[f"loss_{name}"]]      # no noise
-        late = [m for m in lines if m["t"] >= 100 and m[f"cosine_{name}"] < 1]
-        gaps = [math.log(1 - m[f"cosine_{name}"]) for m in late]
-        found[f"norm_{name}"] = line_fit([m["t"] for m in lines], [m[f"norm_{name}"] for m in lines])
-        found[f"loss_{name}_rate"] = line_fit([m["t"] for m in half], [math.log(m[loss]) for m in half])
-        found[f"exponent_{name}"] = line_fit([math.log(m["t"]) for m in late], gaps)
-    return {key: list(value) for key, value in found.items()}
-
-def generalisation(args, model, dataset, orders, n=20_000):
-    """Theorem 3: accuracy on unseen sentences, split by whether the training sentences' transitive closure decides the
-    optimal token. Undecided ones are judged by the true orders; without those (a file) they have no accuracy."""
-    sentences, _, collocation, optimal = dataset
-    V, rng = len(collocation), np.random.default_rng(args.seed + 20_000)
-    implied = implied_orders(sentences, optimal, V)
-    if orders is None:
-        unseen, truth = rng.integers(V, size=(n, sentences.shape[1])), np.full(n, -1)
+def unseen_sentences(task, n, rng):
+    """Sentences (M, L) that are not in the data, M <= n; their optimal tokens, -1 for a file."""
+    V, L = len(task.collocation), task.sentences.shape[1]
+    if task.orders is None:
+        drawn, truth = rng.integers(V, size=(n, L)), np.full(n, -1)
     else:
-        unseen, truth = draw_sentences(n, sentences.shape[1], orders, rng)
-    seen = {tuple(x) for x in sentences.tolist()}
-    new = np.array([tuple(x) not in seen for x in unseen.tolist()])
-    unseen, truth, by_data = unseen[new], truth[new], optimal_token(unseen[new], implied)
+        drawn, truth = draw_sentences(n, L, task.orders, rng, tries=100)
+    seen = {tuple(x) for x in task.sentences.tolist()}
+    new = np.array([tuple(x) not in seen for x in drawn.tolist()])
+    return drawn[new], truth[new]
+
+def generalisation(model, task, seed, n=20_000):
+    """Theorem 3: accuracy on unseen sentences, in three groups by what gives their optimal token.
+
+    decided: by the order that the data imply; extended: by its extension alone; undecided. share_
+    of all; accuracy_ by that token; true_: by the true orders; on_top: of the extended, where x*
+    is below another in no training sentence with this query. None: no such sentences.
+    """
+    V = len(task.collocation)
+    unseen, truth = unseen_sentences(task, n, np.random.default_rng(seed + 20_000))
     with torch.no_grad():
-        predicted = model(torch.from_numpy(unseen).to(model.E.device))[0].argmax(1).cpu().numpy()
+        logits = model(torch.from_numpy(unseen).to(model.E.device))
+    predicted = logits.argmax(1).cpu().numpy()
+
+    implied = closure(said_orders(task.sentences, task.optimal, V))
+    extended = extended_orders(task.sentences, task.optimal, V)
+    by_data = optimal_token(unseen, implied)
+    by_extension = optimal_token(unseen, extended)
     decided = by_data >= 0
-    right = predicted == collocation[np.where(decided, by_data, truth)]
-    known = ~decided & (truth >= 0)
-    return dict(decided_share=float(decided.mean()),
-                accuracy_decided=float(right[decided].mean()) if decided.any() else None,
-                accuracy_undecided=float(right[known].mean()) if known.any() else None)
+    undecided = by_extension < 0
+    extended = ~decided & ~undecided
+    below_another = implied.any(axis=1)                      # (query, token)
+    on_top = extended & ~below_another[unseen[:, -1], by_extension]
 
-# ---- The command, its tables and its figure -------------------------------------------------------------------------
-RUN = dict(optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"], weights=["random"],
-           vocab_size=20, n_sentences=200, seq_len=5, steps_ov=2_000, steps=20_000, eval_every=None,
-           lr_ov=dict(ngd=0.2, gd=40.0, adam=0.05), lr=dict(ngd=0.05, gd=40.0, adam=0.05))
-PRESETS = {"quick": RUN, "paper": RUN}                                           # the paper's run takes seconds
-SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
+    def accuracy(group, optimal):
+        group = group & (optimal >= 0)
+        right = predicted == task.collocation[optimal]
+        return float(right[group].mean()) if group.any() else None
+    return {
+        "share_decided": float(decided.mean()),
+        "accuracy_decided": accuracy(decided, by_data),
+        "share_extended": float(extended.mean()),
+        "accuracy_extended": accuracy(extended, by_extension),
+        "accuracy_on_top": accuracy(on_top, by_extension),
+        "true_extended": accuracy(extended, truth),
+        "share_undecided": float(undecided.mean()),
+        "true_undecided": accuracy(undecided, truth),
+    }
 
-def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = argparse.ArgumentParser(
-        description="Non-asymptotic Convergence of Training Transformers for Next-token Prediction, Huang et al., "
-        "NeurIPS 2024", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add, count = parser.add_argument, common.positive_int
-    add("--vocab-size", type=count, help="|V|, tokens; also d, the width of the embedding")
-    add("--n-sentences", type=count, help="training sentences")
-    add("--seq-len", type=count, help="L, tokens of a sentence")
-    add("--order", nargs="+", choices=["total", "partial"], help="the strict order of each query")
-    add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], help="orthonormal or independent embeddings")
-    add("--weights", nargs="+", choices=["random", "uniform"],
-        help="of the pairs in stage 1; uniform ones align an orthonormal stage 1 from its first step, by symmetry")
-    add("--sentences", default=None, help="a file, each line the token ids of a sentence and of its next token")
-    add("--optimizer", nargs="+", choices=["ngd", "gd", "adam"], help="normalised gradient descent, plain, or Adam")
-    add("--stages", nargs="+", choices=["two", "joint"], help="W_OV first, then W_KQ; or both at once")
-    add("--steps-ov", type=count, help="steps of stage 1")
-    add("--steps", type=count, help="steps of stage 2, or of the joint training")
-    add("--lr-ov", type=float, help="times 1/sqrt(d): the step size eta_0 of W_OV")
-    add("--lr", type=float, help="times 1/sqrt(d): the step size eta of W_KQ")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds of the data")
-    args = common.parse_args(parser, PRESETS, argv)
-    if args.compile or args.dtype != "float32":
-        parser.error("everything is float64 in closed form here: leave out --compile and --dtype")
-    if args.eval_every:
-        parser.error("measured at log-spaced and evenly spaced steps: leave out --eval-every")
-    if args.device == "mps":
-        parser.error("--device mps has no float64; try --device cpu")
-    try:
-        if args.sentences:
-            read_dataset(args.sentences)
-        elif args.vocab_size < 2 or args.seq_len < 2:
-            make_dataset(args.vocab_size, 1, args.seq_len, 0)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return args
-
-PANELS = {1: dict(loss_ov="L_0", cosine_ov="cosine W_OV", norm_ov="|W_OV|"),
-          2: dict(loss_kq="L", excess="L - L_min", cosine_kq="cosine W_KQ", norm_kq="|W_KQ|", accuracy="accuracy")}
-
-def print_panels(run):
-    """Fig. 2 of one run: each panel a row of numbers at log-spaced steps."""
+def measure(args, run):
+    """What Theorems 1 to 3 say of a trained run, from its checkpoint and its metrics."""
+    task, model = load(run.folder, args.device)
     metrics = run.read("metrics.jsonl")
-    for stage, panels in PANELS.items():
-        lines = [m for m in metrics if m["stage"] in (0, stage)]
+    results = {}
+    for key in ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq"):
+        results[key] = metrics[-1][key]
+    for name in STAGE:
+        parts = straight_parts(curves(metrics, name))
+        results[f"norm_{name}"] = line_fit(*parts["norm"])   # slope, R^2
+        results[f"loss_{name}_rate"] = line_fit(*parts["loss"])
+        results[f"exponent_{name}"] = line_fit(*parts["gap"])
+    results.update(generalisation(model, task, args.seed))
+    results["steps_to_1e_3"] = None if model.first < 0 else int(model.first)
+    return results
+
+# ---- Tables and figures -------------------------------------------------------------------------
+
+WORDS = {
+    "ngd": "normalised GD", "gd": "GD", "adam": "Adam",
+    "two": "two stages", "joint": "joint",
+    "total": "total orders", "partial": "partial orders",
+    "random": "random weights", "uniform": "equal weights",
+}
+
+def in_words(args, runs):
+    """A run's setting, by what the sweep varies beside the seed."""
+    words = []
+    for key in SWEEP[:-1]:
+        if len({getattr(run.args, key) for run in runs}) > 1:
+            value = getattr(args, key)
+            words.append(WORDS.get(value, value))
+    return ", ".join(words)
+
+PANELS = [                                                   # of Fig. 2: label, key, format
+    ("ov", "L_0", "loss_ov", ".3g"),
+    ("ov", "cosine W_OV", "cosine_ov", ".4f"),
+    ("ov", "|W_OV|", "norm_ov", ".3g"),
+    ("kq", "L", "loss_kq", ".3g"),
+    ("kq", "L - L_min", "excess", ".3g"),
+    ("kq", "cosine W_KQ", "cosine_kq", ".4f"),
+    ("kq", "|W_KQ|", "norm_kq", ".3g"),
+    ("kq", "accuracy", "accuracy", ".3g"),
+]
+
+def print_panels(run, title):
+    """Fig. 2 of one run: each panel a row of numbers at log-spaced steps."""
+    for name, stage in STAGE.items():
+        lines = of_stage(run.read("metrics.jsonl"), name)
         t = np.array([m["t"] for m in lines])
-        shown = [lines[i] for i in sorted({int(np.abs(t - goal).argmin()) for goal in np.geomspace(1, t[-1], 10)})]
-        print(f"\n{run.name}, {'both stages jointly' if lines[0]['stage'] == 0 else f'stage {stage}'}")
-        rows = [[title, *(f"{m[key]:{'.4f' if 'cosine' in key else '.3g'}}" for m in shown)] for key, title in panels.items()]
-        common.print_table(["step", *(str(m["t"]) for m in shown)], rows)
+        goals = np.geomspace(1, t[-1], 8)
+        nearest = sorted({int(np.abs(t - goal).argmin()) for goal in goals})
+        rows = []
+        for of, label, key, form in PANELS:
+            if of == name:
+                rows.append([label, *[f"{lines[i][key]:{form}}" for i in nearest]])
+        print(f"\n{title}: {'joint training' if run.args.stages == 'joint' else f'stage {stage}'}")
+        common.print_table(["step", *[str(t[i]) for i in nearest]], rows)
+
+SUMMARY = [                                                  # label, format, key, index in its list
+    ("stage 1: L_0 (nats)", ".1e", "loss_ov", None),
+    ("alignment of W_OV", ".4f", "cosine_ov", None),
+    ("|W_OV| a step", ".4f", "norm_ov", 0),
+    ("  R^2", ".5f", "norm_ov", 1),
+    ("log L_0 a step, second half", ".5f", "loss_ov_rate", 0),
+    ("  R^2", ".4f", "loss_ov_rate", 1),
+    ("1 - alignment ~ t^", ".2f", "exponent_ov", 0),
+    ("  R^2", ".4f", "exponent_ov", 1),
+    ("stage 2: L (nats)", ".1e", "loss_kq", None),
+    ("training accuracy", ".3f", "accuracy", None),
+    ("alignment of W_KQ", ".4f", "cosine_kq", None),
+    ("|W_KQ| a step", ".4f", "norm_kq", 0),
+    ("  R^2", ".5f", "norm_kq", 1),
+    ("log(L - L_min) a step, second half", ".5f", "loss_kq_rate", 0),
+    ("  R^2", ".4f", "loss_kq_rate", 1),
+    ("1 - alignment ~ t^", ".2f", "exponent_kq", 0),
+    ("  R^2", ".4f", "exponent_kq", 1),
+    ("steps of stage 2 to L < 1e-3", ".0f", "steps_to_1e_3", None),
+    ("unseen, decided by the data: share", ".3f", "share_decided", None),
+    ("  accuracy", ".4f", "accuracy_decided", None),
+    ("by their extension only: share", ".3f", "share_extended", None),
+    ("  accuracy", ".4f", "accuracy_extended", None),
+    ("  accuracy, x* never below another", ".4f", "accuracy_on_top", None),
+    ("  accuracy by the true orders", ".3f", "true_extended", None),
+    ("undecided: share", ".3f", "share_undecided", None),
+    ("  accuracy by the true orders", ".3f", "true_undecided", None),
+]
 
 def print_summary(runs, results):
     """What the theorems say, a column a setting: median and range over seeds."""
-    settings = {}
-    for run, result in zip(runs, results):
-        settings.setdefault(" ".join(str(vars(run.args)[key]) for key in SWEEP[:-1]), []).append(result)
-    def row(title, form, key, i=None):
-        return [title, *(common.spread([r[key] if i is None else r[key][i] for r in group], form) for group in settings.values())]
-    rows = [row("stage 1: L_0", ".1e", "loss_ov"), row("alignment of W_OV", ".4f", "cosine_ov"),
-            row("|W_OV| a step", ".4f", "norm_ov", 0), row("  R^2", ".5f", "norm_ov", 1),
-            row("log L_0 a step, second half", ".5f", "loss_ov_rate", 0), row("  R^2", ".4f", "loss_ov_rate", 1),
-            row("1 - alignment ~ t^", ".2f", "exponent_ov", 0), row("  R^2", ".4f", "exponent_ov", 1),
-            row("stage 2: L", ".1e", "loss_kq"), row("training accuracy", ".3f", "accuracy"),
-            row("alignment of W_KQ", ".4f", "cosine_kq"),
-            row("|W_KQ| a step", ".4f", "norm_kq", 0), row("  R^2", ".5f", "norm_kq", 1),
-            row("log(L - L_min) a step, second half", ".5f", "loss_kq_rate", 0), row("  R^2", ".4f", "loss_kq_rate", 1),
-            row("1 - alignment ~ t^", ".2f", "exponent_kq", 0), row("  R^2", ".4f", "exponent_kq", 1),
-            row("steps to L < 1e-3", ".0f", "steps_to_1e_3"), row("unseen, decided: share", ".3f", "decided_share"),
-            row("  accuracy", ".4f", "accuracy_decided"), row("unseen, undecided: accuracy", ".3f", "accuracy_undecided")]
+    groups = common.by_setting(runs, results)
+    rows = []
+    for label, form, key, index in SUMMARY:
+        row = [label]
+        for _, group in groups:
+            values = [r[key] if index is None else r[key][index] for r in group]
+            if "accuracy" in label:                          # seeds without such sentences have none
+                values = [x for x in values if x is not None] or [None]
+            row.append(common.spread(values, form))
+        rows.append(row)
     print("\nTheorems 1, 2 and 3, measured (median [range] over seeds)")
-    common.print_table(["", *settings], rows)
+    common.print_table(["", *[in_words(args, runs) or "measured" for args, _ in groups]], rows)
 
-def plot(run, path):
-    """Fig. 2: loss, alignment and norm of both stages."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    metrics = run.read("metrics.jsonl")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5))
-    for row, stage, loss, name in zip(axes, (1, 2), ("loss_ov", "excess"), ("ov", "kq")):
-        lines = [m for m in metrics if m["stage"] in (0, stage)]
-        for axis, key, scale in zip(row, (loss, f"cosine_{name}", f"norm_{name}"), ("semilogy", "semilogx", "plot")):
-            getattr(axis, scale)([m["t"] for m in lines], [m[key] for m in lines], marker=".")
-            axis.set(title=f"stage {stage}: {PANELS[stage][key]}", xlabel="step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    print(f"figure: {path}")
+FIG_2 = [                                                    # panel, label, scales of x and y
+    ("ov", "loss", "L_0 (nats)", "linear", "log"),
+    ("ov", "gap", "1 - cosine(W_OV, W_OV*)", "log", "log"),
+    ("ov", "norm", "norm of W_OV", "linear", "linear"),
+    ("kq", "loss", "L - L_min (nats)", "linear", "log"),
+    ("kq", "gap", "1 - cosine(W_KQ, W_KQ*)", "log", "log"),
+    ("kq", "norm", "norm of W_KQ", "linear", "linear"),
+]
 
-def main():
-    """Trains what the flags ask for, prints the tables."""
-    args = parse_args()
-    runs = common.sweep(args, PRESETS, SWEEP)
-    results = common.complete(runs, train)
-    for run in runs[:4]:
-        if run.args.seed == args.seed[0]:
-            print_panels(run)
+def draw_fit(axis, panel, curve):
+    """The straight line through one panel, and its slope."""
+    x, y = straight_parts(curve)[panel]
+    if len(x) < 3:
+        return
+    slope, offset = np.polyfit(x, y, 1)
+    y = slope * x + offset
+    text = {"loss": f"e^({slope:.2g} t)", "gap": f"t^{slope:.2f}", "norm": f"{slope:.2g} t"}[panel]
+    x = np.exp(x) if panel == "gap" else x
+    y = y if panel == "norm" else np.exp(y)
+    axis.plot(x, y, "k--", lw=1, label=f"fit: {text}")
+
+def plot(runs):
+    """Fig. 2: loss, alignment and norm of both stages; the median and range over seeds."""
+    groups = common.by_setting(runs, [run.read("metrics.jsonl") for run in runs])
+    figure, axes = common.new_figure(2, 3, width=4.0, height=3.3)
+    for axis, (name, panel, label, x_scale, y_scale) in zip(axes.flat, FIG_2):
+        for number, (args, seeds) in enumerate(groups):
+            found = [curves(metrics, name) for metrics in seeds]
+            median = {}
+            for key in found[0]:
+                median[key] = np.median([c[key] for c in found], axis=0)
+            t, values = median["t"], np.array([c[panel] for c in found])
+            color, line = f"C{number % 10}", ["-", "-.", ":", "--"][number % 4]
+            words = in_words(args, runs) or "measured"
+            axis.plot(t, median[panel], color=color, ls=line, label=words)
+            axis.fill_between(t, values.min(0), values.max(0), color=color, alpha=0.25, lw=0)
+            draw_fit(axis, panel, median)
+        axis.set(xlabel=f"step of stage {STAGE[name]}, t", ylabel=label)
+        axis.set(xscale=x_scale, yscale=y_scale)
+        axis.legend(fontsize=7)
+    common.save_figure(figure, runs, "fig2")
+
+# ---- The command --------------------------------------------------------------------------------
+
+QUICK = dict(
+    optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"],
+    weights=["random"], sentences=None, vocab_size=20, n_sentences=200, seq_len=5,
+    steps_ov=2_000, steps=20_000, lr_ov=None, lr=None,
+)
+PRESETS = {
+    "quick": QUICK,
+    "medium": {**QUICK, "seed": list(range(10))},
+    "paper": QUICK,                                          # the paper's own setting takes seconds
+}
+SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
+
+def resolve(args):
+    """Completes a run's settings: step sizes are the optimizer's; None: has no effect on it."""
+    chosen = OPTIMIZERS[args.optimizer]
+    args.lr_ov = chosen.lr_ov if args.lr_ov is None else args.lr_ov
+    args.lr = chosen.lr if args.lr is None else args.lr
+    if args.stages == "joint":
+        args.steps_ov = None
+    if args.sentences:
+        args.order = args.vocab_size = args.n_sentences = args.seq_len = None
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = common.make_parser(main)
+    add = parser.add_argument
+    tokens, steps = common.number(int, 2, 200), common.number(int, 1, 10_000_000)
+    add("--vocab-size", type=tokens, help="|V|, tokens; also d, the width of the embedding")
+    add("--n-sentences", type=common.number(int, 1, 10_000), help="N, training sentences")
+    add("--seq-len", type=tokens, help="L, tokens of a sentence")
+    add("--order", nargs="+", choices=list(ORDERS), help="the strict order of each query")
+    add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], help="of the tokens")
+    add("--weights", nargs="+", choices=["random", "uniform"], help="of the pairs in stage 1")
+    add("--sentences", type=common.data_path, help="a file: token ids, a sentence and what follows")
+    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), help="ngd: normalised, gd: plain")
+    add("--stages", nargs="+", choices=["two", "joint"], help="W_OV, then W_KQ; or both at once")
+    add("--steps-ov", type=steps, help="steps of stage 1")
+    add("--steps", type=steps, help="steps of stage 2, or of the joint training")
+    own = "in units of 1/sqrt(d) (default: the optimizer's own)"
+    add("--lr-ov", type=common.positive_float, help=f"eta_0, the step size of W_OV, {own}")
+    add("--lr", type=common.positive_float, help=f"eta, the step size of W_KQ, {own}")
+    add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of data and embedding")
+    without = ["--dtype", "--compile", "--eval-every"]       # float64; measured at marks()
+    return common.parse_args(parser, PRESETS, argv, without, devices=("cuda", "cpu"))
+
+def show(runs, results):
+    """Prints Fig. 2 of each setting's first run, and the theorems' table; draws Fig. 2."""
+    for args, group in common.by_setting(runs, runs):
+        print_panels(group[0], f"{in_words(args, runs) or 'Fig. 2'}, seed {args.seed}")
     print_summary(runs, results)
-    if args.plot:
-        plot(runs[0], Path(args.out_dir) / "ntp_convergence" / "fig2.png")
+    if runs[0].args.plot:
+        plot(runs)
+
+def main(argv=None):
+    """Trains what the flags ask for, shows it; returns the results, a dict a run."""
+    args = parse_args(argv)
+    runs = common.sweep(args, SWEEP, resolve)
+    for run in runs:
+        try:
+            get_dataset(run.args)                            # before anything is written
+        except (OSError, ValueError) as error:
+            common.fail(error, 2)
+    return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
-    main()
+    common.command(main)
