@@ -95,10 +95,7 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, seq_len-1); hops: None (uniform over 0..max_hops), an int, or (B,).
-
-        ValueError where hops has no token: it is not in 0..max_hops.
-        """
+        """tokens, targets (B, seq_len-1). hops: None (uniform in 0..max_hops), an int, or (B,)."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
             hops = torch.randint(self.max_hops + 1, (batch,), **on)
@@ -196,7 +193,6 @@ class Construction(nn.Module):
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
         self.inverse_temperature = 30.0
-
         # The features of the residual stream, and how many dimensions each has; b_l is bit l of k,
         # which the k token has as k_l, and everybody after layer 1
         C = n_chars + 1                                      # a character, or `undefined`
@@ -220,7 +216,6 @@ class Construction(nn.Module):
 
         def stack(*heads):
             return nn.Parameter(torch.stack(heads), requires_grad=False)         # (H, d, d)
-
         # Embeddings: a token knows its character, or the bits of k; a position j knows j, j^2, and
         # which one it is
         self.wte = weights(task.vocab_size)
@@ -235,7 +230,6 @@ class Construction(nn.Module):
             self.wpe[j, x["one"] + x["where"][j:j + 1]] = 1
             self.wpe[j, x["pos"]] = j
             self.wpe[j, x["pos2"]] = j * j
-
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), oneself less than anything, and the k token ranks between matches and
         # the rest. Brings back j + 1, or 0.
@@ -248,7 +242,6 @@ class Construction(nn.Module):
         read_QK = weights(d, ("one", "is_k", 1))
         read_OV = weights(d, *[(f"b{l}", f"k{l}", 1) for l in range(n_bits)])
         layers = [(stack(find_QK, read_QK), stack(find_OV, read_OV), weights(d), weights(d))]
-
         # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest,
         # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
         # character where bit b_l of k is one (a hidden unit is named as the feature of its index):
@@ -263,7 +256,6 @@ class Construction(nn.Module):
             W_out = weights(d, (f"c{l + 1}", new, 1), (f"c{l + 1}", f"c{l}", 1))
             layers.append((stack(QK), stack(OV), W_in, W_out))
         self.layers = nn.ModuleList(nn.ParameterList(layer) for layer in layers)
-
         # Unembedding: the last character; at the k token, `blank`
         self.lm_head = weights(task.vocab_size)
         for char in range(C):
@@ -293,10 +285,8 @@ def construct(max_hops, n_chars=4, seq_len=100):
 # ---- Parallel machines: the other half of the title (Fig. 1, Sec. 2) ----------------------------
 
 class Cluster:
-    """q machines of s words of memory each, which exchange words in rounds.
-
-    In a round each machine computes on its own words, then sends and receives s words at most.
-    """
+    """q machines of s words of memory each. In a round each computes on its own words, then sends
+    and receives s words at most."""
 
     def __init__(self, q, s):
         self.q = q
@@ -331,11 +321,9 @@ class Cluster:
         return inbox
 
 def mpc_hops(X, k, q, s, n_chars=4):
-    """hop_k of a list of characters X, by q machines of s words each, by pointer doubling.
-
-    Returns the list of hop_k, -1 where undefined, and the Cluster. ValueError where a machine could
-    hold the whole input: then one computes everything, in two rounds. RuntimeError where the
-    protocol breaks a limit of the machines.
+    """hop_k of a list of characters X by q machines of s words each: that list, -1 where
+    undefined, and the Cluster. ValueError where a machine could hold the whole input: then one
+    computes everything, in two rounds. RuntimeError where a limit of the machines is broken.
 
     Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
     pointer r, which starts at i and ends at find^k. One round finds f. Then two rounds for each bit
@@ -383,10 +371,8 @@ def find_first(cluster, n_chars):
             last[char] = i
 
 def look_up(cluster, m, arrays):
-    """Two rounds that replace each pointer p by array[p]. arrays: pointer -> array, by name.
-
-    All pointers ask the machine that holds p, and that machine answers. -1, undefined, stays.
-    """
+    """Two rounds, question and answer, that replace each pointer p by array[p] of the machine that
+    holds p. arrays: pointer -> array, by name. -1, undefined, stays."""
     calls = []
     for machine, own in enumerate(cluster.words):
         for pointer in arrays:
@@ -524,7 +510,7 @@ def head_alignment(model, task, n=10, seed=20_000):
     """
     data = torch.Generator(task.device).manual_seed(seed)
     tokens, _ = task.sample(n, data, hops=task.max_hops)
-    _, attns = model(tokens, return_attn=True)               # (n, H, N, N) each
+    _, attns = model(tokens, return_attn=True)               # (n, H, N, N) by layer
     N = tokens.shape[1]
     matrices = []
     for j in range(1, task.max_hops + 1):
@@ -632,18 +618,15 @@ def print_errors(runs, results):
         rows.append(row)
         for state, errors in published(args).items():
             rows.append([f"paper, dropout {state}", "", *[f"{error:.3f}" for error in errors], ""])
-    n_eval = runs[0].args.n_eval
     print(f"""
-Error by number of hops k, {n_eval} sequences each (standard errors up to {max(ses):.3f}). Solved:
-the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is enough.
-The paper's models were measured with dropout on; off is what ours compares with.""")
+Error by number of hops k on {args.n_eval} sequences each, standard errors up to {max(ses):.3f}.
+Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
+enough. The paper's models were measured with dropout on; off is what ours compares with.""")
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
 def print_heads(runs, shown, task):
-    """Figs. 3 and 4 as numbers: what each head looks at, beside the heads of the construction.
-
-    shown: pairs of args and results, of each setting's first run.
-    """
+    """Figs. 3 and 4 as numbers: what heads look at, beside those of the construction. shown: args
+    and results of each setting's first run."""
     print("""
 Heads: the find^j that each looks at most, and its normalised inner product with it (undefined hops
 count against it; the construction's first layer looks for characters and for k, at no find^j)""")
@@ -653,10 +636,7 @@ count against it; the construction's first layer looks for characters and for k,
     rows = []
     for name, alignment in alignments.items():
         for i, layer in enumerate(alignment):
-            best = []
-            for head in layer:
-                product = max(head)
-                best.append(f"find^{head.index(product) + 1} {product:.2f}")
+            best = [f"find^{head.index(max(head)) + 1} {max(head):.2f}" for head in layer]
             rows.append([name, str(i + 1), *best])
     n_columns = max(map(len, rows))
     header = ["model", "layer", *[f"head {i - 1}" for i in range(2, n_columns)]]
@@ -693,7 +673,7 @@ def plot_heads(runs, shown):
     alignment = np.array(result["alignment"])                # (L, H, J)
     heads = [f"{i // args.n_head + 1}.{i % args.n_head + 1}" for i in range(alignment[..., 0].size)]
     hops = range(1, args.max_hops + 1)
-    figure, axes = common.new_figure(1, 1 + args.max_hops.bit_length(), width=3.6, height=4.2)
+    figure, axes = common.new_figure(1, 1 + args.max_hops.bit_length(), width=3, height=3.6)
     figure.suptitle(in_words(args, runs))
     axis = axes[0, 0]
     image = axis.imshow(np.concatenate(alignment), aspect="auto", vmin=0, vmax=1, cmap="Greys")
@@ -779,8 +759,7 @@ def parse_args(argv=None):
         help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
     add("--n-chars", type=common.number(int, 2, 1000), help="characters of the alphabet")
     add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    n_train = common.number(int, 0, 10**7)
-    add("--n-train", nargs="+", type=n_train, help="training sequences; 0: fresh at every step")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10**7), help="0: fresh sequences")
     add("--batch-size", type=count, help="sequences a step")
     add("--steps", type=count, help="training steps")
     add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")
