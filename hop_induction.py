@@ -3,9 +3,8 @@ Transformers, Parallel Computation, and Logarithmic Depth.
 Sanford, Hsu, Telgarsky. ICML 2024, arXiv 2402.09268.
 
 k-hop induction heads, a chain of k look-ups, need depth Theta(log k) and no more: floor(log2 k) + 2
-layers are enough (Theorem 4.2), because each layer can double the number of hops. Trained
-transformers obey the same threshold, and their heads find the same doubling: they look at find^1,
-find^2, find^4, ...
+layers are enough (Theorem 4.2), as each layer can double the number of hops. Trained transformers
+obey the same threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
 
 What to look for: in the table of errors by depth and hops, the largest k that is solved. In the
 paper's setting it about doubles with each layer. The quick preset stops at 4 hops after a short
@@ -95,10 +94,7 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, seq_len-1); hops: None (uniform over 0..max_hops), an int, or (B,).
-
-        ValueError where hops has no token: it is not in 0..max_hops.
-        """
+        """tokens, targets (B, seq_len-1). hops: None (uniform in 0..max_hops), an int, or (B,)."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
             hops = torch.randint(self.max_hops + 1, (batch,), **on)
@@ -155,7 +151,7 @@ class HopLSTM(nn.Module):
         super().__init__()
         like = HopTransformer(n_layer, n_head, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
-        # its own: two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
+        # two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
         own = {d: 16 * d**2 + 16 * d + 2 * vocab_size * d for d in range(8, 2048, 8)}
         width = min(own, key=lambda d: abs(own[d] - n_params))
         self.wte = nn.Embedding(vocab_size, width)
@@ -184,19 +180,20 @@ class Construction(nn.Module):
     is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token positions, 0
     is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of i, and c_l(i)
     is the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is above
-    500: scores up to 60 seq_len^2 have to be exact in float32.
+    `longest`: scores up to 60 seq_len^2 have to be exact in float32.
     """
+
+    longest = 500                                            # seq_len
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
         super().__init__()
-        if seq_len > 500:
-            raise ValueError(f"seq_len {seq_len} is above 500, where float32 may not be exact")
+        if seq_len > self.longest:
+            raise ValueError(f"seq_len {seq_len} is above {self.longest}: float32 is not exact")
         task = HopTask(seq_len, n_chars, max_hops)
         N = task.block_size
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
         self.inverse_temperature = 30.0
-
         # The features of the residual stream, and how many dimensions each has; b_l is bit l of k,
         # which the k token has as k_l, and everybody after layer 1
         C = n_chars + 1                                      # a character, or `undefined`
@@ -220,7 +217,6 @@ class Construction(nn.Module):
 
         def stack(*heads):
             return nn.Parameter(torch.stack(heads), requires_grad=False)         # (H, d, d)
-
         # Embeddings: a token knows its character, or the bits of k; a position j knows j, j^2, and
         # which one it is
         self.wte = weights(task.vocab_size)
@@ -235,7 +231,6 @@ class Construction(nn.Module):
             self.wpe[j, x["one"] + x["where"][j:j + 1]] = 1
             self.wpe[j, x["pos"]] = j
             self.wpe[j, x["pos2"]] = j * j
-
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), oneself less than anything, and the k token ranks between matches and
         # the rest. Brings back j + 1, or 0.
@@ -248,7 +243,6 @@ class Construction(nn.Module):
         read_QK = weights(d, ("one", "is_k", 1))
         read_OV = weights(d, *[(f"b{l}", f"k{l}", 1) for l in range(n_bits)])
         layers = [(stack(find_QK, read_QK), stack(find_OV, read_OV), weights(d), weights(d))]
-
         # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest,
         # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
         # character where bit b_l of k is one (a hidden unit is named as the feature of its index):
@@ -263,7 +257,6 @@ class Construction(nn.Module):
             W_out = weights(d, (f"c{l + 1}", new, 1), (f"c{l + 1}", f"c{l}", 1))
             layers.append((stack(QK), stack(OV), W_in, W_out))
         self.layers = nn.ModuleList(nn.ParameterList(layer) for layer in layers)
-
         # Unembedding: the last character; at the k token, `blank`
         self.lm_head = weights(task.vocab_size)
         for char in range(C):
@@ -286,17 +279,13 @@ class Construction(nn.Module):
         logits = x @ self.lm_head.mT
         return (logits, attns) if return_attn else logits
 
-def construct(max_hops, n_chars=4, seq_len=100):
-    """A transformer of Theorem 4.2's depth for up to max_hops hops: see Construction."""
-    return Construction(max_hops, n_chars, seq_len)
+construct = Construction                                     # a model like the trained ones
 
 # ---- Parallel machines: the other half of the title (Fig. 1, Sec. 2) ----------------------------
 
 class Cluster:
-    """q machines of s words of memory each, which exchange words in rounds.
-
-    In a round each machine computes on its own words, then sends and receives s words at most.
-    """
+    """q machines of s words of memory each. In a round each computes on its own words, then sends
+    and receives s words at most."""
 
     def __init__(self, q, s):
         self.q = q
@@ -319,23 +308,21 @@ class Cluster:
             received[receiver] += len(words)
             inbox[receiver].append(words)
         self.rounds += 1
-        for machine in range(self.q):
-            held = sum(map(len, self.words[machine].values())) + received[machine]
-            counts = {"sends": sent[machine], "receives": received[machine], "holds": held}
-            for what, count in counts.items():
-                if count > self.s:
-                    raise RuntimeError(f"round {self.rounds}: machine {machine} {what} {count} "
-                                       f"words, {self.s} at most")
+        for machine, own in enumerate(self.words):
+            held = sum(map(len, own.values())) + received[machine]
             self.memory = max(self.memory, held)
             self.load = max(self.load, sent[machine], received[machine])
+            counts = {"sends": sent[machine], "receives": received[machine], "holds": held}
+            for what, n in counts.items():
+                if n > self.s:
+                    where = f"round {self.rounds}: machine {machine}"
+                    raise RuntimeError(f"{where} {what} {n} words, {self.s} at most")
         return inbox
 
 def mpc_hops(X, k, q, s, n_chars=4):
-    """hop_k of a list of characters X, by q machines of s words each, by pointer doubling.
-
-    Returns the list of hop_k, -1 where undefined, and the Cluster. ValueError where a machine could
-    hold the whole input: then one computes everything, in two rounds. RuntimeError where the
-    protocol breaks a limit of the machines.
+    """hop_k of a list of characters X by q machines of s words each: that list, -1 where
+    undefined, and the Cluster. ValueError where a machine could hold the whole input: then one
+    computes everything, in two rounds. RuntimeError where a limit of the machines is broken.
 
     Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
     pointer r, which starts at i and ends at find^k. One round finds f. Then two rounds for each bit
@@ -355,10 +342,7 @@ def mpc_hops(X, k, q, s, n_chars=4):
         look_up(cluster, m, {"r": "f", "f": "f"} if k & 1 else {"f": "f"})
         k >>= 1
     look_up(cluster, m, {"r": "X"})
-    hops = []
-    for own in cluster.words:
-        hops += own["r"].values()
-    return hops, cluster
+    return [hop for own in cluster.words for hop in own["r"].values()], cluster
 
 def find_first(cluster, n_chars):
     """One round that writes find^1 to f.
@@ -383,10 +367,8 @@ def find_first(cluster, n_chars):
             last[char] = i
 
 def look_up(cluster, m, arrays):
-    """Two rounds that replace each pointer p by array[p]. arrays: pointer -> array, by name.
-
-    All pointers ask the machine that holds p, and that machine answers. -1, undefined, stays.
-    """
+    """Two rounds, question and answer, that replace each pointer p by array[p] of the machine that
+    holds p. arrays: pointer -> array, by name. -1, undefined, stays."""
     calls = []
     for machine, own in enumerate(cluster.words):
         for pointer in arrays:
@@ -524,7 +506,7 @@ def head_alignment(model, task, n=10, seed=20_000):
     """
     data = torch.Generator(task.device).manual_seed(seed)
     tokens, _ = task.sample(n, data, hops=task.max_hops)
-    _, attns = model(tokens, return_attn=True)               # (n, H, N, N) each
+    _, attns = model(tokens, return_attn=True)               # (n, H, N, N) by layer
     N = tokens.shape[1]
     matrices = []
     for j in range(1, task.max_hops + 1):
@@ -555,8 +537,8 @@ def measure(args, run):
     task, model = load(run.folder, args.device)
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
-    n_params = sum(p.numel() for p in model.parameters())
-    results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
+    results = dict(errors=plain(errors), se=plain(se))
+    results["n_params"] = sum(p.numel() for p in model.parameters())
     if args.arch == "transformer":
         results["alignment"] = [layer.tolist() for layer in head_alignment(model, task)]
     return results
@@ -632,31 +614,26 @@ def print_errors(runs, results):
         rows.append(row)
         for state, errors in published(args).items():
             rows.append([f"paper, dropout {state}", "", *[f"{error:.3f}" for error in errors], ""])
-    n_eval = runs[0].args.n_eval
     print(f"""
-Error by number of hops k, {n_eval} sequences each (standard errors up to {max(ses):.3f}). Solved:
-the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is enough.
-The paper's models were measured with dropout on; off is what ours compares with.""")
+Error by number of hops k on {args.n_eval} sequences each, standard errors up to {max(ses):.3f}.
+Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
+enough. The paper's models were measured with dropout on; off is what ours compares with.""")
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
 def print_heads(runs, shown, task):
-    """Figs. 3 and 4 as numbers: what each head looks at, beside the heads of the construction.
-
-    shown: pairs of args and results, of each setting's first run.
-    """
+    """Figs. 3 and 4 as numbers: what heads look at, beside those of the construction. shown: args
+    and results of each setting's first run."""
     print("""
 Heads: the find^j that each looks at most, and its normalised inner product with it (undefined hops
 count against it; the construction's first layer looks for characters and for k, at no find^j)""")
-    built = construct(task.max_hops, task.n_chars, task.seq_len)
     alignments = {in_words(args, runs): result["alignment"] for args, result in shown}
-    alignments["by construction"] = [layer.tolist() for layer in head_alignment(built, task)]
+    if task.seq_len <= Construction.longest:
+        built = construct(task.max_hops, task.n_chars, task.seq_len)
+        alignments["by construction"] = [layer.tolist() for layer in head_alignment(built, task)]
     rows = []
     for name, alignment in alignments.items():
         for i, layer in enumerate(alignment):
-            best = []
-            for head in layer:
-                product = max(head)
-                best.append(f"find^{head.index(product) + 1} {product:.2f}")
+            best = [f"find^{head.index(max(head)) + 1} {max(head):.2f}" for head in layer]
             rows.append([name, str(i + 1), *best])
     n_columns = max(map(len, rows))
     header = ["model", "layer", *[f"head {i - 1}" for i in range(2, n_columns)]]
@@ -677,9 +654,7 @@ def plot_errors(runs, results):
             if state == "off" or "off" not in published(args):
                 axis.plot(SHOWN, numbers, marker, markersize=9, fillstyle="none", color=f"C{i}",
                           label=f"paper, dropout {state}")
-    chance = 1 - 1 / runs[0].args.n_chars
-    axis.axhline(chance, color="black", linewidth=0.6)
-    axis.text(0, chance, "chance", va="bottom")
+    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="chance")
     axis.set(xlabel="number of hops k", ylabel="error (share of characters)", ylim=(-0.02, 0.9))
     axis.set_xticks(hops)
     axis.legend(fontsize=8)
@@ -692,12 +667,11 @@ def plot_heads(runs, shown):
     args, result = max(shown, key=lambda pair: pair[0].n_layer)
     alignment = np.array(result["alignment"])                # (L, H, J)
     heads = [f"{i // args.n_head + 1}.{i % args.n_head + 1}" for i in range(alignment[..., 0].size)]
-    hops = range(1, args.max_hops + 1)
-    figure, axes = common.new_figure(1, 1 + args.max_hops.bit_length(), width=3.6, height=4.2)
+    figure, axes = common.new_figure(1, 1 + args.max_hops.bit_length(), width=3, height=3.6)
     figure.suptitle(in_words(args, runs))
     axis = axes[0, 0]
     image = axis.imshow(np.concatenate(alignment), aspect="auto", vmin=0, vmax=1, cmap="Greys")
-    axis.set_xticks(range(args.max_hops), hops)
+    axis.set_xticks(range(args.max_hops), range(1, args.max_hops + 1))
     axis.set_yticks(range(len(heads)), heads, fontsize=7)
     axis.set(title="normalised inner product with find^j", xlabel="j", ylabel="layer.head")
     figure.colorbar(image, ax=axis)
@@ -743,8 +717,7 @@ The theorem's depth; its one head, and a width that does not grow with N, are no
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args):
-    """--mpc: rounds, memory and load for k = 1, 2, 4, ..., as a dict for each, and the depth of a
-    transformer beside them. What the machines answer is checked against find."""
+    """--mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find."""
     N = args.seq_len
     task = HopTask(N + 2, args.n_chars, args.max_hops)       # of N + 2 positions, N are characters
     tokens, _ = task.sample(1, torch.Generator().manual_seed(args.seed[0]))
@@ -760,8 +733,8 @@ def show_mpc(args):
         except RuntimeError as error:
             common.fail(f"the protocol breaks the limits in {error}; give more --words", 2)
         expected = [X[p] if p >= 0 else -1 for p in find(chars, k)[0].tolist()]
-        used = dict(rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
-        results.append(dict(k=k, **used, depth=bit + 2, right=hops == expected))
+        result = dict(k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
+        results.append(dict(result, depth=bit + 2, right=hops == expected))
     common.print_table(list(results[0]), [list(map(str, row.values())) for row in results])
     return results
 
@@ -779,8 +752,7 @@ def parse_args(argv=None):
         help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
     add("--n-chars", type=common.number(int, 2, 1000), help="characters of the alphabet")
     add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    n_train = common.number(int, 0, 10**7)
-    add("--n-train", nargs="+", type=n_train, help="training sequences; 0: fresh at every step")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10**7), help="0: fresh sequences")
     add("--batch-size", type=count, help="sequences a step")
     add("--steps", type=count, help="training steps")
     add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")

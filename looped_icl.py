@@ -71,8 +71,9 @@ def sparse_linear(xs, generator):
     B, n, d = xs.shape
     w = randn(generator, B, d, 1)
     order = torch.rand(B, d, generator=generator, device=xs.device).argsort(1)
-    mask = torch.zeros(B, d, device=xs.device).scatter(1, order[:, :3], 1.0)            # (B, d)
-    return (xs @ (w * mask[..., None]))[..., 0]
+    mask = torch.zeros(B, d, 1, device=xs.device)
+    mask = mask.scatter(1, order[:, :3, None], 1.0)                     # (B, d, 1)
+    return (xs @ (w * mask))[..., 0]
 
 def decision_tree(xs, generator):
     """A tree of depth 4: each node branches on the sign of a random coordinate, leaves are N(0, 1).
@@ -93,7 +94,8 @@ def relu_2nn(xs, generator):
     """W2 ReLU(W1 x) sqrt(2/100), with 100 hidden units and N(0, 1) weights."""
     B, n, d = xs.shape
     W1, W2 = randn(generator, B, d, 100), randn(generator, B, 100, 1)
-    return (math.sqrt(2 / 100) * (xs @ W1).relu() @ W2)[..., 0]
+    hidden = (xs @ W1).relu()                                           # (B, n, 100)
+    return (math.sqrt(2 / 100) * hidden @ W2)[..., 0]
 
 @dataclass
 class Task:
@@ -191,7 +193,8 @@ def read_table(path, n_dims=20, least_rows=1_000, most_rows=10_000):
     deviation = features.std(0)
     features = (features - features.mean(0)) / np.where(deviation > 0, deviation, 1)
     missing = n_dims - features.shape[1]
-    return np.pad(features, ((0, 0), (missing, 0))).astype(np.float32), labels
+    features = np.pad(features, ((0, 0), (missing, 0)))
+    return features.astype(np.float32), labels
 
 def download(url):
     """The text at an address. OSError."""
@@ -266,7 +269,8 @@ class Tables:
                                  f"--n-points {n_points}")
             own = {"test": rows} if number == held_out else {"train": train, "valid": valid}
             for part, rows in own.items():
-                parts[part].append((torch.from_numpy(xs[rows]), torch.from_numpy(ys[rows])))
+                table = torch.from_numpy(xs[rows]), torch.from_numpy(ys[rows])
+                parts[part].append(table)
         self.parts = {part: self.pack(tables) for part, tables in parts.items()}
 
     def pack(self, tables):
@@ -335,7 +339,8 @@ class InContextTransformer(nn.Module):
         With both, the loops before the window run without gradient. none: z_0 = e, z_(i+1) =
         f(z_i), with the gradient through all loops. One loop is an ordinary transformer.
         """
-        ys = F.pad(ys[..., None], (0, xs.shape[2] - 1))                 # (B, n, d)
+        d = xs.shape[2]
+        ys = F.pad(ys[..., None], (0, d - 1))                           # (B, n, d)
         tokens = torch.stack([xs, ys], 2).flatten(1, 2)                 # (B, 2n, d)
         e = self.read_in(tokens[:, :-1])                                # without the last y
         if self.inject == "add":
@@ -475,7 +480,8 @@ def least_squares(xs, ys):
     out = torch.zeros_like(y)
     for i in range(1, ys.shape[1]):
         # rtol: rotated in float32, inputs of a subspace leave it by 1e-8, which is not to be fitted
-        w = torch.linalg.pinv(x[:, :i], rtol=1e-5) @ y[:, :i, None]     # (B, d, 1)
+        inverse = torch.linalg.pinv(x[:, :i], rtol=1e-5)                # (B, d, i)
+        w = inverse @ y[:, :i, None]                                    # (B, d, 1)
         out[:, i] = (x[:, i, None] @ w)[:, 0, 0]
     return out.to(ys)
 
@@ -513,7 +519,8 @@ def lasso(xs, ys, alpha=0.01):
     B, n, d = x.shape
     # means over the i pairs before each x: X^T X / i and X^T y / i
     i = torch.arange(n).clamp_min(1).view(1, -1, 1)
-    gram = (x[..., None] * x[..., None, :]).cumsum(1)[:, :-1]
+    gram = x[..., None] * x[..., None, :]                               # (B, n, d, d)
+    gram = gram.cumsum(1)[:, :-1]
     gram = F.pad(gram, (0, 0, 0, 0, 1, 0)) / i[..., None]
     target = (x * y[..., None]).cumsum(1)[:, :-1]
     target = F.pad(target, (0, 0, 1, 0)) / i
@@ -538,7 +545,8 @@ def lasso(xs, ys, alpha=0.01):
         counts = torch.cat([~in_use, ~in_use, in_use], 1) & (s > 1e-10 * level)
         s, event = torch.where(counts, s, math.inf).min(1, keepdim=True)
         rest = (level - alpha).clamp_min(0)
-        changes = F.one_hot(event[:, 0] % d, d).bool() & (s < rest)     # (N, d)
+        coordinate = event[:, 0] % d
+        changes = F.one_hot(coordinate, d).bool() & (s < rest)          # (N, d)
         w = w + torch.minimum(s, rest) * slope
         level = level - torch.minimum(s, rest)
         in_use = in_use ^ changes
@@ -574,33 +582,38 @@ def greedy_tree(xs, ys, depth=4):
     out = torch.zeros_like(ys)
     right = (xs > 0).to(ys.dtype)                                       # (B, n, d)
     for i in range(1, ys.shape[1]):
-        y = ys[:, :i]
+        seen, y = right[:, :i], ys[:, :i]                               # (B, i, d), (B, i)
         node = torch.zeros_like(y, dtype=torch.long)                    # of each pair, (B, i)
         query = torch.zeros_like(node[:, :1])                           # of x_i, (B, 1)
         out[:, i] = y.mean(1)
         for level in range(depth):
-            split = best_splits(right[:, :i], y, node, 2**level)        # (B, nodes)
+            split = best_splits(seen, y, node, 2**level)                # (B, nodes)
             asked = split.gather(1, node)[..., None]                    # (B, i, 1)
-            node = 2 * node + right[:, :i].gather(2, asked)[..., 0].long()
-            query = 2 * query + right[:, i].gather(1, split.gather(1, query)).long()
+            node = 2 * node + seen.gather(2, asked)[..., 0].long()
+            asked = split.gather(1, query)                              # (B, 1)
+            query = 2 * query + right[:, i].gather(1, asked).long()
             same = (node == query).to(y.dtype)                          # (B, i)
-            mean = (same * y).sum(1) / same.sum(1).clamp_min(1)
-            out[:, i] = torch.where(same.sum(1) > 0, mean, out[:, i])
+            n_same = same.sum(1)
+            mean = (same * y).sum(1) / n_same.clamp_min(1)
+            out[:, i] = torch.where(n_same > 0, mean, out[:, i])
     return out
 
 @torch.enable_grad()
 def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
     """A two-layer ReLU network, trained by Adam on the pairs before each x, one for each prompt."""
     B, n, d = xs.shape
-    draw = {"generator": torch.Generator(xs.device).manual_seed(0), "device": xs.device}
+    draw = torch.Generator(xs.device).manual_seed(0)
     out = torch.zeros_like(ys)
     for i in range(1, n):
-        W1 = (torch.randn(B, d, hidden, **draw) / math.sqrt(d)).requires_grad_()
-        W2 = (torch.randn(B, hidden, 1, **draw) / math.sqrt(hidden)).requires_grad_()
+        W1 = randn(draw, B, d, hidden) / math.sqrt(d)
+        W2 = randn(draw, B, hidden, 1) / math.sqrt(hidden)
+        W1.requires_grad_()
+        W2.requires_grad_()
         optimizer = torch.optim.Adam([W1, W2], lr=lr)
         for _ in range(steps):
             predictions = ((xs[:, :i] @ W1).relu() @ W2)[..., 0]        # (B, i)
-            loss = (predictions - ys[:, :i]).square().mean(1).sum()
+            error = predictions - ys[:, :i]
+            loss = error.square().mean(1).sum()                         # each prompt on its own
             W1.grad, W2.grad = torch.autograd.grad(loss, [W1, W2])
             optimizer.step()
         hidden_units = (xs[:, i, None] @ W1).relu()                     # (B, 1, hidden)
@@ -647,7 +660,8 @@ def bootstrap(values, n=1_000, level=0.9):
         rows = torch.randint(N, (N,), generator=draw)
         times_drawn.append(rows.bincount(minlength=N))
     means = torch.stack(times_drawn).to(values) @ values / N            # (n, n_points)
-    low, high = means.quantile((1 - level) / 2, 0), means.quantile((1 + level) / 2, 0)
+    low = means.quantile((1 - level) / 2, 0)
+    high = means.quantile((1 + level) / 2, 0)
     return [values.mean(0).tolist(), low.tolist(), high.tolist()]
 
 def shifted_prompts(task, n, n_points, generator):
@@ -691,7 +705,8 @@ def hidden_states(model, xs, ys, loops):
     parts = []
 
     def keep(block, inputs, z):                                         # (250, 2n-1, C)
-        read = torch.cat([z[:, -1], z.mean(1)], 1).cpu().double()
+        read = torch.cat([z[:, -1], z.mean(1)], 1)                      # (250, 2C)
+        read = read.cpu().double()
         parts[-1].append(F.pad(read, (0, 1), value=1.0))
 
     hooks = [block.register_forward_hook(keep) for block in model.h]
@@ -721,13 +736,13 @@ def probe(model, task, n_points, loops, n=1_000, ridge=1.0):
         y = ys[:, :-1, None].cpu().double()
         targets = {
             "X^T y": (X.mT @ y)[..., 0] / X.shape[1],                   # (N, d)
-            "least-squares w": (torch.linalg.pinv(X) @ y)[..., 0],
+            "w": (torch.linalg.pinv(X) @ y)[..., 0],
         }
         return hidden_states(model, xs, ys, loops), targets
 
     test_states, test_targets = states_and_targets(constant=False)
     found = {}
-    for fitted, constant in [("", False), (", fitted on w = 1", True)]:
+    for fitted, constant in [("", False), (" (control)", True)]:
         states, targets = states_and_targets(constant)
         for name, target in targets.items():
             by_loop = found[name + fitted] = []
@@ -799,40 +814,52 @@ def describe(args, results):
     return f"{name}, {results[0]['table']}" if args.task == "openml" else name
 
 def print_columns(title, corner, columns, rows):
-    """A table: columns {name: numbers for each seed}, rows {name: index or key of a number}."""
+    """A table: columns {name: some lists or dicts of numbers}, rows {name: index or key}. A cell
+    has the median and the range of these numbers."""
     print(f"\n{title}")
     cells = []
     for label, key in rows.items():
         cells.append([label])
-        for seeds in columns.values():
-            cells[-1].append(common.spread([numbers[key] for numbers in seeds]))
+        for numbers in columns.values():
+            cells[-1].append(common.spread([own[key] for own in numbers]))
     common.print_table([corner, *columns], cells)
 
-def print_by_examples(task, groups):
-    """Errors by number of examples, with the baselines."""
-    columns = {}
+def panels(task, groups):
+    """What tables and figures show of a task: for each panel the title, what x is, the first x, and
+    {name: curves}. The curves are of all seeds; by examples, of one seed they are its mean and the
+    ends of its 90% interval over test prompts."""
+    by_examples, by_loops, probes = {}, {}, []
     for name, (args, results) in groups.items():
-        loops = f", {results[0]['curve_loops']} loops" if args.model == "looped" else ""
-        columns[name + loops] = [result["curve"][0] for result in results]
-    for name, (mean, low, high) in results[0]["baselines"].items():
-        columns[name] = [mean]
-    what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
-    rows = {str(i): i for i in range(0, args.n_points, max(1, args.n_points // 10))}
-    rows[str(args.n_points - 1)] = -1
-    print_columns(f"{task}: {what} by number of examples", "examples", columns, rows)
-
-def print_by_loops(task, groups):
-    """Errors by number of loops, of the looped models."""
-    columns = {}
-    for name, (args, results) in groups.items():
+        curves = [result["curve"][0] for result in results]
+        curves = results[0]["curve"] if len(results) == 1 else curves
         if args.model == "looped":
-            columns[name] = [result["by_loops"] for result in results]
-            b = args.loops
-    if columns:
-        rows = {str(b // 4): b // 4 - 1, str(b // 2): b // 2 - 1} if b >= 4 else {}
-        rows = {"1": 0, **rows, **{str(k * b): k * b - 1 for k in (1, 2, 3, 5, 7, 10)}}
-        title = f"{task}: the same with all examples by number of loops, trained with {b}"
-        print_columns(title, "loops", columns, rows)
+            by_examples[f"{name}, {results[0]['curve_loops']} loops"] = curves
+            by_loops[f"{name}, trained with {args.loops}"] = [run["by_loops"] for run in results]
+        else:
+            by_examples[name] = curves
+        if "probe" in results[0]:
+            columns = {}
+            for target in results[0]["probe"]:
+                columns[target] = [run["probe"][target] for run in results]
+            title = f"{name}: relative error of the probe"
+            probes.append((title, "loop or layer", 1, columns))
+    by_examples |= results[0]["baselines"]
+    what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
+    found = [(f"{task}: {what}", "examples", 0, by_examples)]
+    if by_loops:
+        found.append((f"{task}: {what}, all examples", "loops", 1, by_loops))
+    return found + probes
+
+def print_panels(task, groups):
+    """A table for each panel, of about 20 rows."""
+    for title, corner, start, columns in panels(task, groups):
+        n = len(next(iter(columns.values()))[0])
+        step = max(1, n // 20)
+        rows = {}
+        for i in range(n):
+            if i in (0, n - 1) or (start + i) % step == 0:
+                rows[str(start + i)] = i
+        print_columns(title, corner, columns, rows)
 
 def print_ood(task, groups):
     """The error on other inputs than trained on, where --ood asked for it."""
@@ -844,89 +871,47 @@ def print_ood(task, groups):
     if columns:
         columns["least squares"] = [theirs]
         rows = {name: name for name in theirs}
-        print_columns(f"{task}: error on other inputs / variance of y", "inputs", columns, rows)
-
-def print_probe(groups):
-    """What the probe read off the hidden states, where --probe asked for it."""
-    for name, (args, results) in groups.items():
-        columns = {}
-        for target in results[0].get("probe", []):
-            columns[target] = [result["probe"][target] for result in results]
-            n = len(columns[target][0])
-        if columns:
-            rows = {str(k): k - 1 for k in sorted({1, (n + 3) // 4, (n + 1) // 2, n})}
-            print_columns(f"{name}: relative error of the probe", "loop or layer", columns, rows)
+        print_columns(f"{task}: squared error / variance of y", "other inputs", columns, rows)
 
 def print_summary(task, groups):
-    """Parameters and the error with all examples of each model; on tables the accuracy, beside the
-    paper's."""
-    header = ["model", "parameters", "of 12 layers'", "error, all examples", "90% over prompts"]
+    """Parameters of each model; on tables the accuracy with all examples, beside the paper's."""
+    header = ["model", "parameters", "of 12 layers'"]
+    header += ["accuracy", "paper"] if task == "openml" else []
     rows = []
     for name, (args, results) in groups.items():
-        _, low, high = results[0]["curve"]
         share = results[0]["n_params"] / results[0]["n_params_12"]
-        last = [result["curve"][0][-1] for result in results]
-        row = [name, f"{results[0]['n_params']:,}", f"{share:.1%}", common.spread(last)]
-        row.append(f"{low[-1]:.3f} .. {high[-1]:.3f}")
+        row = [name, f"{results[0]['n_params']:,}", f"{share:.1%}"]
         if task == "openml":
-            published = PUBLISHED.get(results[0]["table"], {}).get(args.model, "-")
-            row += [common.spread([1 - error for error in last]), str(published)]
+            accuracies = [1 - result["curve"][0][-1] for result in results]
+            published = PUBLISHED.get(results[0]["table"], {})
+            row += [common.spread(accuracies), str(published.get(args.model, "-"))]
         rows.append(row)
-    if task == "openml":
-        header += ["accuracy", "paper"]
-    print(f"\n{task}: summary (the interval is over test prompts alone; training seeds vary more)")
+    print()
     common.print_table(header, rows)
 
 STYLES = ["-", "--", "-.", ":", "o-", "s--", "^-.", "v:"] * 9           # readable in grey, too
 
-def draw_band(axis, start, curves, style, label, **more):
-    """The median line of some curves, from x = start, and their range as a band."""
-    x = range(start, start + len(curves[0]))
-    line, = axis.plot(x, np.median(curves, 0), style, label=label, markersize=3, **more)
-    low, high = np.min(curves, 0), np.max(curves, 0)
-    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-
-def draw_by_examples(axis, task, groups):
-    """Fig. 3: error by examples of models and baselines. The band: seeds, of one its interval."""
-    for style, (name, (args, results)) in zip(STYLES, groups.items()):
-        curves = [result["curve"][0] for result in results]
-        if len(results) == 1:
-            curves = results[0]["curve"]
-        draw_band(axis, 0, curves, style, name)
-    for style, (name, curve) in zip(STYLES, results[0]["baselines"].items()):
-        draw_band(axis, 0, curve, style, name, color="gray", linewidth=1)
-    what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
-    axis.set(title=task, xlabel="examples in the prompt", ylabel=what, ylim=(0, 1.5))
-    axis.legend(fontsize=7)
-
-def draw_by_loops(axis, groups):
-    """Fig. 2: error with all examples by loops; a thin line at the loops trained with."""
-    for style, (name, (args, results)) in zip(STYLES, groups.items()):
-        if args.model == "looped":
-            draw_band(axis, 1, [result["by_loops"] for result in results], style, name)
-            axis.axvline(args.loops, color="gray", linewidth=1)
-            axis.set(title=f"line: trained with {args.loops} loops", yscale="log")
-            axis.legend(fontsize=7)
-    axis.set(xlabel="loops", ylabel="error with all examples")
-
-def draw_probes(axis, groups):
-    """Sec. 6: what a probe of the hidden states misses, by loop or layer."""
-    for style, (name, (args, results)) in zip(STYLES, groups.items()):
-        for target in results[0].get("probe", []):
-            curves = [result["probe"][target] for result in results]
-            draw_band(axis, 1, curves, style, f"{name}: {target}")
-    axis.set(xlabel="loop or layer", ylabel="relative squared error", title="probes")
-    axis.legend(fontsize=6)
-
 def plot(runs, by_task):
-    """A row of panels for each task."""
-    columns = 3 if runs[0].args.probe else 2
-    figure, axes = common.new_figure(len(by_task), columns)
-    for row, (task, groups) in zip(axes, by_task.items()):
-        draw_by_examples(row[0], task, groups)
-        draw_by_loops(row[1], groups)
-        if runs[0].args.probe:
-            draw_probes(row[2], groups)
+    """Fig. 3, error by examples, Fig. 2, error by loops, and the probes, a row for each task. Bands
+    are the range of a panel's curves."""
+    found = [panels(task, groups) for task, groups in by_task.items()]
+    figure, axes = common.new_figure(len(found), max(map(len, found)))
+    for row, of_task in zip(axes, found):
+        for axis, (title, corner, start, lines) in zip(row, of_task):
+            for style, (name, curves) in zip(STYLES, lines.items()):
+                x = range(start, start + len(curves[0]))
+                thin = {"color": "gray", "linewidth": 1} if name in BASELINES else {"markersize": 3}
+                middle = np.median(curves, 0)
+                line, = axis.plot(x, middle, style, label=name, **thin)
+                low, high = np.min(curves, 0), np.max(curves, 0)
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+            task, _, what = title.rpartition(": ")
+            axis.set(title=task, xlabel=corner, ylabel=what)
+            axis.legend(fontsize=7)
+            if corner == "examples":
+                axis.set_ylim(0, 1.5)
+            if corner == "loops":
+                axis.set_yscale("log")
     common.save_figure(figure, runs, "errors")
 
 def show(runs, results):
@@ -934,11 +919,11 @@ def show(runs, results):
     by_task = {}
     for args, group in common.by_setting(runs, results):
         by_task.setdefault(args.task, {})[describe(args, group)] = args, group
+    print("\nIn brackets: the range over seeds, or, by examples and of one seed, the 90% interval")
+    print("over test prompts alone (training seeds vary more)")
     for task, groups in by_task.items():
-        print_by_examples(task, groups)
-        print_by_loops(task, groups)
+        print_panels(task, groups)
         print_ood(task, groups)
-        print_probe(groups)
         print_summary(task, groups)
     if runs[0].args.plot:
         plot(runs, by_task)
@@ -950,20 +935,28 @@ MEASURED = ["n_eval", "eval_loops", "ood", "probe"]             # training does 
 
 # None: the task's own, see TASKS
 QUICK = {
-    "task": ["linear"], "model": ["looped"], "inject": ["add"], "held_out": [0],
-    "n_layer": 12, "n_head": 4, "n_embd": 64, "n_dims": 3, "n_points": 8,
+    "task": ["linear"], "model": ["looped"],
+    "inject": ["add"], "held_out": [0],
+    "n_layer": 12, "n_head": 4, "n_embd": 64,
+    "n_dims": 3, "n_points": 8,
     "loops": 8, "window": 6, "loops_every": 100,
-    "dims_start": 1, "points_start": 8, "points_step": 2, "curriculum_every": 400,
-    "steps": 2_500, "batch_size": 64, "lr": 3e-3, "warmup": 200, "schedule": "cosine",
-    "eval_every": 250, "n_eval": 1_280, "eval_loops": None, "ood": False, "probe": False,
+    "dims_start": 1, "points_start": 8,
+    "points_step": 2, "curriculum_every": 400,
+    "steps": 2_500, "batch_size": 64, "lr": 3e-3,
+    "warmup": 200, "schedule": "cosine",
+    "eval_every": 250, "n_eval": 1_280, "eval_loops": None,
+    "ood": False, "probe": False,
     "data_dir": None, "fetch": None,
 }
 PAPER = {
     **QUICK,
-    "n_head": 8, "n_embd": 256, "n_dims": 20, "n_points": None,
+    "n_head": 8, "n_embd": 256,
+    "n_dims": 20, "n_points": None,
     "loops": None, "window": None, "loops_every": 500,
-    "dims_start": 5, "points_start": None, "points_step": None, "curriculum_every": 5_000,
-    "steps": None, "batch_size": None, "lr": 1e-4, "warmup": 0, "schedule": "constant",
+    "dims_start": 5, "points_start": None,
+    "points_step": None, "curriculum_every": 5_000,
+    "steps": None, "batch_size": None, "lr": 1e-4,
+    "warmup": 0, "schedule": "constant",
     "eval_every": 2_500,
 }
 PRESETS = {"quick": QUICK, "paper": PAPER}

@@ -461,6 +461,13 @@ def test_a_swept_flag_is_added_in_one_place(tmp_path, capsys, monkeypatch):
     assert "2 layers, dropout 0.5" in out and "figure" in out
 
 
+def test_sequences_too_long_for_the_construction(tmp_path, capsys):
+    flags = ["--seq-len", "502", "--max-hops", "1", "--steps", "1", "--n-eval", "1", "--batch-size", "1", "--n-head", "1"]
+    result, = call_main(hop_induction, *command(tmp_path, *flags))
+    out = capsys.readouterr().out
+    assert len(result["alignment"]) == 2 and "find^1" in out and "by construction" not in out
+
+
 def test_tables_fit_in_a_hundred_columns(tmp_path, capsys):
     flags = ["--max-hops", "16", "--seq-len", "40", "--steps", "1", "--n-eval", "2", "--n-head", "8", "--seed", "0", "1"]
     call_main(hop_induction, *command(tmp_path, *flags))

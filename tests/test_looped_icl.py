@@ -409,14 +409,14 @@ class Fake(nn.Module):
 def test_the_probe_finds_what_is_there():
     fake = Fake()
     found = looped_icl.probe(fake, Prompts("linear", 3), 15, 1, n=1_000)
-    assert set(found) == {target + fitted for target in ("X^T y", "least-squares w") for fitted in ("", ", fitted on w = 1")}
+    assert set(found) == {target + fitted for target in ("X^T y", "w") for fitted in ("", " (control)")}
     nothing, read, guessed = found["X^T y"]
     assert nothing == pytest.approx(1, abs=0.05) and read < 0.01 and guessed > 0.9
-    assert 0.02 < found["least-squares w"][1] < 0.5                              # X^T y is close to n w
+    assert 0.02 < found["w"][1] < 0.5                              # X^T y is close to n w
     # fitted on w = 1, only what the states hold of the prompt's own w is found
-    nothing, read, guessed = found["X^T y, fitted on w = 1"]
+    nothing, read, guessed = found["X^T y (control)"]
     assert nothing > 1.5 and read < 0.01 and guessed > 1.5
-    assert found["least-squares w, fitted on w = 1"][0] == pytest.approx(2, abs=0.2)             # |1 - w|^2 / |w|^2
+    assert found["w (control)"][0] == pytest.approx(2, abs=0.2)             # |1 - w|^2 / |w|^2
     assert not any(block._forward_hooks for block in fake.h)
 
 
@@ -716,7 +716,7 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys)
     results = call_main(looped_icl, *flags)
     out = capsys.readouterr().out
     assert len(results) == 10
-    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "least-squares w, fitted on w = 1",
+    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "w (control)",
                    "looped, 4 loops", "training seeds vary more", "2 layers", "10/10"):
         assert wanted in out, wanted
     tables = out[out.index("linear: squared"):out.index("figure:")]
