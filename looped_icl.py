@@ -10,7 +10,8 @@ stays flat from b loops on.
 
     python looped_icl.py                                three dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width
-    python looped_icl.py --inject none --lr 1e-3        without injection: lost past b loops
+    python looped_icl.py --inject none                  without injection: lost past b loops
+    python looped_icl.py --preset medium --plot         all of this in five dimensions, in an hour
 
 Fig. 2, error by loops, at its own b = 30, T = 15 (--loops, --window):
     python looped_icl.py --preset paper --loops 30 --plot
@@ -948,6 +949,13 @@ QUICK = {
     "ood": False, "probe": False,
     "data_dir": None, "fetch": None,
 }
+MEDIUM = {
+    **QUICK,
+    "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
+    "n_dims": 5, "n_points": 11, "points_start": 11,
+    "loops": 12, "window": 9, "curriculum_every": 500,
+    "steps": 6_000, "lr": 2e-3, "eval_every": 500,
+}
 PAPER = {
     **QUICK,
     "n_head": 8, "n_embd": 256,
@@ -959,7 +967,7 @@ PAPER = {
     "warmup": 0, "schedule": "constant",
     "eval_every": 2_500,
 }
-PRESETS = {"quick": QUICK, "paper": PAPER}
+PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
 def resolve(args):
     """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
@@ -967,6 +975,8 @@ def resolve(args):
     for name in vars(task):
         if name in args and getattr(args, name) is None:
             setattr(args, name, getattr(task, name))
+    if MODELS[args.model](args)[2] == "none" and "lr" not in getattr(args, "given", []):
+        args.lr = min(args.lr, 1e-3)                            # at 3e-3 none of these learns well
     if args.task == "openml" and args.data_dir is None:
         args.data_dir = Path("tables")
     dims_grow = not task.signs_only and args.dims_start < args.n_dims
@@ -1009,7 +1019,8 @@ def parse_args(argv=None):
     add("--curriculum-every", type=count, help="steps of a stage")
     add("--steps", type=count, help="training steps")
     add("--batch-size", type=count, help="prompts a step")
-    add("--lr", type=common.positive_float, help="peak learning rate of Adam")
+    add("--lr", type=common.positive_float,
+        help="peak learning rate of Adam; without injection at most 1e-3 where not given")
     add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")
     add("--schedule", choices=["constant", "cosine"], help="the rate afterwards; cosine ends at 0")
     add("--n-eval", type=count, help="prompts of each measurement")
