@@ -835,7 +835,7 @@ def panels(task, groups):
         curves = results[0]["curve"] if len(results) == 1 else curves
         if args.model == "looped":
             by_examples[f"{name}, {results[0]['curve_loops']} loops"] = curves
-            by_loops[f"{name}, trained with {args.loops}"] = [run["by_loops"] for run in results]
+            by_loops[f"{name}, b = {args.loops}"] = [run["by_loops"] for run in results]
         else:
             by_examples[name] = curves
         if "probe" in results[0]:
@@ -848,7 +848,7 @@ def panels(task, groups):
     what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
     found = [(f"{task}: {what}", "examples", 0, by_examples)]
     if by_loops:
-        found.append((f"{task}: {what}, all examples", "loops", 1, by_loops))
+        found.append((f"{task}, all examples: {what}", "loops", 1, by_loops))
     return found + probes
 
 def print_panels(task, groups):
@@ -901,18 +901,21 @@ def plot(runs, by_task):
         for axis, (title, corner, start, lines) in zip(row, of_task):
             for style, (name, curves) in zip(STYLES, lines.items()):
                 x = range(start, start + len(curves[0]))
-                thin = {"color": "gray", "linewidth": 1} if name in BASELINES else {"markersize": 3}
                 middle = np.median(curves, 0)
-                line, = axis.plot(x, middle, style, label=name, **thin)
+                if name in BASELINES:
+                    axis.plot(x, middle, style, label=name, color="gray", lw=1, markersize=3)
+                    continue
+                line, = axis.plot(x, middle, style, label=name, markersize=4)
                 low, high = np.min(curves, 0), np.max(curves, 0)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
             task, _, what = title.rpartition(": ")
             axis.set(title=task, xlabel=corner, ylabel=what)
-            axis.legend(fontsize=7)
             if corner == "examples":
                 axis.set_ylim(0, 1.5)
             if corner == "loops":
                 axis.set_yscale("log")
+                axis.axvline(x[-1] / 10, color="gray", lw=1, label="loops trained with")
+            axis.legend(fontsize=7)
     common.save_figure(figure, runs, "errors")
 
 def show(runs, results):
