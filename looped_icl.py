@@ -28,6 +28,8 @@ Tables of OpenML, downloaded by id (the paper's: 720 725 737 803 807 816 819 847
 folder of your own; one held out in turn, b = 30, T = 15:
     python looped_icl.py --preset paper --task openml --fetch --held-out 0 1 2 3 4 5 6 7 8 9
 
+What the paper preset leaves open (points, loops, window, steps, batch) is the task's: see TASKS.
+
 To lift: InContextTransformer needs common's Block; each baseline is a function of torch alone.
 """
 import copy
