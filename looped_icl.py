@@ -10,7 +10,8 @@ stays flat from b loops on.
 
     python looped_icl.py                                three dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width
-    python looped_icl.py --inject none --lr 1e-3        without injection: lost past b loops
+    python looped_icl.py --inject none                  without injection: lost past b loops
+    python looped_icl.py --preset medium --plot         all of this in five dimensions, in an hour
 
 Fig. 2, error by loops, at its own b = 30, T = 15 (--loops, --window):
     python looped_icl.py --preset paper --loops 30 --plot
@@ -26,6 +27,8 @@ Other inputs than trained on (App.), and what a probe finds in the hidden states
 Tables of OpenML, downloaded by id (the paper's: 720 725 737 803 807 816 819 847 871 42192), or a
 folder of your own; one held out in turn, b = 30, T = 15:
     python looped_icl.py --preset paper --task openml --fetch --held-out 0 1 2 3 4 5 6 7 8 9
+
+What the paper preset leaves open (points, loops, window, steps, batch) is the task's: see TASKS.
 
 To lift: InContextTransformer needs common's Block; each baseline is a function of torch alone.
 """
@@ -834,7 +837,7 @@ def panels(task, groups):
         curves = results[0]["curve"] if len(results) == 1 else curves
         if args.model == "looped":
             by_examples[f"{name}, {results[0]['curve_loops']} loops"] = curves
-            by_loops[f"{name}, trained with {args.loops}"] = [run["by_loops"] for run in results]
+            by_loops[f"{name}, b = {args.loops}"] = [run["by_loops"] for run in results]
         else:
             by_examples[name] = curves
         if "probe" in results[0]:
@@ -847,7 +850,7 @@ def panels(task, groups):
     what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
     found = [(f"{task}: {what}", "examples", 0, by_examples)]
     if by_loops:
-        found.append((f"{task}: {what}, all examples", "loops", 1, by_loops))
+        found.append((f"{task}, all examples: {what}", "loops", 1, by_loops))
     return found + probes
 
 def print_panels(task, groups):
@@ -900,18 +903,21 @@ def plot(runs, by_task):
         for axis, (title, corner, start, lines) in zip(row, of_task):
             for style, (name, curves) in zip(STYLES, lines.items()):
                 x = range(start, start + len(curves[0]))
-                thin = {"color": "gray", "linewidth": 1} if name in BASELINES else {"markersize": 3}
                 middle = np.median(curves, 0)
-                line, = axis.plot(x, middle, style, label=name, **thin)
+                if name in BASELINES:
+                    axis.plot(x, middle, style, label=name, color="gray", lw=1, markersize=3)
+                    continue
+                line, = axis.plot(x, middle, style, label=name, markersize=4)
                 low, high = np.min(curves, 0), np.max(curves, 0)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
             task, _, what = title.rpartition(": ")
             axis.set(title=task, xlabel=corner, ylabel=what)
-            axis.legend(fontsize=7)
             if corner == "examples":
                 axis.set_ylim(0, 1.5)
             if corner == "loops":
                 axis.set_yscale("log")
+                axis.axvline(x[-1] / 10, color="gray", lw=1, label="loops trained with")
+            axis.legend(fontsize=7)
     common.save_figure(figure, runs, "errors")
 
 def show(runs, results):
@@ -948,6 +954,13 @@ QUICK = {
     "ood": False, "probe": False,
     "data_dir": None, "fetch": None,
 }
+MEDIUM = {
+    **QUICK,
+    "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
+    "n_dims": 5, "n_points": 11, "points_start": 11,
+    "loops": 12, "window": 9, "curriculum_every": 500,
+    "steps": 6_000, "lr": 2e-3, "eval_every": 500,
+}
 PAPER = {
     **QUICK,
     "n_head": 8, "n_embd": 256,
@@ -959,7 +972,7 @@ PAPER = {
     "warmup": 0, "schedule": "constant",
     "eval_every": 2_500,
 }
-PRESETS = {"quick": QUICK, "paper": PAPER}
+PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
 def resolve(args):
     """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
@@ -967,6 +980,8 @@ def resolve(args):
     for name in vars(task):
         if name in args and getattr(args, name) is None:
             setattr(args, name, getattr(task, name))
+    if MODELS[args.model](args)[2] == "none" and "lr" not in getattr(args, "given", []):
+        args.lr = min(args.lr, 1e-3)                            # at 3e-3 none of these learns well
     if args.task == "openml" and args.data_dir is None:
         args.data_dir = Path("tables")
     dims_grow = not task.signs_only and args.dims_start < args.n_dims
@@ -1009,7 +1024,8 @@ def parse_args(argv=None):
     add("--curriculum-every", type=count, help="steps of a stage")
     add("--steps", type=count, help="training steps")
     add("--batch-size", type=count, help="prompts a step")
-    add("--lr", type=common.positive_float, help="peak learning rate of Adam")
+    add("--lr", type=common.positive_float,
+        help="peak learning rate of Adam; without injection at most 1e-3 where not given")
     add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")
     add("--schedule", choices=["constant", "cosine"], help="the rate afterwards; cosine ends at 0")
     add("--n-eval", type=count, help="prompts of each measurement")

@@ -730,6 +730,31 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys)
     assert tables in again
 
 
+def test_a_preset_has_a_value_for_every_flag():
+    for preset in looped_icl.PRESETS:
+        args = looped_icl.parse_args(["--device", "cpu", "--preset", preset])
+        shared = {"preset", "device", "dtype", "compile", "out_dir", "overwrite", "plot", "seed"}
+        assert set(looped_icl.PRESETS[preset]) == set(vars(args)) - shared - {"given", "usual", "script"}
+
+
+def test_without_injection_the_learning_rate_is_lower_unless_it_is_given():
+    def rates(*flags):
+        args = looped_icl.parse_args(["--device", "cpu", "--model", "looped", "standard", "--inject", "add", "none", *flags])
+        runs = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
+        return [(run.args.model, run.args.inject, run.args.lr) for run in runs], [run.name for run in runs]
+    found, names = rates()
+    assert found == [("looped", "add", 3e-3), ("looped", "none", 1e-3), ("standard", None, 1e-3)]
+    assert not any("lr=" in name for name in names)
+    found, names = rates("--lr", "2e-3")
+    assert [lr for _, _, lr in found] == [2e-3] * 3 and all("lr=0.002" in name for name in names)
+
+
+def test_a_baseline_that_is_not_there_is_named_at_import():
+    source = SCRIPT.read_text().replace('USUAL + ["Lasso"]', 'USUAL + ["Lassoo"]')
+    with pytest.raises(ValueError, match="sparse-linear.*Lassoo"):
+        exec(compile(source, str(SCRIPT), "exec"), {"__name__": "looped_icl"})
+
+
 def test_seeds_are_one_column_with_their_range(tmp_path, capsys):
     results = call_main(looped_icl, *TINY, "--steps", "10", "--seed", "0", "1", "2", "--out-dir", tmp_path)
     errors = [result["curve"][0][-1] for result in results]
