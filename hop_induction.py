@@ -74,9 +74,8 @@ class HopTask:
     """k-hop induction: tokens are the number of hops k, then X; targets are X at find^k.
 
     Of seq_len positions counted by the paper, seq_len - 1 are fed. Ids: 0 .. max_hops the number of
-    hops, then the characters, `undefined` (no k-th hop) and `blank` (the target at the k token). At
-    the paper's setting these are the authors' ids, in their vocabulary of 30. ValueError where
-    there is no such task.
+    hops, then the characters, `undefined` (no k-th hop) and `blank` (the target at the k token); in
+    the paper's setting the authors' ids, in their vocabulary of 30. ValueError for no such task.
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
@@ -115,11 +114,8 @@ class HopTask:
 # ---- The model: a GPT-2, and a recurrent network to compare with --------------------------------
 
 class HopTransformer(nn.Module):
-    """Causal GPT-2 with learned positions, under GPT-2's parameter names.
-
-    Unlike the authors' model, whose last hidden state is the logits (so that its width is at least
-    the vocabulary), it has an unembedding of its own, lm_head.
-    """
+    """Causal GPT-2 with learned positions, under GPT-2's parameter names. The authors' has its last
+    hidden state for logits; this one has an unembedding of its own, lm_head."""
 
     def __init__(self, n_layer, n_head, n_embd, vocab_size, block_size, dropout=0.0):
         super().__init__()
@@ -400,8 +396,7 @@ SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
 
 def resolve(args):
     """Completes a run's settings: None for what has no effect on it."""
-    args.machines = None                                     # of --mpc alone
-    args.words = None
+    args.machines = args.words = None                        # of --mpc alone
     if args.arch != "transformer":
         args.n_head = None
 
@@ -507,11 +502,10 @@ def head_alignment(model, task, n=10, seed=20_000):
     data = torch.Generator(task.device).manual_seed(seed)
     tokens, _ = task.sample(n, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)               # (n, H, N, N) by layer
-    N = tokens.shape[1]
     matrices = []
     for j in range(1, task.max_hops + 1):
         positions = find(tokens[:, 1:], j) + 1               # among tokens; 0 where undefined
-        matrix = F.one_hot(positions, N).float() * (positions > 0)[:, :, None]
+        matrix = F.one_hot(positions, tokens.shape[1]).float() * (positions > 0)[:, :, None]
         matrices.append(F.pad(matrix, (0, 0, 1, 0)))         # a row of zeros for the k token
     targets = torch.stack(matrices, dim=1).flatten(2)        # (n, J, N N)
     targets = targets / targets.norm(dim=2, keepdim=True).clamp_min(1e-9)
@@ -533,7 +527,7 @@ def solved(errors):
     return len(errors) - 1
 
 def measure(args, run):
-    """A run's results: errors and standard errors by number of hops, and what its heads look at."""
+    """A run's results: errors and standard errors by number of hops, alignment of its heads."""
     task, model = load(run.folder, args.device)
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
@@ -548,10 +542,9 @@ def measure(args, run):
 # What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
 PAPER = ["arch", "dropout", "seq_len", "n_chars", "max_hops"]
 PAPER += ["batch_size", "steps", "warmup", "lr", "weight_decay"]
-# The authors' checkpoints at 100,000 steps, errors by k. On: as released, measured with the dropout
-# of training still on. Off: without it, which is what ours compares with (measured by us on 600
-# sequences a k, for the checkpoints that we had). Six layers of d = 128 trained on a schedule of
-# 200,000 steps, so that at 100,000 their learning rate was at half its peak.
+# The authors' checkpoints at 100,000 steps, errors by k: on, as released, with the dropout of
+# training; off, without it, which is what ours compares with (measured by us, 600 sequences a k).
+# Six layers of d = 128 trained on a schedule of 200,000 steps: their rate was at half its peak.
 SHOWN = [1, 2, 3, 4, 6, 8, 12, 16]
 PUBLISHED = """
 n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
@@ -662,8 +655,7 @@ def plot_errors(runs, results):
 
 @torch.no_grad()
 def plot_heads(runs, shown):
-    """Figs. 3 and 4, for the deepest model: how far each head looks at each find^j, and the
-    attention of the best head for find^1, find^2, find^4, ..."""
+    """Figs. 3 and 4, deepest model: all heads; attention of the best for find^1, 2, 4, ..."""
     args, result = max(shown, key=lambda pair: pair[0].n_layer)
     alignment = np.array(result["alignment"])                # (L, H, J)
     heads = [f"{i // args.n_head + 1}.{i % args.n_head + 1}" for i in range(alignment[..., 0].size)]
