@@ -23,11 +23,11 @@ import common
 
 # script and variant: the setting that is timed
 NEEDLE = ["--preset", "paper", "--task", "needle", "--train", "embeddings", "--n-embd", "256", "--batch-size", "250"]
-LOOPED = ["--preset", "paper", "--dims-start", "20", "--points-start", "41", "--loops-every", "1", "--n-eval", "1", "--eval-every", "1000000"]
+LOOPED = ["--preset", "paper", "--dims-start", "20", "--points-start", "41", "--eval-every", "1000000"]
 SETTINGS = {"random_transformer": [*NEEDLE, "--eval-every", "1000000"],
-            "looped_icl": LOOPED, "looped_icl standard": [*LOOPED, "--model", "standard"],
+            "looped_icl": [*LOOPED, "--model", "looped", "--loops-every", "1"], "looped_icl standard": [*LOOPED, "--model", "standard"],
             "memory_birth": ["--preset", "paper", "--eval-every", "1000000"],
-            "hop_induction": ["--preset", "paper", "--n-layer", "4", "--eval-every", "1000000", "--n-eval", "1"],
+            "hop_induction": ["--preset", "paper", "--n-layer", "4", "--eval-every", "1000000"],
             "ntp_convergence": ["--steps-ov", "1", "--steps", "500"]}
 
 
@@ -94,7 +94,7 @@ def bench(name, device, steps):
         after = matrix_product(device)
     task, data, step = script.build(run.args)[0], torch.Generator(device).manual_seed(0), statistics.median(run.times)
     if name.startswith("looped_icl"):
-        sampling = seconds(lambda: script.prompts(run.args, task, run.args.batch_size, run.args.n_points, None, data), device)
+        sampling = seconds(lambda: task.sample(run.args.batch_size, run.args.n_points, data), device)
     else:                                                                        # ntp_convergence: the dataset is the batch
         sampling = seconds(lambda: task.sample(run.args.batch_size, data), device) if hasattr(task, "sample") else 0
     product = (before + after) / 2
