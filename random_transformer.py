@@ -178,25 +178,40 @@ class Parens(HashedTask):
             inner = F.pad((size - 1) * wrap, (1, -1))                            # g(t-1) starts one place further on
             size = (u + inner).scatter_add(1, right, (size - u) * split)
         return is_close[:, :N - 2]
+    def geometric(self, batch, generator):
+        """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
+        chance = torch.rand(batch, 1, generator=generator, device=self.device).clamp_min(2**-20)
+        return 1 - chance.log2().ceil().long()
+    def swap(self, is_close, length, generator):
+        """Tries a geometric number of random pairs of positions, and swaps those whose first is left of the second."""
+        n_tries = self.geometric(len(is_close), generator)                       # (B, 1)
+        for n in range(21):
+            pair = torch.rand(len(is_close), 2, generator=generator, device=self.device)
+            pair = (pair * length).long()                                        # (B, 2)
+            is_swap = (n < n_tries) & (pair[:, :1] < pair[:, 1:])                # (B, 1)
+            swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
+            is_close = torch.where(is_swap, swapped, is_close)
+        return is_close
+    def flip(self, is_close, length, generator):
+        """Flips a geometric number of random positions, twice as many with probability 2/3, one after the other."""
+        B = len(is_close)
+        twice = torch.rand(B, 1, generator=generator, device=self.device) < 2 / 3
+        n_flips = self.geometric(B, generator) * (1 + twice.long())              # (B, 1)
+        position = torch.rand(B, 42, generator=generator, device=self.device)
+        position = (position * length).long()                                    # (B, 42)
+        flips = (torch.arange(42, device=self.device) < n_flips).long()
+        times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, flips)
+        return is_close ^ (times % 2 == 1)                                       # a position flipped twice is as it was
     def sample(self, batch, generator):
         draw, N = dict(generator=generator, device=self.device), 2 * self.max_pairs
         chance = lambda probability: torch.rand(batch, 1, **draw) < probability
-        geometric = lambda: -torch.rand(batch, 1, **draw).clamp_min(2**-20).log2().ceil().long()         # 0, 1, .., 20
-        positions = lambda n: (torch.rand(batch, n, **draw) * length).long()                             # (B, n)
         pairs = torch.randint(1, self.max_pairs + 1, (batch,), **draw)
         random = chance(1 / 3)
         length = torch.where(random, torch.randint(1, N + 1, (batch, 1), **draw), 2 * pairs[:, None])    # (B, 1)
         is_close = torch.where(random, torch.rand(batch, N, **draw) < 0.5, self.balanced(pairs, generator))
         mutate = random | chance(0.5)
-        n_tries = (geometric() + 1) * (mutate & chance(0.5))
-        for n in range(21):
-            pair = positions(2)                                                  # (B, 2)
-            swap = (n < n_tries) & (pair[:, :1] < pair[:, 1:])                   # (B, 1)
-            swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
-            is_close = torch.where(swap, swapped, is_close)
-        n_flips = (geometric() + 1) * (1 + chance(2 / 3).long()) * (mutate & chance(0.5))
-        flipped = (torch.arange(40, device=self.device) < n_flips).long()
-        is_close = is_close ^ (torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, positions(40), flipped) % 2 == 1)
+        is_close = torch.where(mutate & chance(0.5), self.swap(is_close, length, generator), is_close)
+        is_close = torch.where(mutate & chance(0.5), self.flip(is_close, length, generator), is_close)
         place = torch.arange(N + 2, device=self.device)
         inside = place[:N] < length
         depth = torch.where(inside, 1 - 2 * is_close.long(), 0).cumsum(1)

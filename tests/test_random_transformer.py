@@ -185,6 +185,30 @@ def test_parens_has_the_plain_generators_distribution(monkeypatch):
     assert ours[2] > 300 and ours[4] > 300
 
 
+def test_swaps_go_from_left_to_right():
+    n, half, rng = 40_000, 15, random.Random(0)
+    sorted_strings = (torch.arange(2 * half) >= half).expand(n, -1)              # 15 opening ones, then 15 closing ones
+    swapped = TASKS["parens"]().swap(sorted_strings, torch.tensor([[2 * half]]), generator())
+    ours = Counter((swapped[:, :half].sum(1)).tolist())                          # closing ones that came to the front
+
+    plain = Counter()
+    for _ in range(n):
+        text, more = [0] * half + [1] * half, True
+        while more:
+            i, j = rng.randrange(2 * half), rng.randrange(2 * half)
+            if i < j:
+                text[i], text[j] = text[j], text[i]
+            more = rng.random() < 0.5
+        plain[sum(text[:half])] += 1
+    assert abs(ours[0] / n - 0.6) < 0.02                                         # sum of (3/4)^n / 2^n, and swaps back
+    assert all(abs(ours[i] - plain[i]) < 5 * math.sqrt(ours[i] + plain[i]) for i in range(5))
+    # With a single closing bracket, at the end, no swap moves it but those that name the last position second
+    one = torch.arange(30).eq(29).expand(n, -1)
+    kept = TASKS["parens"]().swap(one, torch.tensor([[30]]), generator())[:, 29].float().mean()
+    moves = 29 / 900                                                             # of a try
+    assert abs(kept - sum((1 - moves)**k / 2**k for k in range(1, 30))) < 0.005
+
+
 @pytest.mark.parametrize("name, size", [("needle", 1), ("needle", 4), ("addition", 3), ("parens", 5), ("parens", 10)])
 def test_a_twentieth_of_all_sequences_is_for_the_test_alone(name, size):
     task = TASKS[name](size)
