@@ -1078,48 +1078,59 @@ def print_parameters(runs):
 
 MARKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-."]
 
+def in_words(args):
+    """A line of the width figure, for its legend."""
+    words = IN_WORDS[args.train]
+    if args.model != "transformer":
+        words = f"{IN_WORDS[args.model]}, {words}"
+    return f"{words}, width {args.n_embd}" if args.task == "imitate" else words
+
 def plot_widths(runs, results):
     """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
 
     Lines are medians over seeds, in a band from the worst to the best; hollow marks are published.
     """
-    lines = {}                                               # task -> legend -> width -> scores
-    hollow = {}                                              # task -> [(width, score)]
+    tasks = {}                                               # task -> [(args, results)]
     for args, group in common.by_setting(runs, results):
-        task = TASKS[args.task]
-        words = IN_WORDS[args.train]
-        if args.model != "transformer":
-            words = f"{IN_WORDS[args.model]}, {words}"
-        if args.task == "imitate":
-            words += f", width {args.n_embd}"
-        width = args.target_width or args.n_embd
-        scores = [result[task.metric] for result in group]
-        lines.setdefault(args.task, {}).setdefault(words, {})[width] = scores
-        number = re.fullmatch(r"[\d.]+", published(args))
-        if number:
-            hollow.setdefault(args.task, []).append((width, float(number[0])))
-    figure, axes = common.new_figure(1, len(lines), width=4, height=3.6)
-    for axis, (name, own) in zip(axes[0], lines.items()):
-        for mark, (words, line) in zip(itertools.cycle(MARKS), own.items()):
-            widths = sorted(line)
-            medians = [statistics.median(line[width]) for width in widths]
-            shade, = axis.plot(widths, medians, mark, label=words)
-            low = [min(line[width]) for width in widths]
-            high = [max(line[width]) for width in widths]
-            axis.fill_between(widths, low, high, color=shade.get_color(), alpha=0.2)
-        if name in hollow:
-            axis.plot(*zip(*hollow[name]), "ko", mfc="none", ms=10, label="published")
-        chance = next(make_task(run.args).chance for run in runs if run.args.task == name)
-        if chance is not None:
-            axis.axhline(chance, color="grey", linewidth=0.8, linestyle=":", label="chance")
-            axis.set_ylim(-0.03, 1.03)
-        axis.set_xscale("log", base=2)
+        tasks.setdefault(args.task, []).append((args, group))
+    columns = min(2, len(tasks))
+    figure, axes = common.new_figure(math.ceil(len(tasks) / columns), columns)
+    for axis in axes.flat[len(tasks):]:
+        axis.axis("off")
+    for axis, (name, groups) in zip(axes.flat, tasks.items()):
+        plot_task(axis, TASKS[name], groups)
         axis.set_title(name)
-        axis.set_xlabel("width of the target" if name == "imitate" else "width")
-        unit = {"accuracy": "accuracy", "loss": "KL (nats)" if name == "imitate" else "loss (nats)"}
-        axis.set_ylabel(f"test {unit[TASKS[name].metric]}")
-        axis.legend(fontsize=8)
     common.save_figure(figure, runs, "width")
+
+def plot_task(axis, task, groups):
+    """One panel of the width figure; groups: [(args, results)] of the task."""
+    imitates = task.size_flag == "target_width"
+    lines = {}                                               # legend -> [(width, low, mid, high)]
+    hollow = []                                              # [(width, score)], published
+    for args, group in groups:
+        width = args.target_width if imitates else args.n_embd
+        scores = [result[task.metric] for result in group]
+        point = width, min(scores), statistics.median(scores), max(scores)
+        lines.setdefault(in_words(args), []).append(point)
+        if re.fullmatch(r"[\d.]+", published(args)):
+            hollow.append((width, float(published(args))))
+    for mark, (words, points) in zip(itertools.cycle(MARKS), lines.items()):
+        widths, low, mid, high = zip(*sorted(points))
+        line, = axis.plot(widths, mid, mark, label=words)
+        axis.fill_between(widths, low, high, color=line.get_color(), alpha=0.2)
+    if hollow:
+        axis.plot(*zip(*hollow), "ko", mfc="none", ms=10, label="published")
+    chance = make_task(groups[0][0]).chance
+    if chance is not None:
+        axis.axhline(chance, color="grey", linewidth=0.8, linestyle=":", label="chance")
+        axis.set_ylim(-0.03, 1.03)
+    all_widths = sorted({point[0] for points in lines.values() for point in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(all_widths, all_widths)
+    axis.set_xlabel("width of the target" if imitates else "width")
+    unit = "accuracy" if task.metric == "accuracy" else "KL (nats)" if imitates else "loss (nats)"
+    axis.set_ylabel(f"test {unit}")
+    axis.legend(fontsize=8)
 
 def token_names(tokens):
     """Needle's tokens in words: markers m0 .., values, the query of m0 ?m0."""
@@ -1151,7 +1162,7 @@ def plot_attention(run):
         axis.set_yticks(range(len(names)), names, fontsize=7)
     figure.supxlabel("looks at")
     figure.supylabel("token")
-    common.save_figure(figure, [run], f"attention {run.number}".replace("/", " of "))
+    common.save_figure(figure, [run], f"attention of {run.args.train} {run.args.n_embd}")
 
 @torch.no_grad()
 def plot_circle(run):
@@ -1166,16 +1177,19 @@ def plot_circle(run):
     axes[0, 0].set_title(f"{IN_WORDS[run.args.train]}, width {run.args.n_embd}", fontsize=9)
     axes[0, 0].set_xlabel("principal component 1")
     axes[0, 0].set_ylabel("principal component 2")
-    common.save_figure(figure, [run], f"circle {run.number}".replace("/", " of "))
+    common.save_figure(figure, [run], f"circle of {run.args.train} {run.args.n_embd}")
 
 def plot(runs, results):
-    """All figures of a sweep: the widths, and of each needle and modadd transformer its own."""
+    """The figures of a sweep: the widths; Figs. 2 and 3 of each needle and modadd transformer, of
+    its first seed."""
     plot_widths(runs, results)
     for run in runs:
-        if (run.args.task, run.args.model) == ("needle", "transformer"):
-            plot_attention(run)
-        if (run.args.task, run.args.model) == ("modadd", "transformer"):
-            plot_circle(run)
+        args = run.args
+        if args.model == "transformer" and args.seed == runs[0].args.seed:
+            if args.task == "needle":
+                plot_attention(run)
+            if args.task == "modadd":
+                plot_circle(run)
 
 # ---- The command --------------------------------------------------------------------------------
 

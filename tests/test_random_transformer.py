@@ -677,7 +677,7 @@ def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, capsys,
         assert wanted in out, wanted
     assert max(len(line) for line in out.splitlines() if "figure: " not in line and "text=" not in line) <= 100
     figures = {path.name.partition(",")[0] for path in (tmp_path / "out" / "random_transformer").glob("*.png")}
-    assert figures == {"width", "circle 1 of 7", "attention 2 of 7"}
+    assert figures == {"width", "circle of embeddings 16", "attention of embeddings 16"}
     call_main(random_transformer, *flags[:-1])                                   # all finished: the table alone
     out = capsys.readouterr().out
     assert "step 2" not in out and out.count("finished on") == len(TASKS) and "figure" not in out
@@ -704,6 +704,30 @@ def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsy
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["paper", "1.000", "0.075", "1.000", "0.120", "0.995"] in lines       # needle, in the order of the columns
     assert ["paper", "1.000", "0.873", "0.923", "1.000", "1.000"] in lines
+
+
+def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    figures, scores = [], {16: [0.1, 0.2, 0.9], 1024: [0.7, 0.8, 1.0]}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **settings: figures.append(self))
+
+    def complete(runs, train, measure, show):
+        results = []
+        for run in runs:
+            results.append(dict(accuracy=scores[run.args.n_embd][run.args.seed], loss=1.0, n_trained=1))
+        show(runs, results)
+    monkeypatch.setattr(common, "complete", complete)
+    flags = ["--preset", "paper", "--task", "parens", "addition", "--train", "embeddings", "--seed", "0", "1", "2", "--plot"]
+    call_main(random_transformer, *flags, "--device", "cpu", "--out-dir", tmp_path)
+    figure, = figures
+    parens, addition = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in addition.lines}
+    assert lines["random, embeddings trained"] == [[16, 0.2], [1024, 0.8]]
+    assert sorted(lines["published"]) == [[16, 0.266], [1024, 1.0]] and lines["chance"][0][1] == 0.1
+    band = addition.collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 6)) for x, y in band} >= {(16, 0.1), (16, 0.9), (1024, 0.7), (1024, 1.0)}
+    assert parens.get_xlabel() == "width" and parens.get_ylabel() == "test accuracy" and parens.get_xscale() == "log"
 
 
 @pytest.mark.parametrize("flags, shown", [([], True), (["--n-layer", "2"], False), (["--size", "500"], False)])
