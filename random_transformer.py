@@ -1,79 +1,144 @@
-"""
-Algorithmic Capabilities of Random Transformers. Zhong, Andreas. NeurIPS 2024, arXiv 2410.04368
+r"""
+Algorithmic Capabilities of Random Transformers.
+Zhong, Andreas. NeurIPS 2024, arXiv 2410.04368.
 
-Freeze every attention and MLP weight of a transformer at its random initialisation and train only the embeddings and the
-unembedding: it still learns modular addition, associative recall, decimal addition, balancing parentheses, even some
-language. The abilities were there, training picks the subspace that uses them. It takes width: look in the table for
-`embeddings`, the random transformer, which succeeds when wide and fails when narrow, where full training succeeds.
+Freeze every attention and MLP weight of a transformer at its random initialisation and train only
+the embeddings and the unembedding: it still learns modular addition, associative recall, decimal
+addition, balancing parentheses, even some language. The abilities were there, training picks the
+subspace that uses them. Only wide models can.
 
-    python random_transformer.py                             parentheses at widths 128 and 16, in minutes
-    python random_transformer.py --preset paper --table1     Table 1; --seed 0 1 2 3 4 5 6 7 8 9 for the paper's restarts
-    Table 2, what has to be trained. Tables 4 and 5, the subspace, are printed below the scores of every transformer:
-    python random_transformer.py --preset paper --n-embd 1024 --train full embeddings token_unembed embed unembed
-    Table 3, bits a parameter (the authors' script trained at --lr 5e-3); Table 6, parameters; Table 9, linear attention:
+What to look for: in the table of accuracies, the columns `embeddings`, the random transformer,
+which solves the task when wide and not when narrow, beside `full`, full training, which solves it
+when narrow, too. (Wide and fully trained it may fall a little short: 0.92 in the paper's Table 1.)
+
+    python random_transformer.py                             parentheses, widths 128 and 16
+    python random_transformer.py --preset medium --plot      the threshold in width, four tasks
+    python random_transformer.py --preset paper --table1     Table 1; add --seed 0 1 2 3 4 5 6 7 8 9
+
+    Table 2, what has to be trained; Tables 4 and 5, the subspace, stand below all other scores:
+    python random_transformer.py --preset paper --n-embd 1024 \
+        --train full embeddings token_unembed embed unembed
+    Table 3, bits a parameter (the authors' script trained at --lr 5e-3); Table 6, parameters:
     python random_transformer.py --preset paper --task memorize --n-embd 128
     python random_transformer.py --preset paper --params
+    Table 9, linear attention; the threshold in width at the paper's size:
     python random_transformer.py --preset paper --model linear --n-embd 1024
-    The threshold in width; Fig. 2, the attention of associative recall; Fig. 3, the circle of modular addition:
-    python random_transformer.py --preset paper --train embeddings --n-embd 16 32 64 128 256 512 1024 --plot
+    python random_transformer.py --preset paper --train embeddings --n-embd 16 64 256 1024 --plot
+    Fig. 2, the attention of associative recall; Fig. 3, the circle of modular addition:
     python random_transformer.py --preset paper --task needle --n-embd 1024 --plot
     python random_transformer.py --preset paper --task modadd --n-embd 1024 --plot
-    Fig. 4, a language model of TinyStories (downloaded, or --text FILE), and its prose; Fig. 6, imitation:
+    Fig. 4, a language model of TinyStories (downloaded, or --text FILE), and its prose:
     python random_transformer.py --preset paper --task lm --n-embd 16 32 64 128 256 512 --plot
-    python random_transformer.py --preset paper --task imitate --n-embd 512 --target-width 4 8 12 16 32 64 128 256 512 --plot
+    Fig. 6, imitation of random transformers of many widths:
+    python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
+
+To lift: a task needs Task or HashedTask and torch alone; Transformer needs common's attention, MLP
+and gpt2_init_; train_only, explained_variance and circuit need torch alone.
 """
-import argparse, functools, hashlib, itertools, math, os, re, urllib.request
+import functools
+import hashlib
+import itertools
+import math
+import os
+import re
+import statistics
+import textwrap
+import urllib.request
 from collections import Counter
 from pathlib import Path
-import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
+
 import common
 
-# ---- The tasks (App. D.1) -------------------------------------------------------------------------------------------
+# ---- The task (App. D.1) ------------------------------------------------------------------------
+
+# Table 1's columns: model, what is trained, width
+TABLE1 = [("transformer", "embeddings", 1024), ("transformer", "embeddings", 16),
+    ("transformer", "full", 1024), ("transformer", "full", 16), ("lstm", "full", 1024)]
+
+def table1(*medians, fails):
+    """A task's published accuracies by column: of Table 1, and what fails in Table 2."""
+    return {**dict(zip(TABLE1, medians)), **{("transformer", x, 1024): "fails" for x in fails}}
+
 class Task:
-    """A distribution of sequences of which some tokens are answers: the model is trained and tested on those alone.
-    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true where the token is an answer. At most n_answers are
-    scored in a sequence, and T - 1 <= block_size tokens are fed. ValueError where there is no task of that size."""
-    metric, n_answers, sizes = "accuracy", 1, range(5, 2_000)
+    """A distribution of sequences of which some tokens are answers: on those alone the model is
+    trained and tested.
+
+    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true where a token is an answer.
+    At most n_answers are scored in a sequence, and T - 1 <= block_size tokens are fed. ValueError
+    where there is no task of that size. A task states, in its class, all that is named in STATED.
+    """
+    STATED = ["sizes", "vocab_size", "block_size", "sample", "published", "quick", "medium",
+        "paper"]
+
+    n_answers = 1
+    chance = None                                            # the accuracy of guessing
+    metric = "accuracy"                                      # or "loss", in nats
+    size_flag = "size"                                       # the flag that gives the size
+    needs_text = False
+    decays_vectors = True                                    # weight decay of biases and norms, too
+    usual = dict(n_layer=2, n_head=4, dropout=0.0, weight_decay=1e-3)   # where a preset is silent
+
     def __init__(self, size, device):
         if size not in self.sizes:
-            raise ValueError(f"{type(self).__name__.lower()}: {size} is not in {self.sizes[0]} .. {self.sizes[-1]}")
+            name = type(self).__name__.lower()
+            raise ValueError(f"{name}: {size} is not in {self.sizes[0]} .. {self.sizes[-1]}")
         self.device = device
+
     @functools.cached_property
     def test_set(self):
-        """The fixed test set: tokens, scored. Here 4,000 fresh sequences from a seed that training does not use."""
+        """The fixed test set: tokens, scored. Here 4,000 sequences from a seed of its own."""
         return self.sample(4_000, torch.Generator(self.device).manual_seed(10**9))
+
     def held_out(self, tokens):
-        """Which of tokens (B, T) belong to the test alone: (B,) bool. Training learns nothing from those. Here none."""
+        """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
     def losses(self, logits, targets, tokens):
-        """Cross-entropy of each answer in nats: logits (B, Q, V), targets (B, Q), -100 for none -> (B, Q)."""
+        """The loss of each answer in nats, (B, Q): cross-entropy.
+
+        logits (B, Q, V); targets (B, Q), -100 for none, whose loss is 0; tokens (B, T).
+        """
         return F.cross_entropy(logits.mT, targets, reduction="none")
+
     def scored_from(self, tokens, first):
         """tokens (B, T), and that all of them from position `first` on are answers."""
-        return tokens, (torch.arange(tokens.shape[1], device=tokens.device) >= first).expand_as(tokens)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        return tokens, (position >= first).expand_as(tokens)
 
 class HashedTask(Task):
-    """A task that draws its sequences afresh, and so draws the short ones again and again: a test set that is drawn like
-    them would mostly have been trained on. So a twentieth of all sequences is held out, told by a hash of their tokens:
-    training learns from the others alone, the test has these alone, and nobody has to keep a list of either. (A list of
-    4,000 draws, kept out of training, would take every short sequence from it, and test another distribution.)"""
-    prime = 1_000_003
+    """A task that holds out a twentieth of all sequences, told by a hash of their tokens.
+
+    It draws its sequences afresh, and so draws the short ones again and again: of a test set drawn
+    like them, training would have seen most. Here training learns from nineteen of twenty
+    sequences, the test has the others alone, and nobody keeps a list of either. (A list of 4,000
+    draws, kept out of training, would take every short sequence from it: the test would then ask
+    for other lengths than training had.)
+    """
+    PRIME = 1_000_003
+
     def __init__(self, size, device):
         super().__init__(size, device)
-        weights = torch.randint(self.prime, (1_000,), generator=torch.Generator().manual_seed(0))
-        self.hash_weights = weights.to(device)
+        draw = torch.Generator().manual_seed(0)
+        self.hash_weights = torch.randint(self.PRIME, (1_000,), generator=draw).to(device)
+
     def held_out(self, tokens):
-        """A twentieth of all sequences, the same in every run: (B, T) -> (B,) bool."""
+        """Which of tokens (B, T) are for the test alone, the same in every run: (B,) bool."""
         weights = self.hash_weights[:tokens.shape[1]]
-        return (tokens * weights).sum(1) % self.prime % 20 == 0
+        return (tokens * weights).sum(1) % self.PRIME % 20 == 0
+
     @functools.cached_property
     def test_set(self):
-        """The fixed test set: tokens, scored. The first 4,000 held-out sequences from a seed that training does not use."""
-        generator = torch.Generator(self.device).manual_seed(10**9)
+        """The fixed test set: tokens, scored. The first 4,000 sequences drawn that are held out."""
+        draw = torch.Generator(self.device).manual_seed(10**9)
         all_tokens, all_scored, n = [], [], 0
         while n < 4_000:
-            tokens, scored = self.sample(20_000, generator)
+            tokens, scored = self.sample(20_000, draw)
             held_out = self.held_out(tokens)
             all_tokens.append(tokens[held_out])
             all_scored.append(scored[held_out])
@@ -83,177 +148,351 @@ class HashedTask(Task):
 class Lookup(Task):
     """Sequences x, y, z, of which z is the answer: rows of a table (n, 3)."""
     block_size = 5
+
     def sample(self, batch, generator):
-        rows = torch.randint(len(self.train_rows), (batch,), generator=generator, device=self.device)
+        n_rows = len(self.train_rows)
+        rows = torch.randint(n_rows, (batch,), generator=generator, device=self.device)
         return self.scored_from(self.train_rows[rows], 2)
+
     @functools.cached_property
     def test_set(self):
         return self.scored_from(self.test_rows, 2)
 
 class Modadd(Lookup):
     """a, b, (a + b) mod p. Of all p^2 pairs a fixed 5% are held out for the test."""
+    sizes = range(5, 2_000)
+    vocab_size = None                                        # p, of the instance
+    quick = dict(size=59, steps=600, batch_size=1_500, lr=5e-3)
+    medium = quick
+    paper = dict(size=199, steps=50_000, batch_size=4_000, lr=1e-3)          # 5,000 epochs
+    published = table1("1.000", "0.013", "1.000", "0.972", "1.000", fails=["unembed", "embed"])
+
     def __init__(self, p=199, device="cpu"):
         super().__init__(p, device)
-        self.p = self.vocab_size = p
-        a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
-        self.table = torch.stack([a, b, (a + b) % p], 1).to(device)              # (p^2, 3)
+        self.p = p
+        self.vocab_size = p
+        self.chance = 1 / p
+        numbers = torch.arange(p)
+        a, b = torch.cartesian_prod(numbers, numbers).T
+        self.table = torch.stack([a, b, (a + b) % p], dim=1).to(device)      # (p^2, 3)
         order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
-        self.test_rows, self.train_rows = self.table[order.to(device)].tensor_split([p * p // 20])
+        shuffled = self.table[order.to(device)]
+        self.test_rows, self.train_rows = shuffled.tensor_split([p * p // 20])
 
 class Memorize(Lookup):
-    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n. What is trained is what is tested."""
+    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n.
+
+    What is trained is what is tested.
+    """
+    sizes = range(5, 2_000)
+    vocab_size = None                                        # 2 n, of the instance
+    quick = dict(size=64, steps=2_000, batch_size=512, lr=5e-3)
+    medium = quick
+    paper = dict(size=512, steps=168_000, batch_size=2**15, lr=1e-3, weight_decay=1e-4)
+    published = {
+        ("transformer", "embeddings", 128): "0.41 bits",
+        ("transformer", "full", 128): "2.88 bits",
+    }
+
     def __init__(self, n=512, device="cpu"):
         super().__init__(n, device)
         self.vocab_size = 2 * n
+        self.chance = 1 / n
         x, y = torch.cartesian_prod(torch.arange(n), torch.arange(n, 2 * n)).T
         z = torch.randint(n, (n * n,), generator=torch.Generator().manual_seed(0))
-        self.train_rows = self.test_rows = torch.stack([x, y, z], 1).to(device)
+        self.train_rows = torch.stack([x, y, z], dim=1).to(device)
+        self.test_rows = self.train_rows
 
 class Needle(HashedTask):
-    """Associative recall: k ~ U[1, n_pairs] pairs of a marker and a value, then one marker's query and its value.
-    Markers 128..157, distinct and shuffled; values 1..127; the query is the marker + 30; 0 pads."""
-    vocab_size, block_size, sizes = 256, 100, range(1, 31)
+    """Associative recall: k ~ U[1, n_pairs] pairs of a marker and a value, then one marker's query
+    and its value.
+
+    Markers 128..157, distinct and shuffled; values 1..127; the query is the marker + 30; 0 pads.
+    """
+    sizes = range(1, 31)
+    vocab_size = 256
+    block_size = 100
+    chance = 1 / 127
+    quick = dict(size=4, steps=3_000, batch_size=128, lr=1e-3)
+    medium = quick
+    paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
+    published = table1("1.000", "0.075", "1.000", "0.120", "0.995", fails=["unembed"])
+
     def __init__(self, n_pairs=30, device="cpu"):
         super().__init__(n_pairs, device)
         self.n_pairs = n_pairs
+
     def sample(self, batch, generator):
-        draw, n = dict(generator=generator, device=self.device), self.n_pairs
+        n = self.n_pairs
+        draw = dict(generator=generator, device=self.device)
         k = torch.randint(1, n + 1, (batch, 1), **draw)
-        markers = 128 + torch.rand(batch, 30, **draw).argsort(1)[:, :n]          # (B, n)
-        values = torch.randint(1, 128, (batch, n), **draw)
-        asked = (torch.rand(batch, 1, **draw) * k).long()
+        markers = 128 + torch.rand(batch, 30, **draw).argsort(1)[:, :n]      # (B, n)
+        values = torch.randint(1, 128, (batch, n), **draw)                   # (B, n)
+        asked = (torch.rand(batch, 1, **draw) * k).long()                    # which of the k pairs
+        pairs = torch.stack([markers, values], dim=2).flatten(1)             # (B, 2n)
         position = torch.arange(2 * n + 2, device=self.device)
-        tokens = F.pad(torch.stack([markers, values], 2).flatten(1), (0, 2)) * (position < 2 * k)        # (B, 2n + 2)
+        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)                   # (B, 2n + 2)
         tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)
         tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))
         return tokens, position == 2 * k + 1
 
 class Addition(HashedTask):
-    """a + b = sum, then a stop; operands uniform over numbers of n_digits digits, all digits lowest first.
-    Digits 0-9, + 10, = 11, pad 12, digits of the sum 20-29, stop 30. Answers: every digit of the sum, and the stop."""
-    vocab_size, sizes = 31, range(1, 18)
+    """a + b = sum, then a stop; operands uniform over numbers of n_digits digits, all digits lowest
+    first.
+
+    Digits 0-9, + 10, = 11, pad 12, digits of the sum 20-29, stop 30. Answers: every digit of the
+    sum, and the stop.
+    """
+    sizes = range(1, 18)
+    vocab_size = 31
+    block_size = None                                        # of the instance
+    chance = 0.1                                             # a digit
+    quick = dict(size=3, steps=2_000, batch_size=128, lr=5e-3)
+    medium = quick
+    paper = dict(size=10, steps=10_000, batch_size=1_000, lr=1e-3)
+    published = table1("1.000", "0.266", "1.000", "0.675", "0.530",
+        fails=["unembed", "token_unembed"])
+
     def __init__(self, n_digits=10, device="cpu"):
         super().__init__(n_digits, device)
-        self.n_digits, self.block_size, self.n_answers = n_digits, 3 * n_digits + 10, n_digits + 2
+        self.n_digits = n_digits
+        self.block_size = 3 * n_digits + 10
+        self.n_answers = n_digits + 2
         self.powers = 10 ** torch.arange(n_digits, device=device)
+
     def sample(self, batch, generator):
-        n, draw = self.n_digits, dict(generator=generator, device=self.device)
+        n = self.n_digits
+        draw = dict(generator=generator, device=self.device)
         digits = torch.randint(10, (2, batch, n), **draw)
-        digits[..., -1] = torch.randint(1, 10, (2, batch), **draw)               # the leading digit is not 0
-        total = (digits * self.powers).sum((0, 2))[:, None]                      # (B, 1)
-        carry = total >= 10 * self.powers[-1]                                    # the sum has a digit more
-        tokens = torch.cat([digits[0], torch.full_like(total, 10), digits[1], torch.full_like(total, 11),
-                            20 + total // self.powers % 10, torch.where(carry, 21, 30), torch.where(carry, 30, 12)], 1)
-        return tokens, self.scored_from(tokens, 2 * n + 2)[1] & (tokens != 12)
+        digits[..., -1] = torch.randint(1, 10, (2, batch), **draw)           # the first is not 0
+        total = (digits * self.powers).sum((0, 2))[:, None]                  # (B, 1)
+        has_carry = total >= 10 * self.powers[-1]                            # a digit more
+        parts = [
+            digits[0], torch.full_like(total, 10),
+            digits[1], torch.full_like(total, 11),
+            20 + total // self.powers % 10,
+            torch.where(has_carry, 21, 30),
+            torch.where(has_carry, 30, 12),
+        ]
+        tokens, scored = self.scored_from(torch.cat(parts, dim=1), 2 * n + 2)
+        return tokens, scored & (tokens != 12)
 
 class Parens(HashedTask):
-    """Up to 2 max_pairs brackets, "?", and a label: 2 where they are balanced, else 1. 0 ends, "(" is 1, ")" 2, "?" 3.
-    A third are uniformly random strings, the rest random balanced ones, of which half are left as they are. All others get
-    both, one or none (1/4 each) of two mutations: a geometric number (1, 2, ...) of random position pairs, of which those
-    are swapped whose first position is left of its second; a geometric number (1, 2, ..., doubled with probability 2/3) of
-    random positions are flipped. All strings of up to 8 brackets are for training: of so few (two of one bracket) none
-    follows from the others."""
-    vocab_size, block_size, sizes = 4, 80, range(5, 40)
+    """Up to 2 max_pairs brackets, "?", and a label: 2 where they are balanced, else 1. 0 ends, "("
+    is 1, ")" 2, "?" 3.
+
+    A third are uniformly random strings, the rest random balanced ones, of which half are left as
+    they are. All others get both, one or none (1/4 each) of two mutations, swaps and flips. All
+    strings of up to 8 brackets are for training: of so few (two of one bracket) none follows from
+    the others.
+    """
+    sizes = range(5, 40)
+    vocab_size = 4
+    block_size = 80
+    chance = 0.525                                           # the balanced ones
+    quick = dict(size=10, steps=1_000, batch_size=128, lr=5e-3)
+    medium = quick
+    paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
+    published = table1("1.000", "0.873", "0.923", "1.000", "1.000", fails=["unembed"])
+
     def __init__(self, max_pairs=30, device="cpu"):
         super().__init__(max_pairs, device)
         self.max_pairs = max_pairs
+
     def held_out(self, tokens):
-        has_nine_brackets = (tokens[:, :9] != 3).all(1)                          # "?" comes later
+        has_nine_brackets = (tokens[:, :9] != 3).all(1)      # "?" comes later
         return super().held_out(tokens) & has_nine_brackets
+
     def balanced(self, pairs, generator):
-        """g(pairs) for (B,) -> is_close (B, 2 max_pairs) bool, true at each ")". g(1) = "()", and g(t) is "(" g(t-1) ")"
-        or g(u) g(t-u) with u ~ U[1, t-1], each with probability 1/2. All parts of all strings grow at once: `size` holds
-        at the start of each part its number of pairs, and a round replaces each part by what it consists of."""
-        B, N = len(pairs), 2 * self.max_pairs + 2
-        start, nowhere = torch.arange(N, device=self.device).expand(B, N), N - 1
-        size, is_close = torch.zeros_like(start), torch.zeros(B, N, dtype=torch.bool, device=self.device)
+        """Random balanced strings g(pairs) for (B,) -> is_close (B, 2 max_pairs), true at each ")".
+
+        g(1) = "()", and g(t) is "(" g(t-1) ")" or g(u) g(t-u) with u ~ U[1, t-1], each with
+        probability 1/2. All parts of all strings grow at once. `size` holds, where a part g(t)
+        starts, its t, else 0; a round replaces each part by what it consists of. For instance
+
+            g(3)           size 3 . . . . .     splits with u = 1, into g(1) and g(2)
+            g(1)  g(2)     size 1 . 2 . . .     g(1) closes at 1; g(2) wraps g(1), closes at 5
+            ( ) ( g(1) )   size . . . 1 . .     g(1) closes at 4
+            ( ) ( ( )  )   size . . . . . .     is_close at 1, 4 and 5
+        """
+        B = len(pairs)
+        N = 2 * self.max_pairs + 2
+        nowhere = N - 1                                      # a place that is cut off in the end
+        start = torch.arange(N, device=self.device).expand(B, N)
+        is_close = torch.zeros(B, N, dtype=torch.bool, device=self.device)
+        size = torch.zeros_like(start)
         size[:, 0] = pairs
-        for _ in range(self.max_pairs):                                          # a part of t pairs is done in t rounds
+        for _ in range(self.max_pairs):                      # a part g(t) is done in t rounds
             coin, u = torch.rand(2, B, N, generator=generator, device=self.device)
-            wrap = (size == 1) | (size > 1) & (coin < 0.5)
-            split = (size > 0) & ~wrap
-            u = (1 + (u * (size - 1)).long()) * split
-            is_close.scatter_(1, torch.where(wrap, start + 2 * size - 1, nowhere), True)
-            right = torch.where(split, start + 2 * u, nowhere)                   # where g(t-u) starts
-            inner = F.pad((size - 1) * wrap, (1, -1))                            # g(t-1) starts one place further on
-            size = (u + inner).scatter_add(1, right, (size - u) * split)
+            wraps = (size == 1) | ((size > 1) & (coin < 0.5))
+            splits = (size > 0) & ~wraps
+            close = torch.where(wraps, start + 2 * size - 1, nowhere)
+            is_close.scatter_(1, close, True)
+            inner = torch.where(wraps, size - 1, 0)          # g(t-1) starts one place further on
+            left = torch.where(splits, 1 + (u * (size - 1)).long(), 0)       # g(u) starts here
+            right = torch.where(splits, size - left, 0)      # g(t-u) starts 2u further on
+            right_start = torch.where(splits, start + 2 * left, nowhere)
+            size = left + F.pad(inner, (1, -1))
+            size = size.scatter_add(1, right_start, right)
         return is_close[:, :N - 2]
-    def sample(self, batch, generator):
-        draw, N = dict(generator=generator, device=self.device), 2 * self.max_pairs
-        chance = lambda probability: torch.rand(batch, 1, **draw) < probability
-        geometric = lambda: -torch.rand(batch, 1, **draw).clamp_min(2**-20).log2().ceil().long()         # 0, 1, .., 20
-        positions = lambda n: (torch.rand(batch, n, **draw) * length).long()                             # (B, n)
-        pairs = torch.randint(1, self.max_pairs + 1, (batch,), **draw)
-        random = chance(1 / 3)
-        length = torch.where(random, torch.randint(1, N + 1, (batch, 1), **draw), 2 * pairs[:, None])    # (B, 1)
-        is_close = torch.where(random, torch.rand(batch, N, **draw) < 0.5, self.balanced(pairs, generator))
-        mutate = random | chance(0.5)
-        n_tries = (geometric() + 1) * (mutate & chance(0.5))
+
+    def geometric(self, batch, generator):
+        """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
+        chance = torch.rand(batch, 1, generator=generator, device=self.device)
+        return 1 - chance.clamp_min(2**-20).log2().ceil().long()
+
+    def positions(self, n, length, generator):
+        """n random positions in each string, (B, n); length (B, 1)."""
+        chance = torch.rand(len(length), n, generator=generator, device=self.device)
+        return (chance * length).long()
+
+    def swap(self, is_close, length, generator):
+        """Tries a geometric number of random pairs of positions, one after the other, and swaps
+        those whose first is left of the second. So 35% of the long strings stay as they are."""
+        n_tries = self.geometric(len(is_close), generator)                   # (B, 1)
         for n in range(21):
-            pair = positions(2)                                                  # (B, 2)
-            swap = (n < n_tries) & (pair[:, :1] < pair[:, 1:])                   # (B, 1)
+            pair = self.positions(2, length, generator)                      # (B, 2): i, j
             swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
-            is_close = torch.where(swap, swapped, is_close)
-        n_flips = (geometric() + 1) * (1 + chance(2 / 3).long()) * (mutate & chance(0.5))
-        flipped = (torch.arange(40, device=self.device) < n_flips).long()
-        is_close = is_close ^ (torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, positions(40), flipped) % 2 == 1)
-        place = torch.arange(N + 2, device=self.device)
-        inside = place[:N] < length
+            from_left = pair[:, :1] < pair[:, 1:]                            # (B, 1): i < j
+            is_close = torch.where((n < n_tries) & from_left, swapped, is_close)
+        return is_close
+
+    def flip(self, is_close, length, generator):
+        """Flips a geometric number of random positions, or, with probability 2/3, twice as many."""
+        B = len(is_close)
+        twice = torch.rand(B, 1, generator=generator, device=self.device) < 2 / 3
+        n_flips = self.geometric(B, generator) * (1 + twice.long())          # (B, 1), at most 42
+        position = self.positions(42, length, generator)                     # (B, 42)
+        counts = (torch.arange(42, device=self.device) < n_flips).long()     # only the first ones
+        times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, counts)
+        return is_close ^ (times % 2 == 1)                   # flipped twice is as it was
+
+    def sample(self, batch, generator):
+        N = 2 * self.max_pairs
+        draw = dict(generator=generator, device=self.device)
+
+        def chance(probability):
+            return torch.rand(batch, 1, **draw) < probability
+        pairs = torch.randint(1, self.max_pairs + 1, (batch,), **draw)
+        is_random = chance(1 / 3)                                            # (B, 1)
+        random_length = torch.randint(1, N + 1, (batch, 1), **draw)
+        length = torch.where(is_random, random_length, 2 * pairs[:, None])   # (B, 1)
+        random_string = torch.rand(batch, N, **draw) < 0.5                   # (B, N), true: ")"
+        is_close = torch.where(is_random, random_string, self.balanced(pairs, generator))
+        mutates = is_random | chance(0.5)
+        swaps = mutates & chance(0.5)
+        is_close = torch.where(swaps, self.swap(is_close, length, generator), is_close)
+        flips = mutates & chance(0.5)
+        is_close = torch.where(flips, self.flip(is_close, length, generator), is_close)
+        # balanced: never more closed than opened, and in the end as many
+        position = torch.arange(N + 2, device=self.device)
+        inside = position[:N] < length                                       # (B, N)
         depth = torch.where(inside, 1 - 2 * is_close.long(), 0).cumsum(1)
-        label = 1 + ((depth.amin(1) >= 0) & (depth[:, -1] == 0)).long()[:, None]
-        tokens = F.pad(torch.where(inside, 1 + is_close.long(), 0), (0, 2))
-        return tokens.scatter(1, length, 3).scatter(1, length + 1, label), place == length + 1
+        is_balanced = (depth.amin(1) >= 0) & (depth[:, -1] == 0)
+        label = 1 + is_balanced.long()[:, None]                              # (B, 1)
+        brackets = torch.where(inside, 1 + is_close.long(), 0)
+        tokens = F.pad(brackets, (0, 2)).scatter(1, length, 3).scatter(1, length + 1, label)
+        return tokens, position == length + 1
 
 class Imitate(Task):
-    """40 random tokens; the answer is a random transformer's distribution over the next, so its token is a mere 0.
-    The target has 3 layers and 2 heads; its query, key and value weights are GPT-2's x10, its MLP output weights x20, its
-    unembedding has standard deviation 2 / sqrt(width)."""
-    metric, vocab_size, block_size, sizes = "loss", 512, 40, range(2, 2_000, 2)
+    """40 random tokens; the answer is a random transformer's distribution over the next, so its
+    token is a mere 0.
+
+    The target has 3 layers and 2 heads; its query, key and value weights are GPT-2's x10, its MLP
+    output weights x20, its unembedding has standard deviation 2 / sqrt(width).
+    """
+    sizes = range(2, 2_000, 2)
+    vocab_size = 512
+    block_size = 40
+    metric = "loss"                                          # KL(target | model), in nats
+    size_flag = "target_width"
+    usual = dict(Task.usual, n_layer=3)
+    quick = dict(steps=500, batch_size=64, lr=5e-3)
+    medium = quick
+    paper = dict(steps=10_000, batch_size=1_000, lr=1e-3)
+    published = {}
+
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
         with torch.random.fork_rng(), torch.no_grad():
-            common.seed_everything(0)                                            # the same target for every student
+            common.seed_everything(0)                        # the same target for every student
             self.target = Transformer(self.vocab_size, self.block_size, 3, 2, width)
             for block in self.target.h:
                 block.attn.c_attn.weight *= 10
                 block.mlp.c_proj.weight *= 20
             self.target.lm_head.weight.normal_(std=2 / math.sqrt(width))
         self.target.to(device)
+
     def sample(self, batch, generator):
-        tokens = torch.randint(self.vocab_size, (batch, self.block_size), generator=generator, device=self.device)
+        shape = (batch, self.block_size)
+        tokens = torch.randint(self.vocab_size, shape, generator=generator, device=self.device)
         return self.scored_from(F.pad(tokens, (0, 1)), self.block_size)
+
     @torch.no_grad()
-    def log_probs(self, tokens):                                                 # of the target, after 40 tokens: (B, 1, V)
-        return self.target(tokens[:, :-1], torch.full_like(tokens[:, :1], self.block_size - 1)).log_softmax(-1)
+    def log_probs(self, tokens):
+        """The target's log probabilities after the 40 tokens: (B, 41) -> (B, 1, V)."""
+        last = torch.full_like(tokens[:, :1], self.block_size - 1)
+        return self.target(tokens[:, :-1], last).log_softmax(-1)
+
     def losses(self, logits, targets, tokens):
         """KL(target | model) in nats, (B, 1)."""
-        return F.kl_div(logits.log_softmax(-1), self.log_probs(tokens), log_target=True, reduction="none").sum(-1)
+        log_q = logits.log_softmax(-1)
+        log_p = self.log_probs(tokens)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
     def describe(self):
-        """Mean entropy of the target's output, and mean KL between its outputs on different inputs, in nats."""
-        log_p = self.log_probs(self.test_set[0][:500])[:, 0]
-        return [-(log_p.exp() * log_p).sum(1).mean().item(), (log_p.exp() * (log_p - log_p.roll(1, 0))).sum(1).mean().item()]
+        """Mean entropy of the target's output, and mean KL between two of its outputs, in nats."""
+        log_p = self.log_probs(self.test_set[0][:500])[:, 0]                 # (500, V)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(1).mean()
+        kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()
+        return [entropy.item(), kl.item()]
 
 class LM(Task):
-    """Language modelling: text as words and punctuation marks, the vocab_size - 1 most frequent and an unknown (id 0).
-    Training windows begin anywhere in the training text; the test's 200 come from TinyStories' own validation split, or,
-    of another text, from its last 5%, which is not trained on."""
-    metric, block_size, n_answers, sizes = "loss", 512, 512, range(2, 10**6)
+    """Language modelling: text as words and punctuation marks, the vocab_size - 1 most frequent and
+    an unknown (id 0).
+
+    Training windows begin anywhere in the training text; the test's 200 come from TinyStories' own
+    validation split, or, of another text, from its last 5%, which is not trained on.
+    """
+    sizes = range(2, 10**6)
+    vocab_size = None                                        # of the instance
+    block_size = 512
+    n_answers = 512
+    metric = "loss"
+    needs_text = True
+    decays_vectors = False
+    usual = dict(n_layer=4, n_head=8, dropout=0.1, weight_decay=1e-3)        # the released code
+    quick = dict(size=1_000, steps=200, batch_size=4, lr=5e-3)
+    medium = quick
+    paper = dict(size=10_000, steps=230_000, batch_size=20, lr=6e-4, weight_decay=0.1)
+    # The paper does not say its depth: 2.64 probably belongs to 4 layers
+    published = {("transformer", "embeddings", 512): "2.64"}
+
     def __init__(self, vocab_size=10_000, text=None, device="cpu"):
         super().__init__(vocab_size, device)
         train_ids, test_ids, self.words = read_text(vocab_size, text)
-        self.vocab_size = len(self.words)                                        # a small text may have fewer words
+        self.vocab_size = len(self.words)                    # a small text may have fewer words
         self.train_ids = torch.from_numpy(train_ids).to(device)
         self.test_ids = torch.from_numpy(test_ids).to(device)
-        if len(self.test_ids) <= self.block_size:
+        if len(test_ids) <= self.block_size:
             n_words, enough = len(train_ids) + len(test_ids), 20 * (self.block_size + 1)
             raise ValueError(f"lm: {n_words:,} words of text are too few, {enough:,} would do")
-    def sample(self, batch, generator, ids=None):
-        ids = self.train_ids if ids is None else ids
-        starts = torch.randint(len(ids) - self.block_size, (batch, 1), generator=generator, device=self.device)
-        return self.scored_from(ids[starts + torch.arange(self.block_size + 1, device=self.device)].long(), 1)
+
+    def windows(self, ids, batch, generator):
+        """Windows of 513 words that begin anywhere in ids: (B, 513)."""
+        n_starts = len(ids) - self.block_size
+        starts = torch.randint(n_starts, (batch, 1), generator=generator, device=self.device)
+        place = starts + torch.arange(self.block_size + 1, device=self.device)
+        return self.scored_from(ids[place].long(), 1)
+
+    def sample(self, batch, generator):
+        return self.windows(self.train_ids, batch, generator)
+
     @functools.cached_property
     def test_set(self):
-        return self.sample(200, torch.Generator(self.device).manual_seed(0), self.test_ids)
+        draw = torch.Generator(self.device).manual_seed(0)
+        return self.windows(self.test_ids, 200, draw)
 
 def words_of(path):
     """The words and punctuation marks of a text file, one after the other."""
@@ -268,8 +507,10 @@ def word_ids(path, vocabulary):
 
 @functools.lru_cache
 def read_text(vocab_size, path=None):
-    """-> ids to train on (n,), ids to test on (m,), words: a list whose i-th entry is the word of id i. Without a path,
-    TinyStories, whose validation split is a file of its own."""
+    """A text as numbers: ids to train on (n,), ids to test on (m,), words, whose i-th is id i's.
+
+    Without a path, TinyStories, whose validation split is a file of its own.
+    """
     train_path = path or tinystories("train")
     most_common = Counter(words_of(train_path)).most_common(vocab_size - 1)
     vocabulary = ["<unknown>", *(word for word, _ in most_common)]
@@ -279,402 +520,761 @@ def read_text(vocab_size, path=None):
     cut = len(ids) * 95 // 100
     return ids[:cut], ids[cut:], vocabulary
 
-TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-{}.txt"
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/TinyStories-{}.txt"
+
 def tinystories(split):
-    """The path of TinyStories' split, train or valid, downloaded to the cache folder on first use. A download that broke
-    off is taken up where it did; the whole has the size and the SHA-256 of the repository's Git LFS pointer, or OSError."""
-    url = TINYSTORIES.format(split)
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotheory" / url.rsplit("/", 1)[1]
+    """The path of TinyStories' split, train or valid, downloaded to the cache folder on first use.
+
+    A download that broke off is taken up where it did; the whole has the size and the SHA-256 that
+    the repository's Git LFS pointer names, or OSError.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotheory"
+    path = cache / f"TinyStories-{split}.txt"
     if path.exists():
         return path
-    pointer = urllib.request.urlopen(url.replace("/resolve/", "/raw/"), timeout=30).read().decode()
+    with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
+        pointer = response.read().decode()
     digest, size = re.search(r"sha256:(\w+)\s+size (\d+)", pointer).groups()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    size = int(size)
+    cache.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".part"), "ab+") as part:
-        if (have := part.tell()) < int(size):
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-            with urllib.request.urlopen(request, timeout=60) as response, tqdm(
-                    desc=path.name, initial=have, total=int(size), unit="B", unit_scale=True) as bar:
-                while data := response.read(1 << 20):
-                    bar.update(part.write(data))
+        if part.tell() < size:
+            download(TINYSTORIES.format("resolve", split), part, size)
         part.flush()
-        if part.tell() < int(size):
-            raise OSError(f"it broke off at {part.tell():,} of {int(size):,} bytes; the same command goes on")
+        if part.tell() < size:
+            at = f"{part.tell():,} of {size:,} bytes"
+            raise OSError(f"it broke off at {at}; the same command goes on")
         if hashlib.sha256(np.memmap(part.name, mode="r")).hexdigest() != digest:
             part.truncate(0)
             raise OSError(f"its SHA-256 is not {digest}; the same command starts anew")
     return path.with_suffix(".part").rename(path)
 
-TASKS = dict(modadd=Modadd, needle=Needle, addition=Addition, parens=Parens, memorize=Memorize, imitate=Imitate, lm=LM)
+def download(url, part, size):
+    """Appends to an open file what it lacks of the url's `size` bytes."""
+    have = part.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    bar = tqdm(desc="TinyStories", initial=have, total=size, unit="B", unit_scale=True)
+    with bar, urllib.request.urlopen(request, timeout=60) as response:
+        while data := response.read(2**20):
+            bar.update(part.write(data))
 
-# ---- The models -----------------------------------------------------------------------------------------------------
-class Block(common.Block):
-    """A pre-norm GPT-2 block that is computed where it is needed. With linear, attention is the causal sum of values
-    (App. E, as far as we know)."""
+TASKS = {
+    "modadd": Modadd,
+    "needle": Needle,
+    "addition": Addition,
+    "parens": Parens,
+    "memorize": Memorize,
+    "imitate": Imitate,
+    "lm": LM,
+}
+
+def check_task(name, task):
+    """TypeError, with what is missing, for a task that does not state all that it should."""
+    for what in Task.STATED:
+        if not hasattr(task, what):
+            raise TypeError(f"task {name} does not state {what}")
+    for preset in PRESETS:
+        needed = {"steps", "batch_size", "lr"}
+        if task.size_flag == "size":
+            needed.add("size")
+        missing = needed - set(getattr(task, preset))
+        if missing:
+            raise TypeError(f"task {name}, preset {preset}: no {', '.join(sorted(missing))}")
+
+# ---- The model ----------------------------------------------------------------------------------
+
+def pick(x, at):
+    """What stands at some positions of each row: x (B, T, C), at (B, Q) -> (B, Q, C)."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+
+class Attention(common.CausalSelfAttention):
+    """GPT-2's attention, whose forward is common's; at some positions alone it is `at`."""
+
+    def at(self, x, at):
+        """forward(x) at the positions at (B, Q) alone: x (B, T, C) -> (B, Q, C).
+
+        Only those positions ask a query; keys and values are needed everywhere.
+        """
+        C = x.shape[-1]
+        W, b = self.c_attn.weight, self.c_attn.bias
+        q = F.linear(pick(x, at), W[:C], b[:C])              # (B, Q, C)
+        k, v = F.linear(x, W[C:], b[C:]).split(C, dim=-1)    # (B, T, C) each
+
+        def heads(y):
+            return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        q, k, v = heads(q), heads(k), heads(v)               # (B, H, Q or T, C/H)
+        is_future = torch.arange(x.shape[1], device=x.device) > at[..., None]          # (B, Q, T)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])           # (B, H, Q, T)
+        attn = scores.masked_fill(is_future[:, None], -math.inf).softmax(-1)
+        y = F.dropout(attn, self.dropout, self.training) @ v                 # (B, H, Q, C/H)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
+        return F.dropout(y, self.dropout, self.training)     # (B, Q, C)
+
+class SumOfValues(common.CausalSelfAttention):
+    """Linear attention in its simplest form: the sum of the values so far (App. E, Table 9, as far
+    as we know). Their mean measured the same."""
+
+    def __init__(self, n_embd, dropout=0.0):
+        super().__init__(n_embd, 1, dropout)
+        self.c_attn = nn.Linear(n_embd, n_embd)              # values alone
+
+    def forward(self, x, return_attn=False):
+        """x (B, T, C) -> (B, T, C); with return_attn also None, as there are no weights."""
+        y = self.c_proj(self.c_attn(x).cumsum(1))
+        y = F.dropout(y, self.dropout, self.training)
+        return (y, None) if return_attn else y
+
+    def at(self, x, at):
+        """forward(x) at the positions at (B, Q) alone: x (B, T, C) -> (B, Q, C)."""
+        y = self.c_proj(pick(self.c_attn(x).cumsum(1), at))
+        return F.dropout(y, self.dropout, self.training)
+
+class Block(nn.Module):
+    """A pre-norm GPT-2 block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
     def __init__(self, n_embd, n_head, linear=False, dropout=0.0):
-        super().__init__(n_embd, n_head, dropout)
-        self.linear = linear
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd)
         if linear:
-            self.attn.c_attn = nn.Linear(n_embd, n_embd)                         # values alone
-    def forward(self, x, at=None, return_attn=False):
-        """x (B, T, C); at (B, Q): the positions to compute, None for all -> (B, Q, C), and with return_attn the attention
-        weights (B, H, Q, T), else None. Keys and values are needed everywhere, all else only at those positions."""
-        C, h, W, b, attn = x.shape[2], self.ln_1(x), self.attn.c_attn.weight, self.attn.c_attn.bias, None
-        position = torch.arange(x.shape[1], device=x.device)
-        where = (position if at is None else at)[..., None]                      # (T, 1) or (B, Q, 1)
-        pick = lambda y: y if at is None else y.gather(1, where.expand(-1, -1, C))                       # (B, Q, C)
-        heads = lambda y: y.unflatten(-1, (self.attn.n_head, -1)).transpose(1, 2)                        # (B, H, T, C/H)
-        if self.linear:
-            y = pick(F.linear(h, W, b).cumsum(1))
+            self.attn = SumOfValues(n_embd, dropout)
         else:
-            q, (k, v) = F.linear(pick(h), W[:C], b[:C]), F.linear(h, W[C:], b[C:]).split(C, 2)
-            q, k, v = heads(q), heads(k), heads(v)
-            dropout = self.attn.dropout * self.training
-            if at is None and not return_attn:
-                y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-            else:
-                future = torch.where(position > where, -math.inf, 0.0)           # (T, T) or (B, Q, T)
-                attn = (q @ k.mT / math.sqrt(q.shape[-1]) + (future if at is None else future[:, None])).softmax(-1)
-                y = F.dropout(attn, dropout) @ v                                 # (B, H, Q, C/H)
-            y = y.transpose(1, 2).flatten(2)                                     # (B, Q, C)
-        x = pick(x) + F.dropout(self.attn.c_proj(y), self.attn.dropout, self.training)
-        return x + self.mlp(self.ln_2(x)), attn
+            self.attn = Attention(n_embd, n_head, dropout)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.mlp = common.MLP(n_embd, dropout)
+
+    def forward(self, x, return_attn=False):
+        """x (B, T, C) -> x (B, T, C), with return_attn also the attention weights (B, H, T, T)."""
+        y = self.attn(self.ln_1(x), return_attn)
+        y, attn = y if return_attn else (y, None)
+        x = x + y
+        x = x + self.mlp(self.ln_2(x))
+        return (x, attn) if return_attn else x
+
+    def at(self, x, at):
+        """forward(x) at the positions at (B, Q) alone: x (B, T, C) -> (B, Q, C).
+
+        Of the last block nobody needs more than the positions where an answer is predicted. It
+        halves the time of a step of two layers and one answer.
+        """
+        x = pick(x, at) + self.attn.at(self.ln_1(x), at)
+        return x + self.mlp(self.ln_2(x))
 
 class Transformer(nn.Module):
     """GPT-2 with an unembedding of its own. Parameters a layer: 12 d^2 + 13 d."""
+
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, linear=False, dropout=0.0):
         super().__init__()
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
         self.drop = nn.Dropout(dropout)
-        self.h = nn.ModuleList([Block(n_embd, n_head, linear, dropout) for _ in range(n_layer)])
+        self.h = nn.ModuleList()
+        for _ in range(n_layer):
+            self.h.append(Block(n_embd, n_head, linear, dropout))
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         common.gpt2_init_(self, n_layer)
-    def forward(self, tokens, at=None, return_states=False):
-        """tokens (B, T), at (B, Q) or None for all -> logits (B, Q, V): the last block is computed only at `at`. With
-        return_states also lists of hidden states after the embedding and each layer, and of attention weights."""
-        x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])      # (B, T, C)
-        states, attns = [x], []
-        for block in self.h:
-            x, attn = block(x, at if block is self.h[-1] else None, return_states)
-            states, attns = [*states, x], [*attns, attn]
+
+    def embed(self, tokens):
+        return self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])         # (B, T, C)
+
+    def forward(self, tokens, at=None, return_attn=False):
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions at (B, Q) alone.
+
+        With return_attn also a list of each layer's attention weights, (B, H, T, T).
+        """
+        x = self.embed(tokens)
+        attns = []
+        for block in self.h[:-1] if at is not None else self.h:
+            x, attn = block(x, True) if return_attn else (block(x), None)
+            attns.append(attn)
+        if at is not None:
+            x = self.h[-1].at(x, at)
         logits = self.lm_head(self.ln_f(x))
-        return (logits, states, attns) if return_states else logits
+        return (logits, attns) if return_attn else logits
+
+    def hidden_states(self, tokens):
+        """tokens (B, T) -> the states after the embedding and after each layer, (B, T, C) each."""
+        states = [self.embed(tokens)]
+        for block in self.h:
+            states.append(block(states[-1]))
+        return states
 
 class Recurrent(nn.Module):
-    """An embedding, two recurrent layers (nn.LSTM or nn.RNN), and an unembedding with a bias; forward as the
-    transformer's."""
+    """An embedding, two recurrent layers (nn.LSTM or nn.RNN), and an unembedding with a bias."""
+
     def __init__(self, vocab_size, kind, n_embd, dropout=0.0):
         super().__init__()
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.rnn = kind(n_embd, n_embd, num_layers=2, batch_first=True, dropout=dropout)
         self.lm_head = nn.Linear(n_embd, vocab_size)
-    def forward(self, tokens, at=None):
-        h = self.rnn(self.wte(tokens))[0]
-        return self.lm_head(h if at is None else h.gather(1, at[..., None].expand(-1, -1, h.shape[-1])))
 
-# What is trained, by module (Table 2). A recurrent network has no wpe and a transformer no rnn.
-TRAINABLE = dict(full=["wte", "wpe", "h", "rnn", "ln_f", "lm_head"], embeddings=["wte", "wpe", "lm_head"],
-                 token_unembed=["wte", "lm_head"], embed=["wte", "wpe"], unembed=["lm_head"])
+    def forward(self, tokens, at=None):
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions at (B, Q) alone."""
+        h, _ = self.rnn(self.wte(tokens))
+        return self.lm_head(h if at is None else pick(h, at))
+
+MODELS = {"transformer": Transformer, "linear": Transformer, "lstm": nn.LSTM, "rnn": nn.RNN}
+
+# What is trained, by module (Table 2). A recurrent network has no wpe and a transformer no rnn
+TRAINABLE = {
+    "full": ["wte", "wpe", "h", "rnn", "ln_f", "lm_head"],
+    "embeddings": ["wte", "wpe", "lm_head"],                 # the paper's random transformer
+    "token_unembed": ["wte", "lm_head"],
+    "embed": ["wte", "wpe"],
+    "unembed": ["lm_head"],
+}
 
 def train_only(model, which):
-    """Freezes all parameters but those that `which`, a key of TRAINABLE, names. Returns the list of those to train."""
+    """Freezes all parameters but those that `which`, a key of TRAINABLE, names. Returns the list of
+    those to train."""
+    trained = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in TRAINABLE[which])
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        module = name.split(".")[0]
+        parameter.requires_grad_(module in TRAINABLE[which])
+        if parameter.requires_grad:
+            trained.append(parameter)
+    return trained
 
-# ---- Training (App. D.3) --------------------------------------------------------------------------------------------
+# ---- Training (App. D.3) ------------------------------------------------------------------------
+
+# None: the task's own, in its class
+OPEN = dict(size=None, n_layer=None, n_head=None, dropout=None, text=None, steps=None,
+    batch_size=None, lr=None, weight_decay=None)
+PRESETS = {
+    "quick": dict(OPEN, task=["parens"], model=["transformer"], train=["embeddings", "full"],
+        n_embd=[128, 16], target_width=[16], warmup=100, eval_every=100),
+    "medium": dict(OPEN, task=["modadd", "needle", "addition", "parens"], model=["transformer"],
+        train=["embeddings"], n_embd=[16, 32, 64, 128, 256], target_width=[16], warmup=100,
+        eval_every=500),
+    "paper": dict(OPEN, task=["modadd", "needle", "addition", "parens"], model=["transformer"],
+        train=["embeddings", "full"], n_embd=[1024, 16],
+        target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512], warmup=500, eval_every=500),
+}
+LR_LSTM = 5e-3
+SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
+
+for item in TASKS.items():
+    check_task(*item)
+
+def resolve(args):
+    """Completes a run's settings by the task's own; None for what has no effect on it."""
+    task = TASKS[args.task]
+    if args.lr is None and args.model == "lstm":
+        args.lr = LR_LSTM
+    for key, value in {**task.usual, **getattr(task, args.preset)}.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if task.size_flag != "size":
+        args.size = None
+    if task.size_flag != "target_width":
+        args.target_width = None
+    if not task.needs_text:
+        args.text = None
+    if args.model != "transformer":
+        args.n_head = None                                   # a sum of values has no heads
+    if args.model in ("lstm", "rnn"):
+        args.n_layer = None                                  # two layers
+        if args.train == "token_unembed":
+            args.train = "embeddings"                        # the same: there are no positions
+
+def make_task(args, device="cpu"):
+    """The task of a run."""
+    kind = TASKS[args.task]
+    text = dict(text=args.text) if kind.needs_text else {}
+    return kind(getattr(args, kind.size_flag), device=device, **text)
+
 def build(args):
     """The task and the model of a run."""
-    text = dict(text=args.text) if args.task == "lm" else {}
-    task = TASKS[args.task](args.target_width if args.task == "imitate" else args.size, device=args.device, **text)
-    if args.model in ("lstm", "rnn"):
-        kind = nn.LSTM if args.model == "lstm" else nn.RNN
-        model = Recurrent(task.vocab_size, kind, args.n_embd, args.dropout)
+    task = make_task(args, args.device)
+    kind = MODELS[args.model]
+    if kind is Transformer:
+        sizes = task.vocab_size, task.block_size, args.n_layer, args.n_head, args.n_embd
+        model = Transformer(*sizes, args.model == "linear", args.dropout)
     else:
-        model = Transformer(task.vocab_size, task.block_size, args.n_layer, args.n_head, args.n_embd,
-                            args.model == "linear", args.dropout)
+        model = Recurrent(task.vocab_size, kind, args.n_embd, args.dropout)
     return task, model.to(args.device)
 
+def load(folder, device="cpu"):
+    """The task and the trained model of a run, ready to use."""
+    return common.load(folder, build, device)
+
+def learning_rate(step, args):
+    """Linear warm-up to args.lr, then a cosine to 0 (in the authors' code, not in the paper)."""
+    warm = min(1, (step + 1) / args.warmup)
+    done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * warm * (1 + math.cos(math.pi * done)) / 2
+
 def answers(tokens, scored, n):
-    """at (B, n), where up to n answers are predicted, or None for everywhere; targets (B, n), the answers, -100 for none."""
-    if n == tokens.shape[1] - 1:
-        return None, tokens[:, 1:].masked_fill(~scored[:, 1:], -100)
-    at = scored[:, 1:].int().argsort(dim=1, descending=True, stable=True)[:, :n]
-    return at, tokens[:, 1:].gather(1, at).masked_fill(~scored[:, 1:].gather(1, at), -100)
+    """Where up to n answers of a sequence are predicted, and what they are.
+
+    tokens, scored (B, T) -> at (B, n), or None for every position; targets (B, n), -100 for none.
+    An answer is predicted one position before its own: with n = 3,
+
+        tokens   5  6  7 20 21 12     scored   .  .  .  x  x  .     at  2 3 0   targets  20 21 -100
+    """
+    predicts_answer = scored[:, 1:]                          # (B, T - 1): the next token is one
+    next_token = tokens[:, 1:].masked_fill(~predicts_answer, -100)
+    if n == next_token.shape[1]:
+        return None, next_token
+    # Sorted: the positions of the answers, in order, then other ones, whose next_token is -100
+    at = predicts_answer.int().argsort(dim=1, descending=True, stable=True)[:, :n]
+    return at, next_token.gather(1, at)
+
+def make_optimizer(task, trained, lr, args):
+    """AdamW. On the language model, biases and norms do not decay (the released code)."""
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() == 1]
+    groups = [
+        dict(params=matrices, weight_decay=args.weight_decay),
+        dict(params=vectors, weight_decay=args.weight_decay if task.decays_vectors else 0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=lr.is_cuda)
 
 def train(args, run):
-    """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
+    """One run of the sweep; goes on from its checkpoint where there is one."""
     task, model = build(args)
     trained = train_only(model, args.train)
-    peak = args.lr_lstm if args.model == "lstm" else args.lr
-    lr = torch.tensor(0.0, device=args.device)                                   # a tensor: a CUDA graph sees it change
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained if parameter.dim() == 1]       # biases and norms: lm's do not decay
-    groups = [dict(params=matrices, weight_decay=args.weight_decay),
-              dict(params=vectors, weight_decay=0.0 if args.task == "lm" else args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True, capturable=lr.is_cuda)
-    data = torch.Generator(args.device).manual_seed(args.seed)                   # training data alone
+    lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
+    optimizer = make_optimizer(task, trained, lr, args)
+    data = torch.Generator(args.device).manual_seed(args.seed)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr                                     # restore put another tensor there
+
     def training_step():
-        tokens, scored = task.sample(args.batch_size, data)                      # (B, T) each
-        # Held-out sequences stay in the batch, unscored: to draw others for them would have to wait for their number
+        tokens, scored = task.sample(args.batch_size, data)                  # (B, T) each
+        # Test sequences stay in the batch, unscored: to replace them would need their number
         scored = scored & ~task.held_out(tokens)[:, None]
-        at, targets = answers(tokens, scored, task.n_answers)                    # (B, Q) each
+        at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens[:, :-1], at)                                   # (B, Q, V)
-        loss = task.losses(logits.float(), targets, tokens).sum() / (targets >= 0).sum().clamp_min(1)
+            logits = model(tokens[:, :-1], at)                               # (B, Q, V)
+        n_answers = (targets >= 0).sum().clamp_min(1)
+        loss = task.losses(logits.float(), targets, tokens).sum() / n_answers
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
-    step_once = common.compile_step(training_step, model, data) if args.compile else training_step
+
+    step_once = training_step
+    if args.compile:
+        step_once = common.compile_step(training_step, model, data)
     for step in run.steps(start, args.steps):
-        done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
-        lr.fill_(peak * min(1, (step + 1) / args.warmup) * (1 + math.cos(math.pi * done)) / 2)
+        lr.fill_(learning_rate(step, args))
         loss = step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            model.eval()                                                         # without dropout
-            scores = evaluate(model, task, *(x[:1_000] for x in task.test_set))
-            model.train()
-            run.log(step + 1, loss=loss.item(), **{f"test_{task.metric}": scores[task.metric]})
+            model.eval()                                     # without dropout
+            tokens, scored = task.test_set
+            score = evaluate(model, task, tokens[:1_000], scored[:1_000])[task.metric]
+            run.log(step + 1, loss=loss.item(), **{f"test_{task.metric}": score})
             run.save(step + 1)
-    model.eval()
-    return dict(evaluate(model, task, *task.test_set), found=measure(model, task, args), n_trained=sum(p.numel() for p in trained))
+            model.train()
 
-# ---- Measurement ----------------------------------------------------------------------------------------------------
+# ---- Measurement --------------------------------------------------------------------------------
+
 @torch.no_grad()
 def evaluate(model, task, tokens, scored):
     """Mean loss (nats) and accuracy over the answers of tokens, scored (N, T) each."""
-    loss, right, n, size = 0.0, 0, 0, max(1, 20_000 // tokens.shape[1])
+    loss, right, n = 0.0, 0, 0
+    size = max(1, 20_000 // tokens.shape[1])                 # sequences at once
     for tokens, scored in zip(tokens.split(size), scored.split(size)):
         at, targets = answers(tokens, scored, task.n_answers)
         logits = model(tokens[:, :-1], at).float()
-        loss += task.losses(logits, targets, tokens).cpu().double().sum().item()           # mps has no float64
+        losses = task.losses(logits, targets, tokens)
+        loss += losses.cpu().double().sum().item()           # on the CPU: mps has no float64
         right += (logits.argmax(-1) == targets).sum().item()
         n += (targets >= 0).sum().item()
     return dict(loss=loss / n, accuracy=right / n)
 
 def explained_variance(hidden, top=10):
-    """Share of the variance of hidden (N, d) in its top principal components, and in its top neurons (Tables 4, 5)."""
-    covariance = hidden.cpu().double().T.cov(correction=0)                       # (d, d)
-    of_components, of_neurons = torch.linalg.eigvalsh(covariance), covariance.diagonal()
-    return tuple((x.sort(descending=True).values[:top].sum() / x.sum()).item() for x in (of_components, of_neurons))
+    """Share of the variance of hidden (N, d) in its top principal components, and in its top
+    neurons (Tables 4, 5)."""
+    covariance = hidden.cpu().double().T.cov(correction=0)   # (d, d)
+    shares = []
+    for variances in (torch.linalg.eigvalsh(covariance), covariance.diagonal()):
+        largest = variances.sort(descending=True).values[:top]
+        shares.append((largest.sum() / variances.sum()).item())
+    return tuple(shares)
 
 def find_needles(attns, tokens, scored):
-    """Fig. 2 as numbers: layer 1's attention from each value to its marker, the last layer's from the query to the value
-    that it asks for; mean over positions and sequences, best head. attns: (B, H, T, T) each, tokens and scored (B, T+1)."""
-    rows, query = scored[:, 1:].nonzero().T                                      # one query a sequence
-    values = torch.arange(1, attns[0].shape[-1], 2, device=tokens.device)        # positions 1, 3, ..
-    to_marker = attns[0][:, :, values, values - 1].transpose(1, 2)[values < query[:, None]].mean(0)      # (H,)
-    target = (tokens[:, :-1] == tokens[rows, query][:, None] - 30).int().argmax(1) + 1
-    return [to_marker.max().item(), attns[-1][rows, :, query, target].mean(0).max().item()]
+    """Fig. 2 as numbers: layer 1's attention from each value to its marker, the last layer's from
+    the query to the value that it asks for; mean over positions and sequences, best head.
+
+    attns: (B, H, T, T) each; tokens and scored (B, T + 1).
+    """
+    rows, query = scored[:, 1:].nonzero().T                  # one query a sequence
+    values = torch.arange(1, attns[0].shape[-1], 2, device=tokens.device)    # positions 1, 3, ..
+    to_marker = attns[0][:, :, values, values - 1].transpose(1, 2)           # (B, values, H)
+    to_marker = to_marker[values < query[:, None]].mean(0)                   # (H,)
+    asked = tokens[rows, query] - 30                                         # (B,)
+    value = (tokens[:, :-1] == asked[:, None]).int().argmax(1) + 1           # (B,): its position
+    to_value = attns[-1][rows, :, query, value].mean(0)                      # (H,)
+    return [to_marker.max().item(), to_value.max().item()]
 
 def circuit(model, task):
-    """Fig. 3 as numbers, after Zhong et al. 2023: gradient symmetricity, the mean cosine of the gradients of a logit with
-    respect to the embeddings of a and of b, and distance irrelevance, the spread of the right answer's logit among pairs of
-    equal a - b relative to its spread among all pairs. A pizza has 1 and 0, a clock 0 and 1."""
+    """Fig. 3 as numbers, after Zhong et al. 2023: [gradient symmetricity, distance irrelevance].
+
+    The first is the mean cosine of the gradients of a logit with respect to the embeddings of a and
+    of b; the second the spread of the right answer's logit among pairs of equal a - b, relative to
+    its spread among all pairs. A pizza has 1 and 0, a clock 0 and 1.
+    """
+    p, device = task.p, task.table.device
     draw = torch.Generator().manual_seed(0)
-    tokens, some = task.table[torch.randperm(task.p**2, generator=draw)[:500]], torch.randint(task.p, (500,), generator=draw)
+    tokens = task.table[torch.randperm(p * p, generator=draw)[:500]]         # (500, 3)
+    some = torch.randint(p, (500,), generator=draw)[:len(tokens), None].to(device)
     with torch.enable_grad():
-        x = embedded = model.wte(tokens[:, :2]).detach().requires_grad_()
-        x = x + model.wpe.weight[:2]
+        embedded = model.wte(tokens[:, :2]).detach().requires_grad_()        # (500, 2, C)
+        x = embedded + model.wpe.weight[:2]
         for block in model.h:
-            x = block(x)[0]
-        logits = model.lm_head(model.ln_f(x[:, -1]))
-        gradient, = torch.autograd.grad(logits.gather(1, some[:len(x), None].to(x.device)).sum(), embedded)   # (500, 2, C)
-    right = model(task.table[:, :2])[:, -1].gather(1, task.table[:, 2:]).view(task.p, task.p)
-    a = torch.arange(task.p)
-    spread = right[a, (a - a[:, None]) % task.p].std(1, correction=0)            # row d: all pairs a, a - d
-    return [F.cosine_similarity(*gradient.unbind(1)).mean().item(), (spread.mean() / right.std(correction=0)).item()]
+            x = block(x)
+        logits = model.lm_head(model.ln_f(x[:, -1]))                         # (500, V)
+        gradient, = torch.autograd.grad(logits.gather(1, some).sum(), embedded)
+    symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
+    logits = model(task.table[:, :2])[:, -1]                 # (p^2, V), a row a pair
+    right = logits.gather(1, task.table[:, 2:]).view(p, p)
+    a = torch.arange(p)
+    distance = a[:, None]
+    by_distance = right[a, (a - distance) % p]               # row d: all pairs a, a - d
+    spread = by_distance.std(1, correction=0).mean() / right.std(correction=0)
+    return [symmetricity.item(), spread.item()]
+
+def write_prose(model, task, seed, n_words=60):
+    """A text that the language model writes, from the test's first word on."""
+    draw = torch.Generator(task.device).manual_seed(seed)
+    ids = task.test_ids[None, :1].long()                     # (1, 1)
+    for position in range(n_words):
+        last = torch.full_like(ids[:, :1], position)
+        next_word = model(ids, last)[:, 0].softmax(-1)       # (1, V)
+        ids = torch.cat([ids, torch.multinomial(next_word, 1, generator=draw)], dim=1)
+    text = " ".join(task.words[i] for i in ids[0].tolist())
+    return re.sub(r" ([.,!?;:])", r"\1", text)
 
 @torch.no_grad()
-def measure(model, task, args):
-    """What is found beyond the score, where it applies: {title: numbers or text}."""
-    found = {}
-    if args.model in ("transformer", "linear"):
-        tokens, scored = (x[:20_000 // x.shape[1]] for x in task.test_set)
-        _, states, attns = model(tokens[:, :-1], return_states=True)
-        inside = scored.flip(1).cumsum(1).flip(1)[:, 1:] > 0                     # up to the last answer: no padding
-        found["Variance in the top 10 principal components, then neurons, after embedding and layers (Tables 4, 5)"] = sum(
-            zip(*(explained_variance(state[inside]) for state in states)), ())
-        if args.model == "transformer" and args.task == "needle":
-            found["Attention: value to marker, query to value (Fig. 2)"] = find_needles(attns, tokens, scored)
-        if args.task == "modadd":
-            found["Gradient symmetricity, distance irrelevance (Fig. 3; pizza 1, 0; clock 0, 1)"] = circuit(model, task)
+def measure(args, run):
+    """The scores on the whole test set, and what else applies to a run, from its checkpoint."""
+    task, model = load(run.folder, args.device)
+    n_trained = sum(parameter.numel() for parameter in train_only(model, args.train))
+    found = evaluate(model, task, *task.test_set)
+    found["n_trained"] = n_trained
+    if MODELS[args.model] is Transformer:
+        n = 20_000 // task.test_set[0].shape[1]
+        tokens, scored = [x[:n] for x in task.test_set]
+        # Up to where the last answer is predicted: no padding
+        inside = scored.flip(1).cumsum(1).flip(1)[:, 1:] > 0                 # (n, T - 1)
+        shares = []
+        for state in model.hidden_states(tokens[:, :-1]):
+            shares.append(explained_variance(state[inside]))
+        found["components"], found["neurons"] = map(list, zip(*shares))
+    if args.task == "needle" and args.model == "transformer":
+        attns = model(tokens[:, :-1], return_attn=True)[1]
+        found["attention"] = find_needles(attns, tokens, scored)
+    if args.task == "modadd" and MODELS[args.model] is Transformer:
+        found["circuit"] = circuit(model, task)
     if args.task == "imitate":
-        found["Target: entropy of its output, KL between its outputs (paper: 2.89 to 3.02, 0.8 to 3.3)"] = task.describe()
+        found["target"] = task.describe()
     if args.task == "lm":
-        ids, draw = task.test_ids[None, :1].long(), torch.Generator(args.device).manual_seed(args.seed)
-        for position in range(60):
-            next_word = model(ids, torch.full_like(ids[:, :1], position))[:, 0].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(next_word, 1, generator=draw)], 1)
-        found["Prose"] = re.sub(r" ([.,!?;:])", r"\1", " ".join(task.words[i] for i in ids[0].tolist()))
+        found["prose"] = write_prose(model, task, args.seed)
     return found
 
-# ---- The command, its tables and its figures ------------------------------------------------------------------------
-by_task = lambda *values: dict(zip(TASKS, values))       # of modadd, needle, addition, parens, memorize, imitate, lm
-PRESETS = {
-    "quick": dict(task=["parens"], model=["transformer"], train=["embeddings", "full"], n_embd=[128, 16], target_width=[16],
-                  size=by_task(59, 4, 3, 10, 64, 0, 1_000), steps=by_task(600, 3_000, 2_000, 1_000, 2_000, 500, 200),
-                  batch_size=by_task(1_500, 128, 128, 128, 512, 64, 4), lr=by_task(5e-3, 1e-3, *[5e-3] * 5), weight_decay=1e-3,
-                  warmup=100, eval_every=100),
-    "paper": dict(task=["modadd", "needle", "addition", "parens"], model=["transformer"], train=["embeddings", "full"],
-                  n_embd=[1024, 16], target_width=[32], size=by_task(199, 30, 10, 30, 512, 0, 10_000),
-                  steps=by_task(50_000, 10_000, 10_000, 10_000, 168_000, 10_000, 230_000),
-                  batch_size=by_task(4_000, 1_000, 1_000, 1_000, 2**15, 1_000, 20), warmup=500, eval_every=500,
-                  lr=by_task(*[1e-3] * 6, 6e-4), weight_decay=by_task(1e-3, 1e-3, 1e-3, 1e-3, 1e-4, 1e-3, 0.1)),
+# ---- Tables and figures -------------------------------------------------------------------------
+
+IN_WORDS = {
+    "linear": "linear attention", "lstm": "LSTM", "rnn": "RNN",
+    "full": "fully trained", "embeddings": "random, embeddings trained",
+    "token_unembed": "random, no positions trained", "embed": "random, no unembedding trained",
+    "unembed": "random, unembedding trained",
 }
-N_LAYER = by_task(2, 2, 2, 2, 2, 3, 4)                   # lm: the published 2.64 probably belongs to 4 layers, not to 2
-SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
-# The paper's medians over 10 restarts: Table 1, then what it says of Tables 2 and 3 and of Fig. 4
-TABLE1 = [("transformer", "embeddings", 1024), ("transformer", "embeddings", 16), ("transformer", "full", 1024),
-          ("transformer", "full", 16), ("lstm", "full", 1024)]
-PUBLISHED = {(task, *column): value for (task, column), value in zip(itertools.product(TASKS, TABLE1), """
-    1.000 0.013 1.000 0.972 1.000   1.000 0.075 1.000 0.120 0.995
-    1.000 0.266 1.000 0.675 0.530   1.000 0.873 0.923 1.000 1.000""".split())}
-PUBLISHED |= {(task, "transformer", train, width): value for task, train, width, value in [
-    ("modadd", "unembed", 1024, "fails"), ("needle", "unembed", 1024, "fails"), ("addition", "unembed", 1024, "fails"),
-    ("parens", "unembed", 1024, "fails"), ("addition", "token_unembed", 1024, "fails"), ("modadd", "embed", 1024, "fails"),
-    ("memorize", "full", 128, "2.88 bits"), ("memorize", "embeddings", 128, "0.41 bits"), ("lm", "embeddings", 512, "2.64")]}
 
-def dropout_rate(text):
-    """argparse type: a number from 0 to below 1."""
-    if 0 <= float(text) < 1:
-        return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+def column_of(args):
+    """The column of a score: model, what is trained, width."""
+    return args.model, args.train, args.n_embd
 
-def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = argparse.ArgumentParser(description="Algorithmic Capabilities of Random Transformers, Zhong and Andreas, "
-                                     "NeurIPS 2024", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add, count = parser.add_argument, common.positive_int
-    add("--task", nargs="+", choices=list(TASKS), help="tasks")
-    add("--model", nargs="+", choices=["transformer", "linear", "lstm", "rnn"], help="linear: attention is a sum of values")
-    add("--train", nargs="+", choices=list(TRAINABLE), help="what is trained; embeddings: the paper's random transformer")
-    add("--n-embd", nargs="+", type=count, help="widths")
-    add("--n-layer", type=count, default=N_LAYER, help="layers of a transformer")
-    add("--n-head", type=count, default=by_task(4, 4, 4, 4, 4, 4, 8), help="heads a layer")
-    add("--dropout", type=dropout_rate, default=by_task(0, 0, 0, 0, 0, 0, 0.1), help="dropout in training")
-    add("--size", type=count, help="modulus (modadd), most pairs (needle, parens), digits, side of the table, or vocabulary")
-    add("--target-width", nargs="+", type=count, help="imitate: widths of the targets")
-    add("--text", help="lm: a text file; without one, TinyStories is downloaded")
-    add("--steps", type=count, help="training steps")
-    add("--batch-size", type=count, help="sequences a step")
-    add("--lr", type=float, help="peak learning rate of AdamW")
-    add("--lr-lstm", type=float, default=5e-3, help="the same, of an LSTM")
-    add("--warmup", type=count, help="steps of linear warm-up; the learning rate then falls to 0 along a cosine")
-    add("--weight-decay", type=float, help="weight decay of AdamW")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds of weights and data")
-    add("--table1", action="store_true", help="Table 1's five columns in place of --model, --train and --n-embd")
-    add("--params", action="store_true", help="Table 6: count parameters, train nothing")
-    args = common.parse_args(parser, PRESETS, argv)
-    if args.table1:
-        args.model, args.train, args.n_embd = ["transformer", "lstm"], ["embeddings", "full"], [1024, 16]
-    for task in args.task:
-        n_head, size = (value[task] if isinstance(value, dict) else value for value in (args.n_head, args.size))
-        for n_embd in args.n_embd:
-            if n_embd % n_head:
-                parser.error(f"--n-embd {n_embd} is not divisible by --n-head {n_head}")
-        try:
-            for n in args.target_width if task == "imitate" else [size]:
-                TASKS[task](n, **dict(text=args.text) if task == "lm" else {})
-        except ValueError as error:
-            parser.error(f"{'--target-width' if task == 'imitate' else '--size'}: {error}")
-        except OSError as error:
-            parser.error(f"--text: {error}" if args.text else f"TinyStories did not come: {error}. Give --text FILE instead")
-    return args
+def row_of(args):
+    """The row of a score: the task, of imitation also the target's width."""
+    return f"{args.task} {args.target_width}" if args.task == "imitate" else args.task
+
+def published(args):
+    """The paper's number for a run's setting, median of 10 restarts, or an empty text."""
+    task = TASKS[args.task]
+    paper = {**task.usual, **task.paper}
+    same_size = args.size == paper.get("size") and args.n_layer in (None, paper["n_layer"])
+    return task.published.get(column_of(args), "") if same_size else ""
 
 def print_scores(runs, results):
-    """Table 1's layout: a row a task, a column a setting; the paper's number beneath where the setting is the paper's."""
-    cells = {}
-    for run, result in zip(runs, results):
-        a, score = run.args, [result[TASKS[run.args.task].metric]]
-        if a.task == "memorize":                                                 # log2 n bits for each recalled pair
-            score.append(math.log2(a.size) * a.size**2 * result["accuracy"] / result["n_trained"])
-        row = f"imitate {a.target_width}" if a.task == "imitate" else a.task
-        cells.setdefault(row, {}).setdefault((a.model, a.train, a.n_embd), []).append(score)
-    columns, table = list(dict.fromkeys(column for row in cells.values() for column in row)), []
-    for task, row in cells.items():
-        table.append([task, *(", ".join(map(common.spread, zip(*row.get(column, [])))) for column in columns)])
-        paper = [PUBLISHED.get((task, *column), "") for column in columns]
-        settings = {(run.args.size, run.args.n_layer) for run in runs if run.args.task == task}
-        if any(paper) and settings == {(PRESETS["paper"]["size"][task], N_LAYER[task])}:
-            table.append(["paper", *paper])
-    print("\nTest accuracy (lm: loss, imitate: KL, nats; memorize: and bits a trained parameter), median [range] over seeds")
-    common.print_table(["task", *(" ".join(map(str, column)).removeprefix("transformer ") for column in columns)], table)
+    """Table 1's layout: a row a task, a column a setting; the paper's number beneath where the
+    setting is the paper's."""
+    cells, paper = {}, {}
+    for args, group in common.by_setting(runs, results):
+        place = row_of(args), column_of(args)
+        cells[place] = common.spread([result[TASKS[args.task].metric] for result in group])
+        if args.task == "memorize":
+            cells[place] += ", " + common.spread([bits(args, result) for result in group])
+        paper[place] = published(args)
+    rows = list(dict.fromkeys(row for row, column in cells))
+    columns = list(dict.fromkeys(column for row, column in cells))
+    table = []
+    for row in rows:
+        table.append([row, *[cells.get((row, column), "") for column in columns]])
+        numbers = [paper.get((row, column), "") for column in columns]
+        if any(numbers):
+            table.append(["paper", *numbers])
+    header = ["task"]
+    for column in columns:
+        header.append(" ".join(map(str, column)).removeprefix("transformer "))
+    print("\nAccuracy on sequences that training never learns from, median [range] over seeds")
+    print("(lm: loss, imitate: KL, in nats; memorize: of what is trained, and bits a parameter)")
+    common.print_table(header, table)
+
+def bits(args, result):
+    """Table 3: log2 n bits for each of the n x n pairs that is recalled, a trained parameter."""
+    recalled = args.size**2 * result["accuracy"]
+    return math.log2(args.size) * recalled / result["n_trained"]
+
+FINDINGS = {
+    "components": "Variance in the top 10 principal components: after the embedding, each layer",
+    "neurons": "The same in the top 10 neurons (Tables 4, 5: a subspace, not a sparse subnetwork)",
+    "attention": "Attention from value to marker, from query to value (Fig. 2)",
+    "circuit": "Gradient symmetricity, distance irrelevance (Fig. 3; pizza 1, 0; clock 0, 1)",
+    "target": "Entropy of the target's output, KL between two (paper: 2.89 to 3.02, 0.8 to 3.3)",
+}
 
 def print_findings(runs, results):
-    """Tables 4 and 5, the numbers of Figs. 2, 3 and 6, and prose: under each title a line a run."""
-    for title in dict.fromkeys(title for result in results for title in result["found"]):
-        print(f"\n{title}")
-        for run, found in ((run, result["found"][title]) for run, result in zip(runs, results) if title in result["found"]):
-            print(f"{run.name}: {found if isinstance(found, str) else '  '.join(f'{x:.2f}' for x in found)}")
+    """Tables 4 and 5, the numbers of Figs. 2, 3 and 6, and prose."""
+    for key, title in FINDINGS.items():
+        rows = []
+        for run, result in zip(runs, results):
+            if key in result:
+                about = [row_of(run.args), *map(str, column_of(run.args)), str(run.args.seed)]
+                rows.append(about + ["  ".join(f"{x:.2f}" for x in result[key])])
+        if rows:
+            print(f"\n{title}")
+            common.print_table(["task", "model", "trained", "width", "seed", ""], rows)
+    for run, result in zip(runs, results):
+        if "prose" in result:
+            print(f"\nProse, {IN_WORDS[run.args.train]}, width {run.args.n_embd}")
+            print(textwrap.fill(result["prose"], 100))
 
 def print_parameters(runs):
-    """Table 6: parameters by part, and how many are trained. (The paper's 99,328 of modadd is 97 x 1024: p = 97.)"""
-    rows = []
-    for a, model in ((run.args, build(run.args)[1]) for run in runs):
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        parts = [sum(sizes[name] for name in sizes if name.startswith(part)) for part in ("wte", "wpe", "lm_head", "")]
-        parts.append(sum(parameter.numel() for parameter in train_only(model, a.train)))
-        rows.append([a.task, a.model, str(a.n_embd), a.train, *(f"{n:,}" for n in parts)])
-    common.print_table(["task", "model", "width", "train", "E_token", "E_pos", "U", "all", "trained"], rows)
+    """Table 6: parameters by part, and how many are trained. Returns its rows as dicts.
 
-def plot(runs, results, folder):
-    """The score against width (Figs. 4, 6, the threshold); of a needle run Fig. 2, of a modadd run Fig. 3."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    lines = {}
-    for a, result in zip((run.args for run in runs), results):
-        line = lines.setdefault(a.task, {}).setdefault(f"{a.model}, {a.train}", {})
-        line.setdefault(a.target_width if a.task == "imitate" else a.n_embd, []).append(result[TASKS[a.task].metric])
-    figure, axes = plt.subplots(1, len(lines), figsize=(4.5 * len(lines), 3.8), squeeze=False)
-    figures = {"width": figure}
-    for axis, (task, own) in zip(axes[0], lines.items()):
-        for label, line in own.items():
-            axis.semilogx(sorted(line), [np.median(line[width]) for width in sorted(line)], base=2, marker="o", label=label)
-        axis.set(title=task, xlabel="width", ylabel=f"test {TASKS[task].metric}")
-        axis.legend(fontsize=8)
-    for run in [run for run in runs if run.args.model == "transformer" and run.args.task in ("needle", "modadd")]:
-        task, model = build(run.args)
-        model.load_state_dict(torch.load(run.folder / "ckpt.pt", map_location=run.args.device, weights_only=True)["model"])
-        model.requires_grad_(False).cpu()
-        if run.args.task == "needle":
-            tokens, query = task.test_set[0].cpu(), task.test_set[1].cpu().int().argmax(1) - 1
-            attns = model(tokens[query.argmax(), :query.max() + 1][None], return_states=True)[2]         # a longest one
-            figures[run.name], axes = plt.subplots(len(attns), run.args.n_head, figsize=(3 * run.args.n_head, 3.2 * len(attns)))
-            for axis, (i, j) in zip(axes.flat, itertools.product(range(len(attns)), range(run.args.n_head))):
-                axis.imshow(attns[i][0, j], cmap="Blues")
-                axis.set(title=f"layer {i + 1}, head {j + 1}", xlabel="to", ylabel="from")
+    (The paper's 99,328 of modadd is 97 x 1024: p = 97.)
+    """
+    results, rows = [], []
+    for run in runs:
+        args = run.args
+        model = build(args)[1]
+        sizes = Counter(all=sum(parameter.numel() for parameter in model.parameters()))
+        for name, parameter in model.named_parameters():
+            sizes[name.split(".")[0]] += parameter.numel()
+        sizes["trained"] = sum(parameter.numel() for parameter in train_only(model, args.train))
+        parts = {part: sizes[part] for part in ("wte", "wpe", "lm_head", "all", "trained")}
+        key = [row_of(args), args.model, str(args.n_embd), args.train]
+        rows.append(key + [f"{n:,}" for n in parts.values()])
+        results.append(dict(task=args.task, model=args.model, n_embd=args.n_embd,
+            train=args.train, **parts))
+    header = ["task", "model", "width", "train", "E_token", "E_pos", "U", "all", "trained"]
+    common.print_table(header, rows)
+    return results
+
+MARKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-."]
+
+def in_words(args):
+    """A line of the width figure, for its legend."""
+    words = IN_WORDS[args.train]
+    if args.model != "transformer":
+        words = f"{IN_WORDS[args.model]}, {words}"
+    return f"{words}, width {args.n_embd}" if args.task == "imitate" else words
+
+def plot_widths(runs, results):
+    """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
+
+    Lines are medians over seeds, in a band from the worst to the best; hollow marks are published.
+    """
+    tasks = {}                                               # task -> [(args, results)]
+    for args, group in common.by_setting(runs, results):
+        tasks.setdefault(args.task, []).append((args, group))
+    columns = min(2, len(tasks))
+    figure, axes = common.new_figure(math.ceil(len(tasks) / columns), columns)
+    for axis in axes.flat[len(tasks):]:
+        axis.axis("off")
+    for axis, (name, groups) in zip(axes.flat, tasks.items()):
+        plot_task(axis, TASKS[name], groups)
+        axis.set_title(name)
+    common.save_figure(figure, runs, "width")
+
+def plot_task(axis, task, groups):
+    """One panel of the width figure; groups: [(args, results)] of the task."""
+    imitates = task.size_flag == "target_width"
+    lines = {}                                               # legend -> [(width, low, mid, high)]
+    hollow = []                                              # [(width, score)], published
+    for args, group in groups:
+        width = args.target_width if imitates else args.n_embd
+        scores = [result[task.metric] for result in group]
+        point = width, min(scores), statistics.median(scores), max(scores)
+        lines.setdefault(in_words(args), []).append(point)
+        if re.fullmatch(r"[\d.]+", published(args)):
+            hollow.append((width, float(published(args))))
+    for mark, (words, points) in zip(itertools.cycle(MARKS), lines.items()):
+        widths, low, mid, high = zip(*sorted(points))
+        line, = axis.plot(widths, mid, mark, label=words)
+        axis.fill_between(widths, low, high, color=line.get_color(), alpha=0.2)
+    if hollow:
+        axis.plot(*zip(*hollow), "ko", mfc="none", ms=10, label="published")
+    chance = make_task(groups[0][0]).chance
+    if chance is not None:
+        axis.axhline(chance, color="grey", linewidth=0.8, linestyle=":", label="chance")
+        axis.set_ylim(-0.03, 1.03)
+    all_widths = sorted({point[0] for points in lines.values() for point in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(all_widths, all_widths)
+    axis.set_xlabel("width of the target" if imitates else "width")
+    unit = "accuracy" if task.metric == "accuracy" else "KL (nats)" if imitates else "loss (nats)"
+    axis.set_ylabel(f"test {unit}")
+    axis.legend(fontsize=8)
+
+def token_names(tokens):
+    """Needle's tokens in words: markers m0 .., values, the query of m0 ?m0."""
+    names = []
+    for token in tokens:
+        if token < 128:
+            names.append(str(token))
         else:
-            points = model.wte.weight - model.wte.weight.mean(0)
-            points = points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].T                     # (p, 2)
-            figures[run.name], axis = plt.subplots(figsize=(4.6, 4.6))
-            figures[run.name].colorbar(axis.scatter(*points.T, s=12, c=range(task.p), cmap="hsv"))
-            axis.set(title="embeddings of the numbers", xlabel="principal component 1", ylabel="principal component 2")
-    for name, figure in figures.items():
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        print(f"figure: {folder / name}.png")
+            names.append(f"m{token - 128}" if token < 158 else f"?m{token - 158}")
+    return names
 
-def main():
-    """Trains what the flags ask for, prints the tables."""
-    args = parse_args()
-    runs = common.sweep(args, PRESETS, SWEEP)
-    if args.table1:
-        runs = [run for run in runs if (run.args.model, run.args.train, run.args.n_embd) in TABLE1]
+@torch.no_grad()
+def plot_attention(run):
+    """Fig. 2: the attention of each head for one prompt of needle, up to 8 pairs long."""
+    task, model = load(run.folder)
+    tokens, scored = task.test_set
+    query = scored.int().argmax(1) - 1                       # (N,)
+    longest = torch.where(query <= 16, query, 0).argmax()    # of those whose names can be read
+    prompt = tokens[longest, :query[longest] + 1]            # (T,)
+    _, attns = model(prompt[None], return_attn=True)
+    names = token_names(prompt.tolist())
+    n_layer, n_head = len(attns), attns[0].shape[1]
+    figure, axes = common.new_figure(n_layer, n_head, width=3, height=3)
+    for layer, head in itertools.product(range(n_layer), range(n_head)):
+        axis = axes[layer, head]
+        axis.imshow(attns[layer][0, head], cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+    figure.supxlabel("looks at")
+    figure.supylabel("token")
+    common.save_figure(figure, [run], f"attention of {run.args.train} {run.args.n_embd}")
+
+@torch.no_grad()
+def plot_circle(run):
+    """Fig. 3: the embeddings of modadd's numbers on their top two principal components."""
+    task, model = load(run.folder)
+    points = model.wte.weight - model.wte.weight.mean(0)                     # (p, C)
+    components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
+    x, y = (points @ components.T).T
+    figure, axes = common.new_figure(width=4.6, height=4)
+    dots = axes[0, 0].scatter(x, y, s=12, c=range(task.p), cmap="hsv")
+    figure.colorbar(dots, label="number")
+    axes[0, 0].set_title(f"{IN_WORDS[run.args.train]}, width {run.args.n_embd}", fontsize=9)
+    axes[0, 0].set_xlabel("principal component 1")
+    axes[0, 0].set_ylabel("principal component 2")
+    common.save_figure(figure, [run], f"circle of {run.args.train} {run.args.n_embd}")
+
+def plot(runs, results):
+    """The figures of a sweep: the widths; Figs. 2 and 3 of each needle and modadd transformer, of
+    its first seed."""
+    plot_widths(runs, results)
+    for run in runs:
+        args = run.args
+        if args.model == "transformer" and args.seed == runs[0].args.seed:
+            if args.task == "needle":
+                plot_attention(run)
+            if args.task == "modadd":
+                plot_circle(run)
+
+# ---- The command --------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = common.make_parser(main)
+    add = parser.add_argument
+    count = common.positive_int
+    width = common.number(int, 1, 10**5)
+    add("--task", nargs="+", choices=list(TASKS), help="tasks")
+    add("--model", nargs="+", choices=list(MODELS), help="linear: attention is a sum of values")
+    add("--train", nargs="+", choices=list(TRAINABLE),
+        help="what is trained; embeddings: the paper's random transformer")
+    add("--n-embd", nargs="+", type=width, help="widths")
+    add("--n-layer", type=common.number(int, 1, 100),
+        help="layers of a transformer (2; imitate 3, lm 4)")
+    add("--n-head", type=count, help="heads a layer (4; lm 8)")
+    add("--dropout", type=common.number(float, 0, 0.99),
+        help="share of units dropped in training (0; lm 0.1)")
+    add("--size", type=count,
+        help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "
+        "(memorize), or vocabulary (lm)")
+    add("--target-width", nargs="+", type=count, help="imitate: widths of the targets")
+    add("--text", type=common.data_path, help="lm: a text file (TinyStories, downloaded)")
+    add("--steps", type=count, help="training steps (the task's own)")
+    add("--batch-size", type=count, help="sequences a step (the task's own)")
+    add("--lr", type=common.positive_float,
+        help="peak learning rate of AdamW (the task's own; LSTM 5e-3)")
+    add("--warmup", type=count, help="steps of linear warm-up, before a cosine to 0")
+    add("--weight-decay", type=common.non_negative, help="weight decay of AdamW (the task's own)")
+    add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
+    add("--table1", action="store_true", help="Table 1's columns: models, trained parts, widths")
+    add("--params", action="store_true", help="Table 6: count parameters, train nothing")
+    args = common.parse_args(parser, PRESETS, argv)
     if args.params:
-        return print_parameters(runs)
-    results = common.complete(runs, train)
+        common.refuse_others(parser, args, "params", "table1", "task", "model", "train", "n_embd",
+            "n_layer", "n_head", "size", "target_width", "text")
+    if args.table1:
+        for flag in ("model", "train", "n_embd"):
+            if flag in args.given:
+                parser.error(f"--{flag} has no effect on --table1: leave it out".replace("_", "-"))
+        args.model = ["transformer", "lstm"]
+        args.train = ["embeddings", "full"]
+        args.n_embd = [1024, 16]
+    return args
+
+def check(args):
+    """ValueError for a run that cannot be: of its task's size, or of its number of heads."""
+    if args.n_head and args.n_embd % args.n_head:
+        raise ValueError(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
+    try:
+        make_task(args)
+    except ValueError as error:
+        raise ValueError(f"--{TASKS[args.task].size_flag.replace('_', '-')}: {error}") from None
+    except OSError as error:
+        if args.text:
+            raise ValueError(f"--text: {error}") from None
+        raise ValueError(f"TinyStories did not come: {error}; give --text FILE") from None
+
+def show(runs, results):
+    """The tables of a sweep, and with --plot its figures."""
     print_scores(runs, results)
     print_findings(runs, results)
-    if args.plot:
-        plot(runs, results, Path(args.out_dir) / "random_transformer")
+    if runs[0].args.plot:
+        plot(runs, results)
+
+def main(argv=None):
+    """Trains what the flags ask for, prints the tables, and returns a list of results."""
+    args = parse_args(argv)
+    table1, params = args.table1, args.params
+    args.given = [flag for flag in args.given if flag not in ("table1", "params")]
+    args.table1 = args.params = False                        # they name runs: no run's setting
+    runs = common.sweep(args, SWEEP, resolve)
+    if table1:
+        runs = [run for run in runs if column_of(run.args) in TABLE1]
+    for i, run in enumerate(runs):
+        run.number = f"{i + 1}/{len(runs)}"
+    try:
+        for run in runs:
+            check(run.args)
+    except ValueError as error:
+        common.fail(str(error), 2)
+    if params:
+        return print_parameters(runs)
+    return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -1,7 +1,9 @@
 """random_transformer.py: tasks against plain rules, models against NumPy, what is frozen, the probes, the download, the command."""
 import hashlib
+import importlib.util
 import math
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -22,12 +24,28 @@ from random_transformer import TASKS, TRAINABLE, Recurrent, Transformer, answers
 from test_common import call_main, cut_and_continued, numpy_block
 
 SCRIPT = Path(random_transformer.__file__)
-TINY = ["--device", "cpu", "--task", "parens", "--size", "6", "--n-embd", "16", "--train", "embeddings", "--batch-size", "8",
-        "--steps", "60", "--eval-every", "10"]
+TINY = ["--device", "cpu", "--n-embd", "16", "--train", "embeddings", "--batch-size", "8", "--steps", "60",
+        "--eval-every", "10"]
+PARENS = [*TINY, "--task", "parens", "--size", "6"]
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def one_run(tmp_path, *flags):
+    """A run of the sweep, ready to train; --task and --size are parens of 6 pairs where no task is given."""
+    usual = TINY if "--task" in flags else PARENS
+    args = random_transformer.parse_args([*usual, "--out-dir", str(tmp_path), *map(str, flags)])
+    run, = common.sweep(args, random_transformer.SWEEP, random_transformer.resolve)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    common.seed_everything(0)
+    return run
+
+
+def train_and_measure(run):
+    random_transformer.train(run.args, run)
+    return random_transformer.measure(run.args, run)
 
 
 @pytest.fixture
@@ -183,6 +201,30 @@ def test_parens_has_the_plain_generators_distribution(monkeypatch):
     ours, plain = surplus(text for text, _ in ours), surplus(plain_parens(30, rng) for _ in range(n))
     assert all(abs(ours[i] - plain[i]) < 5 * math.sqrt(ours[i] + plain[i]) for i in range(12))           # flips
     assert ours[2] > 300 and ours[4] > 300
+
+
+def test_swaps_go_from_left_to_right():
+    n, half, rng = 40_000, 15, random.Random(0)
+    sorted_strings = (torch.arange(2 * half) >= half).expand(n, -1)              # 15 opening ones, then 15 closing ones
+    swapped = TASKS["parens"]().swap(sorted_strings, torch.full((n, 1), 2 * half), generator())
+    ours = Counter((swapped[:, :half].sum(1)).tolist())                          # closing ones that came to the front
+
+    plain = Counter()
+    for _ in range(n):
+        text, more = [0] * half + [1] * half, True
+        while more:
+            i, j = rng.randrange(2 * half), rng.randrange(2 * half)
+            if i < j:
+                text[i], text[j] = text[j], text[i]
+            more = rng.random() < 0.5
+        plain[sum(text[:half])] += 1
+    assert abs(ours[0] / n - 0.6) < 0.02                                         # sum of (3/4)^n / 2^n, and swaps back
+    assert all(abs(ours[i] - plain[i]) < 5 * math.sqrt(ours[i] + plain[i]) for i in range(5))
+    # With a single closing bracket, at the end, no swap moves it but those that name the last position second
+    one = torch.arange(30).eq(29).expand(n, -1)
+    kept = TASKS["parens"]().swap(one, torch.full((n, 1), 30), generator())[:, 29].float().mean()
+    moves = 29 / 900                                                             # of a try
+    assert abs(kept - sum((1 - moves)**k / 2**k for k in range(1, 30))) < 0.005
 
 
 @pytest.mark.parametrize("name, size", [("needle", 1), ("needle", 4), ("addition", 3), ("parens", 5), ("parens", 10)])
@@ -345,7 +387,8 @@ def test_the_transformer_agrees_with_numpy(linear):
     for p in model.parameters():
         p.data.normal_(std=0.4)
     tokens = torch.randint(20, (2, 9))
-    logits, states, attns = model(tokens, return_states=True)
+    logits, attns = model(tokens, return_attn=True)
+    states = model.hidden_states(tokens)
     torch.testing.assert_close(model(tokens), logits)
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for b in range(2):
@@ -416,11 +459,12 @@ def test_lm_is_trained_as_the_released_code_does(tmp_path, monkeypatch, short_lm
         return forward(self, tokens, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
     monkeypatch.setattr(Transformer, "forward", watched_forward)
-    flags = ["--train", "full", "--steps", "1", "--weight-decay", "0.1", "--text", str(text), "--size", "6"]
+    flags = ["--train", "full", "--steps", "1", "--weight-decay", "0.1", "--size", "6"]
     for name, n_layer, n_head, dropout, decay in [("lm", 4, 8, 0.1, 0.0), ("parens", 2, 4, 0.0, 0.1)]:
         groups.clear()
-        run = one_run(tmp_path / name, *flags, "--task", name)
-        random_transformer.train(run.args, run)
+        own = ["--text", text] if name == "lm" else []
+        run = one_run(tmp_path / name, *flags, "--task", name, *own)
+        train_and_measure(run)
         assert (run.args.n_layer, run.args.n_head, run.args.dropout) == (n_layer, n_head, dropout)
         assert random_transformer.build(run.args)[1].h[1].mlp.dropout.p == dropout
         decays = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
@@ -440,20 +484,13 @@ def test_parameter_counts():
     assert Transformer(97, 5, 1, 4, 1024).wte.weight.numel() == 99_328           # Table 6 has modadd at p = 97
 
 
-def one_run(tmp_path, *flags):
-    args = random_transformer.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
-    run, = common.sweep(args, random_transformer.PRESETS, random_transformer.SWEEP)
-    common.seed_everything(0)
-    return run
-
-
 @pytest.mark.parametrize("model", ["transformer", "linear", "lstm", "rnn"])
 @pytest.mark.parametrize("which", TRAINABLE)
 def test_frozen_stays_and_trained_moves(tmp_path, model, which):
     run = one_run(tmp_path, "--model", model, "--train", which, "--steps", "3")
     before = random_transformer.build(run.args)[1].state_dict()
     common.seed_everything(0)
-    result = random_transformer.train(run.args, run)
+    result = train_and_measure(run)
     after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
     parts = dict(full=["wte", "wpe", "h", "ln_f", "rnn", "lm_head"], embeddings=["wte", "wpe", "lm_head"], unembed=["lm_head"],
                  embed=["wte", "wpe"], token_unembed=["wte", "lm_head"])[which]
@@ -482,9 +519,10 @@ def test_answers_are_found_where_they_are_predicted():
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tmp_path, monkeypatch):
-    for model, peak in [("transformer", 2e-3), ("lstm", 7e-3)]:
+    for model, flags, peak in [("transformer", ["--lr", "2e-3"], 2e-3), ("lstm", ["--lr", "7e-3"], 7e-3), ("lstm", [], 5e-3)]:
         rates, step = [], torch.optim.AdamW.step
-        run = one_run(tmp_path / model, "--model", model, "--steps", "40", "--warmup", "10", "--lr", "2e-3", "--lr-lstm", "7e-3")
+        flags = ["--model", model, "--steps", "40", "--warmup", "10", *flags]
+        run = one_run(tmp_path / f"{model} {len(flags)}", *flags)
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"])), step(self))[1])
             random_transformer.train(run.args, run)
@@ -511,9 +549,10 @@ def test_all_is_measured_on_a_device_without_float64(tmp_path, short_lm, no_floa
     text = tmp_path / "text.txt"
     text.write_text("one two three. " * 3_000)
     for task in TASKS:
-        run = one_run(tmp_path, "--task", task, "--size", "6", "--steps", "1", "--text", str(text))
-        result = random_transformer.train(run.args, run)
-        assert 0 < result["loss"] < 20 and 0 <= result["accuracy"] <= 1 and result["found"]
+        size = dict(imitate=["--target-width", 6], lm=["--size", 6, "--text", text]).get(task, ["--size", 6])
+        run = one_run(tmp_path, "--task", task, "--steps", "1", *size)
+        result = train_and_measure(run)
+        assert 0 < result["loss"] < 20 and 0 <= result["accuracy"] <= 1 and len(result["neurons"]) >= 3
 
 
 def test_evaluate_counts_each_answer_once():
@@ -553,11 +592,11 @@ def test_circuit_tells_a_pizza_from_a_clock():
             super().__init__()
             self.wte = nn.Embedding.from_pretrained(torch.stack([angle.cos(), angle.sin()], 1))
             self.wpe = nn.Embedding.from_pretrained(torch.zeros(5, 2))
-            self.h, self.ln_f = [lambda x: (combine(x[:, 0], x[:, 1])[:, None], None)], nn.Identity()
+            self.h, self.ln_f = [lambda x: combine(x[:, 0], x[:, 1])[:, None]], nn.Identity()
             self.lm_head = lambda z: z[..., :1] * angle.cos() + z[..., 1:] * angle.sin()
 
         def forward(self, tokens):
-            return self.lm_head(self.h[0](self.wte(tokens))[0])
+            return self.lm_head(self.h[0](self.wte(tokens)))
 
     def pizza(a, b):
         s = a + b                                                                # angle (a + b) / 2, length |cos((a - b) / 2)|
@@ -595,7 +634,7 @@ def test_tinystories_is_downloaded_resumed_and_checked(tmp_path, monkeypatch):
             pass
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/resolve/main/stories-{{}}.txt"
+    url = f"http://127.0.0.1:{server.server_port}/{{}}/main/stories-{{}}.txt"
     monkeypatch.setattr(random_transformer, "TINYSTORIES", url)
     try:
         Server.breaks_off = True
@@ -603,7 +642,7 @@ def test_tinystories_is_downloaded_resumed_and_checked(tmp_path, monkeypatch):
             random_transformer.tinystories("valid")
         Server.breaks_off = False
         path = random_transformer.tinystories("valid")
-        assert path == tmp_path / "nanotheory" / "stories-valid.txt" and path.read_bytes() == content
+        assert path == tmp_path / "nanotheory" / "TinyStories-valid.txt" and path.read_bytes() == content
         assert asked[-1] == ("/resolve/main/stories-valid.txt", "bytes=1500000-") and not path.with_suffix(".part").exists()
         n = len(asked)
         assert random_transformer.tinystories("valid") == path and len(asked) == n   # the second time nothing is asked
@@ -621,84 +660,136 @@ def test_tinystories_is_downloaded_resumed_and_checked(tmp_path, monkeypatch):
 
 # ---- The command ------------------------------------------------------------------------------------------------------
 
-def command(tmp_path, *flags):
-    return [sys.executable, str(SCRIPT), *TINY, "--out-dir", str(tmp_path / "out"), *flags]
-
-
-def call(tmp_path, *flags):
-    return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100)
-
-
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    out = cut_and_continued(SCRIPT, tmp_path, [*TINY, "--dropout", "0.1"], "step 10:", "step 20:")
+    out = cut_and_continued(SCRIPT, tmp_path, [*PARENS, "--dropout", "0.1"], "step 10:", "step 20:")
     assert "embeddings 16" in out and "Tables 4, 5" in out
 
 
-def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, monkeypatch, capsys, short_lm):
+def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, capsys, short_lm):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
     text.write_text("one two three. " * 3_000)
-    flags = command(tmp_path, "--steps", "2", "--task", *TASKS, "--size", "5", "--text", str(text), "--plot")[2:]
-    call_main(monkeypatch, random_transformer, *flags)
+    flags = [*TINY, "--steps", "2", "--task", *TASKS, "--size", "5", "--text", text, "--out-dir", tmp_path / "out", "--plot"]
+    results = call_main(random_transformer, *flags)
     out = capsys.readouterr().out
-    for wanted in ("imitate 16", "Prose", "query to value", "symmetricity", "entropy"):
+    assert [Path(result["folder"]).is_dir() for result in results] == [True] * len(TASKS)
+    for wanted in ("imitate 16", "Prose", "query to value", "symmetricity", "Entropy"):
         assert wanted in out, wanted
-    assert len(list((tmp_path / "out" / "random_transformer").glob("*.png"))) == 3
-    call_main(monkeypatch, random_transformer, *flags[:-1])                      # all finished: the table alone
-    assert "step 2" not in capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines() if "figure: " not in line and "text=" not in line) <= 100
+    figures = {path.name.partition(",")[0] for path in (tmp_path / "out" / "random_transformer").glob("*.png")}
+    assert figures == {"width", "circle of embeddings 16", "attention of embeddings 16"}
+    call_main(random_transformer, *flags[:-1])                                   # all finished: the table alone
+    out = capsys.readouterr().out
+    assert "step 2" not in out and out.count("finished on") == len(TASKS) and "figure" not in out
+
+
+def fake_complete(runs, train, measure, show):
+    """In place of training: all accuracies are 0.5."""
+    results = [dict(accuracy=0.5, loss=1.0, n_trained=1) for _ in runs]
+    show(runs, results)
+    return runs
 
 
 def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsys):
-    asked = []
-
-    def complete(runs, train):
-        asked.extend(runs)
-        return [dict(accuracy=0.5, loss=1.0, found={}, n_trained=1) for _ in runs]
-    monkeypatch.setattr(common, "complete", complete)
-    call_main(monkeypatch, random_transformer, "--preset", "paper", "--table1", "--device", "cpu", "--seed", "0", "1", "--out-dir", tmp_path)
-    assert len(asked) == 4 * 5 * 2
+    monkeypatch.setattr(common, "complete", fake_complete)
+    flags = ["--preset", "paper", "--table1", "--device", "cpu", "--seed", "0", "1", "--out-dir", tmp_path]
+    asked = call_main(random_transformer, *flags)
+    assert len(asked) == 4 * 5 * 2 and asked[-1].number == "40/40"
+    assert len({run.folder for run in asked}) == 40 and not any("table1" in run.name for run in asked)
     modadd = next(run.args for run in asked if run.args.task == "modadd")
     n_batches = math.ceil(len(TASKS["modadd"]().train_rows) / modadd.batch_size)
     assert modadd.steps == 5_000 * n_batches == 50_000                           # 5,000 epochs (App. D.3)
     lstm = next(run.args for run in asked if run.args.model == "lstm" and run.args.task == "needle")
-    assert (lstm.train, lstm.n_embd, lstm.batch_size, lstm.steps, lstm.lr_lstm) == ("full", 1024, 1_000, 10_000, 5e-3)
+    assert (lstm.train, lstm.n_embd, lstm.batch_size, lstm.steps, lstm.lr) == ("full", 1024, 1_000, 10_000, 5e-3)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["paper", "1.000", "0.075", "1.000", "0.120", "0.995"] in lines       # needle, in the order of the columns
     assert ["paper", "1.000", "0.873", "0.923", "1.000", "1.000"] in lines
+
+
+def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    figures, scores = [], {16: [0.1, 0.2, 0.9], 1024: [0.7, 0.8, 1.0]}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **settings: figures.append(self))
+
+    def complete(runs, train, measure, show):
+        results = []
+        for run in runs:
+            results.append(dict(accuracy=scores[run.args.n_embd][run.args.seed], loss=1.0, n_trained=1))
+        show(runs, results)
+    monkeypatch.setattr(common, "complete", complete)
+    flags = ["--preset", "paper", "--task", "parens", "addition", "--train", "embeddings", "--seed", "0", "1", "2", "--plot"]
+    call_main(random_transformer, *flags, "--device", "cpu", "--out-dir", tmp_path)
+    figure, = figures
+    parens, addition = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in addition.lines}
+    assert lines["random, embeddings trained"] == [[16, 0.2], [1024, 0.8]]
+    assert sorted(lines["published"]) == [[16, 0.266], [1024, 1.0]] and lines["chance"][0][1] == 0.1
+    band = addition.collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 6)) for x, y in band} >= {(16, 0.1), (16, 0.9), (1024, 0.7), (1024, 1.0)}
+    assert parens.get_xlabel() == "width" and parens.get_ylabel() == "test accuracy" and parens.get_xscale() == "log"
 
 
 @pytest.mark.parametrize("flags, shown", [([], True), (["--n-layer", "2"], False), (["--size", "500"], False)])
 def test_the_published_loss_stands_beside_the_published_depth_alone(tmp_path, monkeypatch, capsys, flags, shown):
     text = tmp_path / "text.txt"
     text.write_text("one two three. " * 3_000)
-    monkeypatch.setattr(common, "complete", lambda runs, train: [dict(accuracy=0.5, loss=1.0, found={}, n_trained=1)] * len(runs))
+    monkeypatch.setattr(common, "complete", fake_complete)
     flags = ["--preset", "paper", "--task", "lm", "--train", "embeddings", "--n-embd", "512", "--text", text, *flags]
-    call_main(monkeypatch, random_transformer, *flags, "--device", "cpu", "--out-dir", tmp_path)
+    call_main(random_transformer, *flags, "--device", "cpu", "--out-dir", tmp_path)
     assert ("2.64" in capsys.readouterr().out) == shown
 
 
 def test_parameters_are_counted_without_training(tmp_path, monkeypatch, capsys):
-    call_main(monkeypatch, random_transformer, *TINY, "--params", "--out-dir", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "parens", "--train", "embeddings", "--n-embd", "16"]
+    count, = call_main(random_transformer, *flags, "--params")
     assert capsys.readouterr().out.splitlines()[1].split() == [
         "parens", "transformer", "16", "embeddings", "64", "1,280", "64", "8,000", "1,408"]
-    assert not (tmp_path / "out").exists()
+    assert (count["wpe"], count["all"], count["trained"]) == (1_280, 8_000, 1_408)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags, error", [
-    (["--n-embd", "10"], "not divisible"),
-    (["--size", "40"], "parens: 40 is not in 5 .. 39"),
-    (["--dropout", "1"], "1 is not in [0, 1)"),
-    (["--task", "imitate", "--target-width", "5"], "imitate: 5"),
-    (["--task", "lm", "--text", "no such file"], "no such file"),
-    (["--task", "lm", "--text", str(SCRIPT.with_name("pytest.ini"))], "too few"),
-    (["--batch-size", "0"], "positive integer"),
-    (["--train", "nothing"], "invalid choice"),
-])
-def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, error):
+BAD = {
+    # a run that cannot be
+    "--n-embd 10": "not divisible", "--n-embd 16 18": "--n-embd 18 is not divisible", "--n-head 5": "not divisible",
+    "--size 40": "parens: 40 is not in 5 .. 39", "--size 4": "parens: 4 is not in", "--task needle --size 31": "1 .. 30",
+    "--task addition --size 18": "1 .. 17", "--task modadd --size 4": "modadd: 4", "--task memorize --size 2000": "memorize",
+    "--task modadd parens --size 41": "parens: 41", "--task imitate --target-width 5": "--target-width: imitate: 5",
+    "--task imitate --target-width 2000": "imitate: 2000", "--task lm --size 1 --text TEXT": "lm: 1 is not in",
+    "--task lm --text no_such_file": "no_such_file", "--task lm --text FOLDER": "directory", "--task lm --text SHORT": "too few",
+    # what has no effect
+    "--target-width 8": "--target-width has no effect", "--text TEXT": "--text has no effect",
+    "--task imitate --size 5": "--size has no effect", "--model lstm --n-layer 3": "--n-layer has no effect",
+    "--model rnn --n-head 2": "--n-head has no effect", "--model linear --n-head 2": "--n-head has no effect",
+    "--table1 --model lstm": "--model has no effect", "--table1 --n-embd 4": "--n-embd has no effect",
+    "--table1 --train full": "--train has no effect", "--params --steps 5": "--steps has no effect",
+    "--params --seed 1": "--seed has no effect", "--params --plot": "--plot has no effect", "--params --lr 0.1": "--lr has no",
+    "--params --overwrite": "--overwrite has no effect", "--params --batch-size 3": "--batch-size has no effect",
+    # values
+    "--batch-size 0": "0 is not from 1", "--batch-size x": "invalid int", "--steps 0": "0 is not from 1", "--steps 1.5": "invalid int",
+    "--steps -3": "-3 is not from 1", "--lr 0": "--lr", "--lr -1": "--lr", "--lr nan": "--lr", "--lr inf": "--lr", "--lr 1e308": "--lr",
+    "--weight-decay -1": "--weight-decay", "--weight-decay nan": "--weight-decay", "--dropout 1": "--dropout", "--dropout -0.1": "--dropout",
+    "--dropout nan": "--dropout", "--warmup 0": "--warmup", "--warmup x": "--warmup", "--seed -1": "--seed", "--seed 1.5": "--seed",
+    "--seed 9223372036854775808": "--seed", "--n-layer 0": "--n-layer", "--n-layer 1000": "--n-layer", "--n-head 0": "--n-head",
+    "--n-embd 0": "--n-embd", "--n-embd 1000000": "--n-embd", "--size 0": "--size", "--size x": "--size",
+    "--task imitate --target-width 0": "--target-width", "--train nothing": "invalid choice", "--task nothing": "invalid choice",
+    "--model gru": "invalid choice", "--preset huge": "invalid choice", "--task": "expected at least one", "--seed": "expected at least",
+    "--n-embd": "expected at least one", "--text": "expected one", "--lr-lstm 0.1": "unrecognized", "--eval-every 0": "--eval-every",
+    "--dtype float64": "invalid choice", "--device tpu": "--device", "--device cuda:99": "--device", "parens": "unrecognized",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_impossible_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, flags):
+    for name, text in [("TEXT", "one two three. " * 4_000), ("SHORT", "one two.")]:
+        (tmp_path / name).write_text(text)
+    (tmp_path / "FOLDER").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        random_transformer.parse_args([*TINY, "--out-dir", str(tmp_path / "out"), *flags])
+        call_main(random_transformer, *flags.split())
     line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and error in line
+    assert stop.value.code == 2 and BAD[flags] in line
     assert not (tmp_path / "out").exists()
 
 
@@ -707,25 +798,126 @@ def test_without_a_network_lm_names_text(tmp_path, capsys, monkeypatch):
         raise OSError("no route to host")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
+    random_transformer.read_text.cache_clear()
     with pytest.raises(SystemExit) as stop:
-        random_transformer.parse_args(["--device", "cpu", "--task", "lm"])
+        call_main(random_transformer, "--device", "cpu", "--task", "lm", "--out-dir", tmp_path / "out")
     line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "no route to host" in line and "--text" in line
+    assert stop.value.code == 2 and "no route to host" in line and "--text" in line and not (tmp_path / "out").exists()
+
+
+def docstring_commands():
+    """The commands of the docstring, without the interpreter and the script."""
+    lines = re.sub(r"\\\n\s*", "", random_transformer.__doc__).splitlines()
+    for line in lines:
+        command, _, comment = line.strip().partition("   ")
+        if command.startswith("python random_transformer.py"):
+            yield command.split()[2:]
+
+
+def test_every_command_of_the_docstring_is_parsed_and_no_two_trainings_share_a_folder(tmp_path, monkeypatch):
+    """Where two commands meet in a folder, they train the same."""
+    trained = {}
+
+    def complete(runs, train, measure, show):
+        for run in runs:
+            assert trained.setdefault(run.folder, run.config["settings"]) == run.config["settings"]
+    monkeypatch.setattr(common, "complete", complete)
+    monkeypatch.setattr(random_transformer, "tinystories", lambda split: tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text("one two three. " * 4_000)
+    random_transformer.read_text.cache_clear()
+    commands = list(docstring_commands())
+    assert len(commands) == 12 and [*"full embeddings token_unembed embed unembed".split()] == commands[3][-5:]
+    for flags in commands:
+        call_main(random_transformer, *flags, *([] if "--params" in flags else ["--out-dir", tmp_path]))
+    random_transformer.read_text.cache_clear()
+    assert len(trained) > 50 and max(len(folder.name) for folder in trained) <= 200
+
+
+def test_settings_without_effect_make_no_second_run(tmp_path):
+    def names(*flags):
+        args = random_transformer.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
+        runs = common.sweep(args, random_transformer.SWEEP, random_transformer.resolve)
+        return [run.name for run in runs]
+    assert len(names("--task", "parens", "imitate", "--target-width", "4", "8")) == 3
+    assert len(names("--model", "lstm", "--train", "embeddings", "token_unembed", "full")) == 2
+    # the task's own values, given as flags, are the same run
+    assert names("--task", "needle") == names("--task", "needle", "--size", "4", "--lr", "1e-3", "--n-head", "4")
+    assert names("--task", "needle") != names("--task", "needle", "--lr", "5e-3")
+
+
+def test_a_trained_model_is_loaded_and_shows_its_attention(tmp_path):
+    result, = call_main(random_transformer, *TINY, "--task", "needle", "--size", "3", "--steps", "2", "--out-dir", tmp_path)
+    task, model = random_transformer.load(result["folder"])
+    tokens, scored = task.sample(1, generator())
+    prompt = tokens[:, :-1]
+    logits, attns = model(prompt, return_attn=True)
+    attn = attns[1][0]                                                           # layer 2: (H, T, T)
+    assert attn.shape == (4, prompt.shape[1], prompt.shape[1]) and not model.training
+    torch.testing.assert_close(attn.sum(-1), torch.ones(attn.shape[:2]))
+    assert random_transformer.evaluate(model, task, *task.test_set)["accuracy"] == result["accuracy"]
+
+
+TOY = '''
+class Copy(Task):
+    """A token and its copy."""
+    sizes = range(2, 50)
+    vocab_size = None
+    block_size = 2
+    published = {}
+    quick = dict(size=7, steps=5, batch_size=4, lr=1e-3)
+    medium = quick
+    paper = quick
+
+    def __init__(self, n=7, device="cpu"):
+        super().__init__(n, device)
+        self.vocab_size = n
+
+    def sample(self, batch, generator):
+        draw = dict(generator=generator, device=self.device)
+        token = torch.randint(self.vocab_size, (batch, 1), **draw)
+        return self.scored_from(token.expand(-1, 2), 1)
+
+TASKS = {
+    "copy": Copy,
+'''
+
+
+def test_a_new_task_is_one_class(tmp_path, capsys):
+    """In a copy of the script, under another name: it trains, draws, and has none of the others' numbers."""
+    source = SCRIPT.read_text()
+    assert source.count("TASKS = {\n") == 1
+
+    def imported(name, toy):
+        (tmp_path / f"{name}.py").write_text(source.replace("TASKS = {\n", toy.lstrip()))
+        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    toy = imported("with_a_toy", TOY)
+    flags = ["--device", "cpu", "--preset", "paper", "--task", "copy", "--train", "full", "--n-embd", "16", "--out-dir", tmp_path]
+    result, = call_main(toy, *flags, "--plot")
+    out = capsys.readouterr().out
+    assert 0 <= result["accuracy"] <= 1 and "copy" in out and "paper " not in out.partition("\nAcc")[2]
+    assert (tmp_path / "with_a_toy").is_dir() and list((tmp_path / "with_a_toy").glob("width,*.png"))
+    for line, missing in [("    published = {}\n", "task copy does not state published"),
+                          ("    vocab_size = None\n", "task copy does not state vocab_size"),
+                          (", lr=1e-3", "task copy, preset quick: no lr"),
+                          ("    medium = quick\n", "task copy does not state medium")]:
+        assert line in TOY
+        with pytest.raises(TypeError, match=missing):
+            imported("incomplete", TOY.replace(line, ""))
 
 
 @pytest.mark.slow
-def test_a_wide_random_transformer_balances_what_a_narrow_one_does_not(tmp_path):
-    accuracy = {}
-    for width in (128, 16):
-        args = random_transformer.parse_args(["--device", "cpu", "--out-dir", str(tmp_path), "--n-embd", str(width), "--train",
-                                              "embeddings", "--seed", "3"])
-        run, = common.sweep(args, random_transformer.PRESETS, random_transformer.SWEEP)
-        common.seed_everything(3)
-        accuracy[width] = random_transformer.train(run.args, run)["accuracy"]
-    assert accuracy[128] >= 0.98 and accuracy[16] < 0.85
+@pytest.mark.parametrize("seed", [10, 11])
+def test_a_wide_random_transformer_balances_what_a_narrow_one_does_not(tmp_path, seed):
+    wide, narrow, _, full = call_main(random_transformer, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
+    assert wide["accuracy"] >= 0.99 and narrow["accuracy"] <= 0.85 and full["accuracy"] >= 0.99
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_and_bfloat16(tmp_path):
-    done = call(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--task", "parens", "addition", "needle")
+    flags = ["--device", "cuda", "--compile", "--dtype", "bfloat16", "--task", "parens", "addition", "needle"]
+    command = [sys.executable, str(SCRIPT), *TINY, *flags, "--size", "6", "--out-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
