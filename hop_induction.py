@@ -6,13 +6,12 @@ k-hop induction heads, a chain of k look-ups, need depth Theta(log k) and no mor
 layers are enough (Theorem 4.2), as each layer can double the number of hops. Trained transformers
 obey the same threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
 
-What to look for: in the table of errors by depth and hops, the largest k that is solved. In the
-paper's setting it about doubles with each layer. The quick preset stops at 4 hops after a short
-training, where doubling cannot be told from one more hop a layer: it shows that depth decides, and
-heads that turn to find^1 first and mix the others.
+What to look for: the largest number of hops that each depth solves (last column). By Theorem 4.2
+two, three and four layers can solve 1, 3 and 7. The quick preset's short training gets to 1, 2 and
+4, and less on a seed that finds find^1 late; heads align with find^1, and mix the further hops.
 
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
-    python hop_induction.py --preset medium --plot       8 hops, wider, longer: about an hour
+    python hop_induction.py --preset medium --plot       longer sequences, five times the steps
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
@@ -51,7 +50,7 @@ def find(chars, k, max_hops=None):
     chars (B, N); k, the number of hops, is an int or (B,). find^1(i) = 1 + max{j < i : X_j = X_i},
     the position after the last occurrence of the same character before i; find^k is find^1 of
     find^(k-1), find^0(i) = i (Sec. 4). Found by doubling, as the transformer does: f, f f, ...
-    A bound max_hops on k saves doublings, and asks nothing of the device that k is on.
+    A bound max_hops on k saves doublings.
     """
     B, N = chars.shape
     here = torch.arange(N, device=chars.device).expand(B, N)
@@ -280,8 +279,7 @@ construct = Construction                                     # a model like the 
 # ---- Parallel machines: the other half of the title (Fig. 1, Sec. 2) ----------------------------
 
 class Cluster:
-    """q machines of s words of memory each. In a round each computes on its own words, then sends
-    and receives s words at most."""
+    """q machines of s words; in a round each computes, then sends and receives s words at most."""
 
     def __init__(self, q, s):
         self.q = q
@@ -293,9 +291,7 @@ class Cluster:
 
     def exchange(self, messages):
         """One round: (sender, receiver, tuple of words) -> for each machine what it received.
-
-        RuntimeError where a machine sends, receives or holds more than s words.
-        """
+        RuntimeError where one sends, receives or holds more than s words."""
         sent = [0] * self.q
         received = [0] * self.q
         inbox = [[] for _ in range(self.q)]
@@ -319,7 +315,6 @@ def mpc_hops(X, k, q, s, n_chars=4):
     """hop_k of a list of characters X by q machines of s words each: that list, -1 where
     undefined, and the Cluster. ValueError where a machine could hold the whole input: then one
     computes everything, in two rounds. RuntimeError where a limit of the machines is broken.
-
     Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
     pointer r, which starts at i and ends at find^k. One round finds f. Then two rounds for each bit
     of k move r along f where the bit is one, and square f; two more fetch X.
@@ -363,8 +358,8 @@ def find_first(cluster, n_chars):
             last[char] = i
 
 def look_up(cluster, m, arrays):
-    """Two rounds, question and answer, that replace each pointer p by array[p] of the machine that
-    holds p. arrays: pointer -> array, by name. -1, undefined, stays."""
+    """Two rounds, question and answer: each pointer p becomes array[p], but for -1, undefined.
+    arrays: pointer -> array, by name."""
     calls = []
     for machine, own in enumerate(cluster.words):
         for pointer in arrays:
@@ -382,15 +377,18 @@ def look_up(cluster, m, arrays):
 
 # ---- Training (Tables 1, 2) ---------------------------------------------------------------------
 
-SHARED = dict(arch=["transformer"], n_head=[4], n_chars=4, n_train=[0], batch_size=32,
-              weight_decay=0.01, n_eval=1_000, machines=None, words=None)
+SMALL = dict(
+    arch=["transformer"], n_layer=[2, 3, 4], n_head=[4], n_embd=64, dropout=0.0, n_chars=4,
+    max_hops=8, n_train=[0], batch_size=64, weight_decay=0.01, n_eval=1_000,
+    machines=None, words=None,
+)
 PRESETS = {
-    "quick": dict(SHARED, n_layer=[2, 3, 4], n_embd=64, dropout=0.0, seq_len=24, max_hops=4,
-                  steps=2_800, warmup=100, lr=5e-3, eval_every=250),
-    "medium": dict(SHARED, n_layer=[2, 3, 4], n_embd=128, dropout=0.0, seq_len=64, max_hops=8,
-                   steps=6_000, warmup=500, lr=2e-3, eval_every=500),
-    "paper": dict(SHARED, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, seq_len=100,
-                  max_hops=16, steps=100_000, warmup=1_000, lr=1e-4, eval_every=2_000),
+    "quick": dict(SMALL, seq_len=32, steps=2_400, warmup=200, lr=4e-3, eval_every=200),
+    "medium": dict(SMALL, seq_len=48, steps=12_000, warmup=500, lr=4e-3, eval_every=500),
+    "paper": dict(
+        SMALL, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, seq_len=100, max_hops=16,
+        batch_size=32, steps=100_000, warmup=1_000, lr=1e-4, eval_every=2_000,
+    ),
 }
 SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
 
@@ -521,13 +519,13 @@ def plain(values):
 
 def solved(errors):
     """The largest k up to which all errors are below 5%; a k that never occurred is not solved."""
-    for k, error in enumerate(errors):
-        if error is None or error >= 0.05:
-            return max(k - 1, 0)
-    return len(errors) - 1
+    k = 0
+    while k < len(errors) and errors[k] is not None and errors[k] < 0.05:
+        k += 1
+    return max(k - 1, 0)
 
 def measure(args, run):
-    """A run's results: errors and standard errors by number of hops, alignment of its heads."""
+    """Errors and standard errors by number of hops, and what the heads look at."""
     task, model = load(run.folder, args.device)
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
@@ -614,8 +612,7 @@ enough. The paper's models were measured with dropout on; off is what ours compa
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
 def print_heads(runs, shown, task):
-    """Figs. 3 and 4 as numbers: what heads look at, beside those of the construction. shown: args
-    and results of each setting's first run."""
+    """Figs. 3 and 4 as numbers: each head's best find^j. shown: args, results of first seeds."""
     print("""
 Heads: the find^j that each looks at most, and its normalised inner product with it (undefined hops
 count against it; the construction's first layer looks for characters and for k, at no find^j)""")
@@ -648,8 +645,8 @@ def plot_errors(runs, results):
                 axis.plot(SHOWN, numbers, marker, markersize=9, fillstyle="none", color=f"C{i}",
                           label=f"paper, dropout {state}")
     axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="chance")
-    axis.set(xlabel="number of hops k", ylabel="error (share of characters)", ylim=(-0.02, 0.9))
-    axis.set_xticks(hops)
+    axis.set(xlabel="number of hops k", ylabel="error (share of characters)",
+             ylim=(-0.02, 0.9), xticks=hops)
     axis.legend(fontsize=8)
     common.save_figure(figure, runs, "errors")
 
@@ -667,14 +664,13 @@ def plot_heads(runs, shown):
     axis.set_yticks(range(len(heads)), heads, fontsize=7)
     axis.set(title="normalised inner product with find^j", xlabel="j", ylabel="layer.head")
     figure.colorbar(image, ax=axis)
-
     task, model = load(result["folder"], args.device)
     data = torch.Generator(task.device).manual_seed(0)
     tokens, _ = task.sample(1, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)
     for n, axis in enumerate(axes[0, 1:]):
         j = 2**n
-        products = alignment[:, :, j - 1]
+        products = alignment[:, :, j - 1]                    # (L, H)
         layer, head = divmod(products.argmax(), args.n_head)
         positions = find(tokens[:, 1:], j)[0].cpu()
         defined = (positions >= 0).nonzero()[:, 0]
@@ -710,12 +706,11 @@ The theorem's depth; its one head, and a width that does not grow with N, are no
 
 def show_mpc(args):
     """--mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find."""
-    N = args.seq_len
-    task = HopTask(N + 2, args.n_chars, args.max_hops)       # of N + 2 positions, N are characters
+    task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
     tokens, _ = task.sample(1, torch.Generator().manual_seed(args.seed[0]))
-    chars = tokens[:, 1:] - task.char                        # (1, N)
+    chars = tokens[:, 1:] - task.char                        # (1, seq_len)
     X = chars[0].tolist()
-    print(f"hop_k of {N} characters by {args.machines} machines of {args.words} words:")
+    print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
     print("rounds, most words held by one, most sent or received by one, a transformer's depth")
     results = []
     for bit in range(args.max_hops.bit_length()):

@@ -499,8 +499,8 @@ BAD = [
     ["--n-layer", "0"], ["--n-layer", "-1"], ["--n-layer", "2.5"], ["--n-layer"], ["--n-layer", "x"], ["--n-layer", "101"],
     ["--n-head", "0"], ["--n-head", "3"], ["--n-head", "4", "5"], ["--n-embd", "10"], ["--n-embd", "0"], ["--n-embd", "nan"],
     ["--dropout", "1"], ["--dropout", "-0.1"], ["--dropout", "nan"], ["--dropout", "much"],
-    ["--seq-len", "3"], ["--seq-len", "7"], ["--seq-len", "-5"], ["--seq-len", "1e3"],
-    ["--n-chars", "1"], ["--n-chars", "0"], ["--max-hops", "0"], ["--max-hops", "21"], ["--max-hops", "-1"],
+    ["--seq-len", "3"], ["--seq-len", "11"], ["--seq-len", "-5"], ["--seq-len", "1e3"],
+    ["--n-chars", "1"], ["--n-chars", "0"], ["--max-hops", "0"], ["--max-hops", "29"], ["--max-hops", "-1"],
     ["--n-train", "-1"], ["--n-train", "0.5"], ["--n-train", "100000000"], ["--batch-size", "0"], ["--batch-size", "-32"],
     ["--steps", "0"], ["--steps", "-1"], ["--warmup", "0"], ["--warmup", "-3"],
     ["--lr", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "1e308"], ["--weight-decay", "-1"],
@@ -527,7 +527,7 @@ def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, fla
 
 
 def test_help_shows_the_presets_values(capsys):
-    for preset, seq_len in ("quick", 24), ("paper", 100):
+    for preset, seq_len in ("quick", 32), ("paper", 100):
         with pytest.raises(SystemExit):
             call_main(hop_induction, "--preset", preset, "--help")
         out = " ".join(capsys.readouterr().out.split())
@@ -550,3 +550,11 @@ def test_cuda_graph_and_bfloat16(tmp_path):
     line = [sys.executable, str(SCRIPT), *command(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [10, 11])
+def test_hops_double_with_each_layer(tmp_path, seed):
+    results = call_main(hop_induction, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
+    two, three, four = [hop_induction.solved(result["errors"]) for result in results]
+    assert two == 1 and three in (2, 3) and four >= 4
