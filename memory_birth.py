@@ -6,9 +6,13 @@ learns the global ones fast, then slowly builds an induction head. Each weight m
 outer products of embeddings, and a probe reads off which pairs it holds. The memories are learned from the top down:
 what to output (W_O2), then which key to look for (W_K2), then how to attend to the previous token (W_K1).
 
-What to look for: the in-context accuracy, and after it W_K1, rise only once wo2 and wk2 have reached 1.
+What to look for, in the order in which each first reaches a half: wo2, then wk2, then the in-context accuracy, and with it
+wk1. Later thresholds hide that order (wk2 is a share of five triggers, wo2 one of 65 characters, whose last ones are slow),
+and so do self-loops: where a trigger's output may be the trigger itself, the sequence is stuck, a fifth of all scored
+predictions are such loops, and they teach W_K2 its pairs before there is anything to output. The quick preset leaves
+them out, --preset paper has them; with --self-loops --seq-len 64, wk2 comes first.
 
-    python memory_birth.py                                                   the birth of an induction head, in minutes
+    python memory_birth.py                                                   the birth of an induction head, in a minute
     python memory_birth.py --preset paper                                    the paper's setting: batch 512, T = 256
 
     Fig. 3, one panel for each --freeze (none, then some matrices until step 300):
@@ -18,7 +22,7 @@ What to look for: the in-context accuracy, and after it W_K1, rise only once wo2
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
     Sec. 3, one layer against two, everything trained:
     python memory_birth.py --model full --n-layer 1 2 --loss all
-    Sec. 6, Theorem 3, three gradient steps from zero:
+    Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:
     python memory_birth.py --three-steps
 
 Without --preset paper, the same flags give the same figures, small enough for a laptop (for Fig. 4: --loss all --use-wf).
@@ -46,18 +50,29 @@ def shakespeare_pairs():
     planes = np.frombuffer(zlib.decompress(base64.b85decode("".join(PAIRS.split()))), np.uint8).reshape(3, 65, 65)
     return torch.from_numpy(np.tensordot([1, 256, 65536], planes.astype(np.int64), 1))     # low, middle, high bytes
 
+LARGE = 2**31 - 1                 # draw % n is uniform up to n / LARGE, 2e-4 at most; mps has no larger random integers
+
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
 
     For each sequence, K triggers q_k (fixed: the K most frequent characters; random: drawn from pi_u without
     replacement) get an output o_k (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~ pi_u, and z_t = o_k where
     z_{t-1} = q_k, else z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the character and pair frequencies of `text`, a path;
-    None is Tiny Shakespeare. Raises OSError for a text that cannot be read, ValueError for one without K characters.
+    None is Tiny Shakespeare, unless vocab_size is given: so many characters, and pi_u and pi_b are uniform.
+
+    A sequence with o_k = q_k is stuck from q_k on, in a loop of one. Without self_loops, o_k is another character.
+    Raises OSError for a text that cannot be read, ValueError for one without K characters, or in which a character
+    is followed by nothing but itself where there are to be no self-loops.
     """
 
-    def __init__(self, k=5, seq_len=256, triggers="fixed", outputs="uniform", text=None, device="cpu"):
+    def __init__(self, k=5, seq_len=256, triggers="fixed", outputs="uniform", text=None, device="cpu",
+                 self_loops=True, vocab_size=None):
         self.k, self.seq_len, self.triggers, self.outputs, self.device = k, seq_len, triggers, outputs, device
-        if text is None:
+        if vocab_size is not None:
+            self.chars = "".join(chr(ord("!") + v) for v in range(vocab_size))
+            pairs = torch.ones(vocab_size, vocab_size, dtype=torch.long)
+            counts = pairs[0]
+        elif text is None:
             self.chars, pairs = CHARS, shakespeare_pairs()
             counts = torch.maximum(pairs.sum(0), pairs.sum(1))       # the pairs miss one end of the text or the other
         else:
@@ -67,13 +82,9 @@ class BigramTask:
             z = torch.tensor([number[char] for char in text], dtype=torch.long)
             pairs = torch.bincount(z[:-1] * V + z[1:], minlength=V * V).view(V, V)
             counts = torch.bincount(z, minlength=V)
-        if not 1 <= k <= len(self.chars) or len(self.chars) < 2:
-            raise ValueError(f"{k} triggers need as many characters, and two at least; the text has {len(self.chars)}")
-        self.tabulate(pairs, counts)
-
-    def tabulate(self, pairs, counts):
-        """Sets pi_b from pair counts (V, V) and pi_u from character counts (V,), both integer."""
-        V = self.vocab_size = len(counts)
+        V = self.vocab_size = len(self.chars)
+        if not 1 <= k <= V or V < 2:
+            raise ValueError(f"{k} triggers need as many characters, and two at least; there are {V}")
         pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)       # a text's very last character: pi_u
         self.unigram = (counts / counts.sum()).to(self.device)
         self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(self.device)
@@ -84,6 +95,14 @@ class BigramTask:
         self.width = pairs.sum(1).to(self.device)
         self.start = self.width.cumsum(0) - self.width
         self.total = int(pairs.sum())
+        # Weights of the outputs, summed up along each row: o_k is the first column above a draw from 0 to the row's sum
+        self.outputs_upto = {}
+        for name, weights in dict(uniform=torch.ones_like(pairs), bigram=pairs).items():
+            if not self_loops:
+                weights = weights - weights.diag().diag()
+            if (weights.sum(1) == 0).any():
+                raise ValueError("a character that only itself follows has no output without self-loops")
+            self.outputs_upto[name] = weights.cumsum(1).to(self.device)                   # (V, V)
         self.fixed = self.unigram.topk(self.k).indices                           # (K,)
 
     def sample(self, batch, generator):
@@ -94,15 +113,13 @@ class BigramTask:
         else:
             race = torch.empty(B, V, device=self.device).exponential_(generator=generator) / self.unigram
             q = race.topk(K, largest=False).indices                              # without replacement (B, K)
-        if self.outputs == "uniform":
-            o = torch.randint(V, (B, K), generator=generator, device=self.device)
-        else:
-            draw = torch.randint(2**62, (B, K), generator=generator, device=self.device)
-            o = self.successors[self.start[q] + draw % self.width[q]]
+        upto = self.outputs_upto[self.outputs][q]                                # (B, K, V)
+        draw = torch.randint(LARGE, (B, K, 1), generator=generator, device=self.device) % upto[:, :, -1:]
+        o = torch.searchsorted(upto, draw, right=True).squeeze(2)                # (B, K)
         start = self.start.expand(B, V).scatter(1, q, self.total + o)            # each sequence's own table
         width = self.width.expand(B, V).scatter(1, q, 1)
 
-        draw = torch.randint(2**62, (T + 1, B), generator=generator, device=self.device)
+        draw = torch.randint(LARGE, (T + 1, B), generator=generator, device=self.device)
         z = torch.empty(T + 1, B, dtype=torch.long, device=self.device)
         z[0] = torch.multinomial(self.unigram, B, replacement=True, generator=generator)
         for t in range(T):                                                       # a chain is sequential in t alone
@@ -161,7 +178,8 @@ class SimpleTransformer(nn.Module):
 class FullTransformer(nn.Module):
     """The full model of Sec. 3: GPT-2's blocks, learned positions, everything trained.
 
-    It keeps torch's initialisation. From GPT-2's own, N(0, 0.02), the induction head takes several times as long.
+    The authors' has ReLU, no biases, and an MLP that reads the normed input of the block in place of the attention's
+    output; here they are GPT-2's. It keeps torch's initialisation. From GPT-2's own, N(0, 0.02), the induction head takes several times as long.
     """
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
@@ -184,7 +202,8 @@ class FullTransformer(nn.Module):
 # ---- Training (App. E) ----------------------------------------------------------------------------------------------
 def build(args):
     """The task and the model of a run."""
-    task = BigramTask(args.n_triggers, args.seq_len, args.triggers, args.outputs, args.text, args.device)
+    task = BigramTask(args.n_triggers, args.seq_len, args.triggers, args.outputs, args.text, args.device,
+                      args.self_loops, args.vocab_size)
     if args.model == "simple":
         model = SimpleTransformer(task.vocab_size, args.seq_len, args.n_embd, args.use_wf)
     else:
@@ -202,7 +221,7 @@ def train(args, run):
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True,
-                                      weight_decay=args.weight_decay, capturable=args.device != "cpu")
+                                      weight_decay=args.weight_decay, capturable=torch.device(args.device).type == "cuda")
     data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches alone
     start = run.restore(model=model, optimizer=optimizer, data=data)
     frozen_until = {name: int(step) for name, step in (item.split(":") for item in args.freeze)}
@@ -239,51 +258,88 @@ def train(args, run):
     results = {key: value for key, value in run.metrics[-1].items() if key not in ("step", "seconds")}
     for task.outputs in "uniform", "bigram":                                     # Fig. 4, right: does it transfer?
         results[f"accuracy_{task.outputs}"] = evaluate(model, task, n=1024)["accuracy"]
-    results["first"] = {key: next((m["step"] for m in run.metrics if m[key] >= 0.9), None)
+    results["first"] = {key: next((m["step"] for m in run.metrics if m[key] >= 0.5), None)
                         for key in ("wo2", "wk2", "wk1_64", "accuracy") if key in results}
     return results
 
-def three_steps(args, seed):
+# ---- Three gradient steps (Sec. 6, Theorem 3; App. B) ----------------------------------------------------------------
+# The theorem's setting, and what breaks it: embeddings that overlap, and sequences that are stuck in a loop of one
+CASES = {
+    "orthonormal": dict(embedding="orthonormal", self_loops=False),
+    "gaussian": dict(embedding="gaussian", self_loops=False),
+    "self-loops": dict(embedding="orthonormal", self_loops=True),
+}
+
+@torch.no_grad()
+def theorem_init_(model, embedding):
+    """In place: trained matrices zero, and frozen ones as in the theorem, with embeddings of norm 1.
+
+    orthonormal: the rows of W_E, P, W_OV1 W_E, W_OV1 P and W_U are different members of one orthonormal basis, which
+    takes d >= 3 V + 2 T, and W_V2 is orthogonal. gaussian: all are random, so that any two overlap by about 1/sqrt(d).
+    """
+    V, d = model.W_E.shape
+    n = V + len(model.P)
+    for W in model.parameters():
+        W.zero_()
+    if embedding == "gaussian":
+        for W in (model.W_E, model.P):
+            W /= math.sqrt(d)
+        for W in (model.W_U, model.W_O1, model.W_V1, model.W_V2):                # entries of variance 1/d keep norms
+            W *= math.sqrt(3)
+    else:
+        basis = torch.linalg.qr(torch.randn(d, d)).Q                             # rows b_0 ... b_{d-1}
+        model.W_E.copy_(basis[:V])
+        model.P.copy_(basis[V:n])
+        model.W_U.copy_(basis[2 * n:2 * n + V])
+        model.W_O1.copy_(torch.eye(d))
+        model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)                           # b_i -> b_{i+n}
+        model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
+
+@torch.no_grad()
+def mean_logit(model, name):
+    """The mean logit, or attention score, of the pairs that a memory should hold."""
+    E, P, scale = model.W_E, model.P, 1 / math.sqrt(model.W_E.shape[1])
+    if name == "W_O2":
+        return (E @ (model.W_U @ model.W_O2 @ model.W_V2).mT).diagonal().mean()                # v -> v
+    if name == "W_K2":
+        return scale * (E @ model.W_K2 @ (E @ (model.W_O1 @ model.W_V1).mT).mT).diagonal().mean()    # q -> after q
+    return scale * (P @ model.W_K1 @ P.mT).diagonal(-1).mean()                                 # t -> t - 1
+
+def three_steps(args, seed, case):
     """Theorem 3: from zero matrices, one large gradient step on W_O2, then W_K2, then W_K1, each after the others.
 
-    The theorem's setting: uniform unigrams and bigrams, random triggers, embeddings of norm about 1, loss in context.
-    Each step is as large as gives the pairs that its memory should hold a mean logit of --step-logits: learning rates
-    grow with V and d. Returns a row (probes and accuracy) before the first step and after each.
+    Unigrams and bigrams are uniform over --vocab-size characters, triggers random; the loss is the sum over a
+    trigger's second and later occurrences. Each step is as large as gives its memory's pairs a mean logit of
+    --step-logits: a first one above 1 makes the model too sure of the current token for the later gradients. Returns a
+    row (probes, accuracy) before the first step and after each, all measured on sequences without self-loops;
+    self_loops: their share of the predictions that gave the gradient.
     """
     common.seed_everything(seed)
-    task = BigramTask(args.n_triggers, args.seq_len, "random", "uniform", args.text, args.device)
-    ones = torch.ones(task.vocab_size, task.vocab_size, dtype=torch.long)
-    task.tabulate(ones, ones[0])
-    model = SimpleTransformer(task.vocab_size, args.seq_len, args.n_embd).to(args.device)
+    setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random", vocab_size=args.vocab_size)
+    task = BigramTask(**setting, device=args.device, self_loops=CASES[case]["self_loops"])
+    test = BigramTask(**setting, device=args.device, self_loops=False)
+    model = SimpleTransformer(args.vocab_size, args.seq_len, args.n_embd).to(args.device)
+    theorem_init_(model, CASES[case]["embedding"])
     data = torch.Generator(args.device).manual_seed(seed)
-    with torch.no_grad():
-        for W in (model.W_E, model.P):                                           # rows of norm 1
-            W /= math.sqrt(args.n_embd)
-        for W in (model.W_U, model.W_O1, model.W_V1, model.W_V2):                # entries of variance 1/d: norms are kept
-            W *= math.sqrt(3)
-        for W in model.parameters():
-            W.zero_()
 
-    def stored(name):                          # mean logit of the pairs that the memory should hold
-        E, P, scale = model.W_E, model.P, 1 / math.sqrt(args.n_embd)
-        if name == "W_O2":
-            return ((E @ (model.W_U @ model.W_O2 @ model.W_V2).mT).diagonal()).mean()
-        if name == "W_K2":
-            return (E @ model.W_K2 @ (E @ (model.W_O1 @ model.W_V1).mT).mT).diagonal().mean() * scale
-        return (P @ model.W_K1 @ P.mT).diagonal(-1).mean() * scale
-
-    rows = [dict(step="start", **probes(model, task), **evaluate(model, task, n=4096))]
+    rows = [dict(case=case, step="start", self_loops=None, **probes(model, test), **evaluate(model, test, n=4096))]
     for name, logit in zip(("W_O2", "W_K2", "W_K1"), args.step_logits):
         W = getattr(model, name)
-        gradient = torch.zeros_like(W)
-        for _ in range(math.ceil(args.batch_size / 512)):
-            tokens, occurrence = task.sample(512, data)
-            logits, repeat = model(tokens[:, :-1]), occurrence >= 2
-            gradient += torch.autograd.grad(F.cross_entropy(logits[repeat], tokens[:, 1:][repeat]), W)[0]
+        gradient, n_scored, n_loops = torch.zeros_like(W), 0, 0
+        for drawn in range(0, args.batch_size, 4096):
+            tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
+            scored = occurrence >= 2
+            some = scored.any(1)                                                 # half of the sequences have no repeat
+            for z, at in zip(tokens[some].split(256), scored[some].split(256)):
+                loss = F.cross_entropy(model(z[:, :-1])[at], z[:, 1:][at], reduction="sum")
+                gradient += torch.autograd.grad(loss, W)[0]
+            n_scored += scored.sum().item()
+            n_loops += (scored & (tokens[:, 1:] == tokens[:, :-1])).sum().item()
         with torch.no_grad():
             W.copy_(-gradient)
-            W *= logit / stored(name)
-        rows.append(dict(step=name, **probes(model, task), **evaluate(model, task, n=4096)))
+            W *= logit / mean_logit(model, name)
+        rows.append(dict(case=case, step=name, self_loops=n_loops / max(1, n_scored), **probes(model, test),
+                         **evaluate(model, test, n=4096)))
     return rows
 
 # ---- Measurement: the memories' probes (Sec. 5), and what the model does on fresh sequences -------------------------
@@ -299,7 +355,8 @@ def probes(model, task):
 
     wk1: share of positions t with argmax_s p_t . W_K1 p_s = t - 1.
     wk2: share of trigger characters q (any character where triggers are random) whose key is their own,
-         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q.
+         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q. For fixed triggers the authors look for the argmax among the
+         K triggers, where chance is 1/K; over all characters, as here, it is 1/V.
     wo2: share of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
     wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters that are not fixed triggers; a model
          without W_F counts as W_F = 0.
@@ -356,13 +413,15 @@ def measure(args, model, task):
 # A dict holds what differs between the models. The full model's learning rate and initialisation are our choice.
 PRESETS = {
     "quick": dict(model=["simple"], n_layer=[2], loss=["in-context"], triggers=["fixed"], outputs=["uniform"],
-                  use_wf=False, seq_len=64, batch_size=dict(simple=128, full=64), steps=dict(simple=2_000, full=1_000),
-                  lr=dict(simple=0.2, full=3e-3), weight_decay=dict(simple=1e-4, full=1e-2), eval_every=20),
+                  use_wf=False, seq_len=dict(simple=24, full=64), self_loops=dict(simple=False, full=True),
+                  batch_size=dict(simple=128, full=64), steps=dict(simple=600, full=1_000),
+                  lr=dict(simple=0.2, full=3e-3), weight_decay=dict(simple=1e-4, full=1e-2),
+                  eval_every=dict(simple=5, full=20)),
     "paper": dict(model=["simple"], n_layer=[2], loss=["all"], triggers=["random"], outputs=["uniform"],
-                  use_wf=True, seq_len=256, batch_size=512, steps=dict(simple=10_000, full=1_000),
+                  use_wf=True, seq_len=256, self_loops=True, batch_size=512, steps=dict(simple=10_000, full=1_000),
                   lr=dict(simple=0.2, full=3e-3), weight_decay=dict(simple=1e-4, full=1e-2), eval_every=50),
 }
-THREE_STEPS = dict(n_triggers=2, seq_len=32, n_embd=512, batch_size=38_400)
+THREE_STEPS = dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000)
 SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
 
 def parse_args(argv=None):
@@ -379,6 +438,8 @@ def parse_args(argv=None):
     add("--triggers", nargs="+", choices=["fixed", "random"], help="the K most frequent, or drawn for each sequence")
     add("--outputs", nargs="+", choices=["uniform", "bigram"], help="a trigger's output: uniform, or from its bigrams")
     add("--text", help="a text file that gives the bigrams (default: Tiny Shakespeare's, embedded)", default=None)
+    add("--vocab-size", type=count, help="so many characters with uniform bigrams, in place of a text's", default=None)
+    add("--self-loops", action=argparse.BooleanOptionalAction, help="a trigger's output may be the trigger itself")
     add("--seq-len", type=count, help="T, predictions a sequence")
     add("--loss", nargs="+", choices=["all", "in-context"], help="all tokens, or triggers' outputs from the second on")
     add("--freeze", nargs="*", action="append", metavar="W:STEP",
@@ -389,7 +450,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, help="weight decay")
     add("--seed", nargs="+", type=int, default=[0], help="seeds of weights and data")
     add("--three-steps", action="store_true", help="Theorem 3: three gradient steps, of BATCH_SIZE sequences each")
-    add("--step-logits", nargs=3, type=float, default=[5.0, 5.0, 20.0], metavar=("O2", "K2", "K1"),
+    add("--step-logits", nargs=3, type=float, default=[1.0, 5.0, 20.0], metavar=("O2", "K2", "K1"),
         help="three steps: the mean logit that a step gives to its memory")
     own = THREE_STEPS if "--three-steps" in (argv or sys.argv) else {}
     args = common.parse_args(parser, {name: {**preset, **own} for name, preset in PRESETS.items()}, argv)
@@ -400,24 +461,42 @@ def parse_args(argv=None):
             parser.error(f"--freeze {item}: give wk1, wk2, wo2 or wf, a colon and a step, as in wo2:300")
         if name == "wf" and not args.use_wf:
             parser.error("--freeze wf needs --use-wf")
+    for items in args.freeze:
+        frozen = {name for name, _, step in (item.partition(":") for item in items) if int(step) > 0}
+        if frozen >= {"wk1", "wk2", "wo2", *(["wf"] if args.use_wf else [])}:
+            parser.error(f"--freeze {' '.join(items)}: nothing is left to train at the start")
     if "full" in args.model and any(args.freeze):
         parser.error("--freeze works on the simple model's matrices: leave out --model full")
     if "full" in args.model and args.n_embd % args.n_head:
         parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
     if "simple" in args.model and args.n_layer != [2]:
         parser.error("the simple model has two layers: --n-layer is for --model full")
-    if args.seq_len < 4:
+    if isinstance(args.seq_len, int) and args.seq_len < 4:
         parser.error(f"--seq-len {args.seq_len}: no room for a trigger to come back; give 4 or more")
     if args.three_steps and args.plot:
         parser.error("--three-steps has a table and no figure: leave out --plot")
+    if args.text is not None and args.vocab_size is not None:
+        parser.error("--vocab-size gives uniform bigrams, --text its own: leave one out")
+    if args.three_steps and args.n_embd < 3 * args.vocab_size + 2 * args.seq_len:
+        parser.error(f"--three-steps: orthonormal embeddings of {args.vocab_size} characters and {args.seq_len} positions "
+                     f"need --n-embd {3 * args.vocab_size + 2 * args.seq_len} or more")
     try:
-        BigramTask(args.n_triggers, args.seq_len, text=args.text)
+        BigramTask(args.n_triggers, text=args.text, self_loops=args.self_loops is True, vocab_size=args.vocab_size)
     except (OSError, ValueError) as error:
-        parser.error(f"--text {args.text} --n-triggers {args.n_triggers}: {error}")
+        parser.error(f"--n-triggers {args.n_triggers}, {args.text or args.vocab_size or 'Tiny Shakespeare'}: {error}")
     return args
 
 COLUMNS = dict(loss_global="global", loss_in_context="in-context", accuracy="accuracy", wo2="wo2", wk2="wk2",
                wk1_64="wk1<64", wk1="wk1", wf="KL wf", attn_prev="attn prev", attn_match="attn match")
+
+def print_three_steps(rows):
+    """A line for the start and for each step, of each case of CASES."""
+    names = ["loss_in_context", "accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match", "self_loops"]
+    cells = [[str(seed), row["case"], row["step"],
+              *("-" if row[name] is None else f"{row[name]:.3f}" for name in names)] for seed, row in rows]
+    print("\nLoss in context (nats), accuracy, probes and attention, on sequences without self-loops"
+          "\nloops: the share of self-loops among the predictions whose gradient was taken")
+    common.print_table(["seed", "case", "after", *(COLUMNS.get(name, "loops") for name in names)], cells)
 
 def print_course(run):
     """A run's evaluations at log-spaced steps: losses in nats, shares as in evaluate() and probes()."""
@@ -429,7 +508,7 @@ def print_course(run):
     common.print_table(["step", *(COLUMNS[name] for name in names)], rows)
 
 def print_summary(runs, results):
-    """A row a setting, median and range over its seeds: the end of the run, and when each memory first reached 0.9."""
+    """A row a setting, median and range over its seeds: the end of the run, and when each memory was first half full."""
     paper = {("full", 1): "0.55", ("full", 2): "> 0.99"}                         # Sec. 3, in-context accuracy
     settings = {}
     for run, result in zip(runs, results):
@@ -444,7 +523,7 @@ def print_summary(runs, results):
                      paper.get((args.model, args.n_layer), ""),
                      *(common.spread([result["first"].get(key) for result in results], ".0f")
                        for key in ("wo2", "wk2", "wk1_64", "accuracy"))])
-    print("\nAt the end (median [range] over seeds), and the first evaluated step at which each is at least 0.9:")
+    print("\nAt the end (median [range] over seeds), and the first evaluated step at which each is at least 0.5:")
     common.print_table(["model", "layers", "loss on", "triggers", "outputs", "frozen", "global", "in-context",
                         "acc uniform", "acc bigram", "paper", "wo2", "wk2", "wk1<64", "accuracy"], rows)
 
@@ -484,10 +563,8 @@ def main():
     """Trains what the flags ask for, prints the tables."""
     args = parse_args()
     if args.three_steps:
-        names = [name for name in COLUMNS if name not in ("wk1_64", "wf")]       # short sequences, no W_F
-        rows = [[row["step"], str(seed), *(f"{row[name]:.3f}" for name in names)]
-                for seed in args.seed for row in three_steps(args, seed)]
-        return common.print_table(["after", "seed", *(COLUMNS[name] for name in names)], rows)
+        print_three_steps([(seed, row) for seed in args.seed for case in CASES for row in three_steps(args, seed, case)])
+        return
     runs = common.sweep(args, PRESETS, SWEEP)
     results = common.complete(runs, train)
     for run in runs:
