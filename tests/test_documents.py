@@ -1,0 +1,72 @@
+"""README.md, RESULTS.md and the docstrings: every command parses, every link and picture is there."""
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import common
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["random_transformer", "hop_induction", "looped_icl", "ntp_convergence", "memory_birth"]
+DOCUMENTS = ["README.md", "RESULTS.md", *[f"{name}.py" for name in SCRIPTS]]
+
+
+def commands(document):
+    """The commands of a document, as pairs of script and flags."""
+    text = (ROOT / document).read_text()
+    if document.endswith(".py"):
+        text = ast.get_docstring(ast.parse(text))
+    text = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for name, flags in re.findall(r"(?:python|torchrun[^\n`]*?) (\w+)\.py([^\n`#|&;)]*)", text):
+        flags = re.sub(r"(?<=\S) {2,}\S.*|,.*", "", flags.strip()) if not flags.startswith("   ") else ""     # what it is for, in words
+        if name in SCRIPTS:
+            found.append((name, flags.replace("$SLURM_ARRAY_TASK_ID", "3").split()))
+    return found
+
+
+ALL = sorted({(document, name, " ".join(flags)) for document in DOCUMENTS for name, flags in commands(document)})
+
+
+def test_there_are_commands():
+    assert len(ALL) > 40 and {name for _, name, _ in ALL} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("document, name, flags", ALL)
+def test_a_documented_command_parses(document, name, flags, tmp_path, monkeypatch):
+    script = importlib.import_module(name)
+    data = tmp_path / "data.txt"
+    data.write_text("0 1 2 1\n" * 3 if name == "ntp_convergence" else "one two three. " * 2_000)
+    if name == "random_transformer":                                             # no download, no large tables
+        monkeypatch.setattr(script, "tinystories", lambda: data)
+    if "openml" in flags:
+        pytest.skip("needs the tables")
+    if "--sentences FILE" in flags:
+        flags = "--help"                                                         # the file's content is its user's
+    if "--plot" in flags:
+        pytest.importorskip("matplotlib")
+    words = [str(data) if word == "FILE" else word for word in flags.split()]
+    monkeypatch.chdir(tmp_path)
+    try:
+        args = script.parse_args(words)
+    except SystemExit as stop:
+        assert stop.code == 0, f"{document}: {name}.py {flags}"
+        return
+    modes = [mode for mode in ("construct", "mpc", "three_steps", "params") if getattr(args, mode, False)]
+    assert modes or common.sweep(args, script.SWEEP, script.resolve)
+
+
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+def test_links_and_pictures_are_there(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", text):
+        path = ROOT / (target[0] or target[1])
+        assert path.exists(), path
+        assert path.suffix != ".png" or path.stat().st_size <= 200_000
+    assert max(map(len, text.splitlines())) <= (120 if document == "README.md" else 300)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
