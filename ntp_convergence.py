@@ -8,10 +8,10 @@ normalised gradient descent converges: each matrix in direction to its max-margi
 sub-linear rate, its norm linearly, the loss to its minimum at a linear rate (Theorems 1, 2). And
 it predicts sentences that it never saw, by an order that extends the data's (Theorem 3).
 
-What to look for: both alignments pass 0.99, and 1 - alignment falls like a power of the step; both
-norms are straight lines; log L_0 and log(L - L_min) end as straight lines (L itself ends at L_min);
-accuracy on unseen sentences is 1 where the data decide the answer, near 1 where only the extended
-order does (with orthonormal embeddings), lower where neither does.
+What to look for: both alignments pass 0.99, and 1 - alignment falls roughly like a power of the
+step; both norms are straight lines; log L_0 and log(L - L_min) end as straight lines (L itself
+ends at L_min); accuracy on unseen sentences is 1 where the data decide the answer, near 1 where
+only the extended order does (with orthonormal embeddings), lower where neither does.
 
 |V| = d = 20 and the step sizes of normalised gradient descent are the paper's. The numbers of
 steps, 200 sentences of 5 tokens, random weights of the pairs in stage 1 (with equal ones, W_OV is
@@ -23,7 +23,6 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --order total partial --embedding orthonormal gaussian
     python ntp_convergence.py --embedding gaussian --steps-ov 5000 --steps 60000
     python ntp_convergence.py --optimizer ngd gd adam --stages two joint
-                                                       without normalisation, without stages
     python ntp_convergence.py --sentences FILE         your own data: token ids, each line a
                                                        sentence and its next token
 
@@ -41,7 +40,7 @@ import torch.nn.functional as F
 import common
 
 # ---- The task (Sec. 3, Assumption 1) ------------------------------------------------------------
-#
+
 # A collocation n says what follows each token alone. For every query q, the last token of a
 # sentence, there is a strict partial order >_q on the vocabulary. A sentence whose query is q has
 # an optimal token x* >_q all its other tokens, and is followed by n(x*).
@@ -65,8 +64,7 @@ class Task(NamedTuple):
 
 def closure(orders):
     """The transitive closure of each relation of (..., V, V), by squaring."""
-    V = orders.shape[-1]
-    for _ in range(max(1, (V - 1).bit_length())):
+    for _ in range(max(1, (orders.shape[-1] - 1).bit_length())):
         paths = orders.astype(np.float32) @ orders.astype(np.float32)
         orders = orders | (paths > 0)
     return orders
@@ -102,10 +100,9 @@ def draw_sentences(n, length, orders, rng, tries=1_000):
 
     Fewer than n, where `tries` random ones for each do not do: long ones seldom have one.
     """
-    V = len(orders)
     found = np.empty((0, length), dtype=np.int64)
     for _ in range(tries // 4):
-        sentences = rng.integers(V, size=(4 * n, length))
+        sentences = rng.integers(len(orders), size=(4 * n, length))
         has_one = optimal_token(sentences, orders) >= 0
         found = np.concatenate([found, sentences[has_one]])
         if len(found) >= n:
@@ -114,9 +111,8 @@ def draw_sentences(n, length, orders, rng, tries=1_000):
 
 def draw_dataset(vocab_size, n_sentences, length, seed, order):
     """What make_dataset returns, and the orders (V, V, V)."""
-    if vocab_size < 2 or length < 2:
-        size = f"a vocabulary of {vocab_size} and sentences of {length}"
-        raise ValueError(f"nothing to learn with {size} (2 at least)")
+    if min(vocab_size, length) < 2:
+        raise ValueError("nothing to learn with fewer than 2 tokens, or sentences of fewer")
     rng = np.random.default_rng(seed)
     collocation = rng.permutation(vocab_size)
     orders = make_orders(vocab_size, order, rng)
@@ -167,20 +163,18 @@ def check_realizable(sentences, next_tokens, collocation):
     given_by = {}
     for token, following in enumerate(collocation.tolist()):
         if following in given_by:
-            both = f"tokens {given_by[following]} and {token}"
-            raise ValueError(f"not realizable: {both} are both followed by {following}")
+            pair = f"{given_by[following]} and {token}"
+            raise ValueError(f"not realizable: tokens {pair} are both followed by {following}")
         given_by[following] = token
     optimal = []
     for i, (x, following) in enumerate(zip(sentences.tolist(), next_tokens.tolist())):
         if given_by.get(following) not in x:
-            problem = f"no token of sentence {i}, {x}, is followed by {following}"
-            raise ValueError(f"not realizable: {problem}")
+            raise ValueError(f"not realizable: in sentence {i}, {x}, none gives {following}")
         optimal.append(given_by[following])
     optimal = np.array(optimal)
     implied = closure(said_orders(sentences, optimal, len(collocation)))
     for q, token in np.argwhere(implied.diagonal(axis1=1, axis2=2)):
-        order = f"the sentences with query {q} put token {token} above itself"
-        raise ValueError(f"not realizable: {order}")
+        raise ValueError(f"not realizable: sentences with query {q} put token {token} above itself")
     return optimal
 
 def read_dataset(path):
@@ -200,16 +194,16 @@ def read_dataset(path):
         row = list(map(int, words))
         if len(row) > 2:
             longer.append(row)
-        elif pairs.setdefault(row[0], row[1]) != row[1]:
-            both = f"{pairs[row[0]]} and by {row[1]}"
-            raise ValueError(f"line {number}: token {row[0]} is followed by {both}")
+        elif pairs.setdefault(*row) != row[1]:
+            raise ValueError(f"line {number}: {row[0]} is followed by {pairs[row[0]]} and {row[1]}")
     if len(set(map(len, longer))) != 1:
         raise ValueError("give sentences of two tokens or more, all of one length")
     tokens = set(pairs).union(pairs.values(), *longer)
-    for token in range(len(tokens)):                         # the ids are 0 .. V - 1
+    V = len(tokens)
+    for token in range(V):
         if token not in pairs:
             raise ValueError(f"every token needs a line with what follows it; {token} has none")
-    collocation = np.array([pairs[token] for token in range(len(tokens))])
+    collocation = np.array([pairs[token] for token in range(V)])
     rows = np.array(longer)
     sentences, next_tokens = rows[:, :-1], rows[:, -1]
     optimal = check_realizable(sentences, next_tokens, collocation)
@@ -222,7 +216,6 @@ class OneLayer(nn.Module):
 
     W_OV (V, d) and W_KQ (d, d) start from zero; the embedding (d, V) is fixed.
     """
-
     def __init__(self, embedding):
         super().__init__()
         d, V = embedding.shape
@@ -352,8 +345,7 @@ def max_margin_matrix(differences, queries, embedding):
             W += np.outer(w, embedding[:, q])
         return W
     if len(queries) > 10_000:
-        n = f"{len(queries):,} max-margin constraints"
-        raise ValueError(f"{n} at once: take fewer tokens or sentences, or orthonormal embeddings")
+        raise ValueError(f"{len(queries):,} max-margin constraints at once: take fewer tokens")
     A = differences[:, :, None] * embedding[:, queries].T[:, None, :]                # (m, a, d)
     w, _ = max_margin(A.reshape(len(A), -1))
     return w.reshape(A.shape[1:])
@@ -447,8 +439,7 @@ def train(args, run):
     joint = args.stages == "joint"
     stage_1 = 0 if joint else args.steps_ov                  # steps of stage 1
     measured = {stage_1 + t for t in marks(args.steps)}
-    if not joint:
-        measured |= marks(stage_1)
+    measured |= set() if joint else marks(stage_1)
 
     for step in run.steps(start, stage_1 + args.steps):
         optimizer.zero_grad(set_to_none=True)
@@ -490,9 +481,9 @@ def panels(model, data, best):
     Losses in nats, cosines with the solutions, Frobenius norms, accuracy, and the norms of both
     gradients. excess is L - L_min: L_min is the loss of a hard attention to x*, with this W_OV.
     """
-    V, N = len(data.collocation), len(data.sentences)
+    N, device = len(data.sentences), data.weights.device
     uniform = torch.full((N,), 1 / N).to(data.weights)
-    pairs = torch.arange(V, device=data.weights.device)[:, None]
+    pairs = torch.arange(len(data.collocation), device=device)[:, None]
     loss_ov, by_W_OV, _ = gradients(model, pairs, data.collocation, data.weights)
     loss_kq, _, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
     logits = model(data.sentences)
@@ -529,14 +520,11 @@ def curves(metrics, name):
     return found
 
 def straight_parts(curve):
-    """Where Theorems 1 and 2 promise a straight line: x and y of a fit, for each panel.
-
-    The norm against t; the log loss against t over the second half of the steps; log(1 - cosine)
-    against log t from t = 100.
-    """
+    """Where Theorems 1 and 2 promise a straight line: x and y of a fit, for each panel."""
     t, loss, gap = curve["t"], curve["loss"], curve["gap"]
     half = (t >= t[-1] / 2) & (loss > 1e-12 * curve["total"])                        # not rounding
     late = (t >= 100) & (gap > 0)
+    # norm ~ t, loss ~ e^(-t), gap ~ a power of t
     return {
         "norm": (t, curve["norm"]),
         "loss": (t[half], np.log(loss[half])),
@@ -555,11 +543,11 @@ def line_fit(x, y):
 
 def unseen_sentences(task, n, rng):
     """Sentences (M, L) that are not in the data, M <= n; their optimal tokens, -1 for a file."""
-    V, L = len(task.collocation), task.sentences.shape[1]
+    size = n, task.sentences.shape[1]
     if task.orders is None:
-        drawn, truth = rng.integers(V, size=(n, L)), np.full(n, -1)
+        drawn, truth = rng.integers(len(task.collocation), size=size), np.full(n, -1)
     else:
-        drawn, truth = draw_sentences(n, L, task.orders, rng, tries=100)
+        drawn, truth = draw_sentences(*size, task.orders, rng, tries=100)
     seen = {tuple(x) for x in task.sentences.tolist()}
     new = np.array([tuple(x) not in seen for x in drawn.tolist()])
     return drawn[new], truth[new]
@@ -606,9 +594,8 @@ def measure(args, run):
     """What Theorems 1 to 3 say of a trained run, from its checkpoint and its metrics."""
     task, model = load(run.folder, args.device)
     metrics = run.read("metrics.jsonl")
-    results = {}
-    for key in ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq"):
-        results[key] = metrics[-1][key]
+    last = ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")
+    results = {key: metrics[-1][key] for key in last}
     for name in STAGE:
         parts = straight_parts(curves(metrics, name))
         results[f"norm_{name}"] = line_fit(*parts["norm"])   # slope, R^2
@@ -698,21 +685,22 @@ def print_summary(runs, results):
         row = [label]
         for _, group in groups:
             values = [r[key] if index is None else r[key][index] for r in group]
-            if "accuracy" in label:                          # seeds without such sentences have none
+            if "accuracy" in label:                          # None: no such sentences
                 values = [x for x in values if x is not None] or [None]
             row.append(common.spread(values, form))
         rows.append(row)
     print("\nTheorems 1, 2 and 3, measured (median [range] over seeds)")
     common.print_table(["", *[in_words(args, runs) or "measured" for args, _ in groups]], rows)
 
-FIG_2 = [                                                    # panel, label, scales of x and y
-    ("ov", "loss", "L_0 (nats)", "linear", "log"),
-    ("ov", "gap", "1 - cosine(W_OV, W_OV*)", "log", "log"),
-    ("ov", "norm", "norm of W_OV", "linear", "linear"),
-    ("kq", "loss", "L - L_min (nats)", "linear", "log"),
-    ("kq", "gap", "1 - cosine(W_KQ, W_KQ*)", "log", "log"),
-    ("kq", "norm", "norm of W_KQ", "linear", "linear"),
+FIG_2 = [
+    ("ov", "loss", "L_0 (nats)"),
+    ("ov", "gap", "1 - cosine(W_OV, W_OV*)"),
+    ("ov", "norm", "norm of W_OV"),
+    ("kq", "loss", "L - L_min (nats)"),
+    ("kq", "gap", "1 - cosine(W_KQ, W_KQ*)"),
+    ("kq", "norm", "norm of W_KQ"),
 ]
+SCALES = {"loss": ("linear", "log"), "gap": ("log", "log"), "norm": ("linear", "linear")}
 
 def draw_fit(axis, panel, curve):
     """The straight line through one panel, and its slope."""
@@ -721,16 +709,15 @@ def draw_fit(axis, panel, curve):
         return
     slope, offset = np.polyfit(x, y, 1)
     y = slope * x + offset
-    text = {"loss": f"e^({slope:.2g} t)", "gap": f"t^{slope:.2f}", "norm": f"{slope:.2g} t"}[panel]
-    x = np.exp(x) if panel == "gap" else x
-    y = y if panel == "norm" else np.exp(y)
+    text = {"loss": f"e^({slope:.2g} t)", "gap": f"t^{slope:.2f}", "norm": f"{slope:.3f} t"}[panel]
+    x, y = np.exp(x) if panel == "gap" else x, y if panel == "norm" else np.exp(y)
     axis.plot(x, y, "k--", lw=1, label=f"fit: {text}")
 
 def plot(runs):
     """Fig. 2: loss, alignment and norm of both stages; the median and range over seeds."""
     groups = common.by_setting(runs, [run.read("metrics.jsonl") for run in runs])
-    figure, axes = common.new_figure(2, 3, width=4.0, height=3.3)
-    for axis, (name, panel, label, x_scale, y_scale) in zip(axes.flat, FIG_2):
+    figure, axes = common.new_figure(2, 3, width=3.4, height=2.9)
+    for axis, (name, panel, quantity) in zip(axes.flat, FIG_2):
         for number, (args, seeds) in enumerate(groups):
             found = [curves(metrics, name) for metrics in seeds]
             median = {}
@@ -738,12 +725,12 @@ def plot(runs):
                 median[key] = np.median([c[key] for c in found], axis=0)
             t, values = median["t"], np.array([c[panel] for c in found])
             color, line = f"C{number % 10}", ["-", "-.", ":", "--"][number % 4]
-            words = in_words(args, runs) or "measured"
-            axis.plot(t, median[panel], color=color, ls=line, label=words)
+            label = in_words(args, runs) or "measured"
+            axis.plot(t, median[panel], color=color, ls=line, label=label)
             axis.fill_between(t, values.min(0), values.max(0), color=color, alpha=0.25, lw=0)
             draw_fit(axis, panel, median)
-        axis.set(xlabel=f"step of stage {STAGE[name]}, t", ylabel=label)
-        axis.set(xscale=x_scale, yscale=y_scale)
+        axis.set(xlabel=f"step of stage {STAGE[name]}, t", ylabel=quantity)
+        axis.set(xscale=SCALES[panel][0], yscale=SCALES[panel][1])
         axis.legend(fontsize=7)
     common.save_figure(figure, runs, "fig2")
 
@@ -754,11 +741,7 @@ QUICK = dict(
     weights=["random"], sentences=None, vocab_size=20, n_sentences=200, seq_len=5,
     steps_ov=2_000, steps=20_000, lr_ov=None, lr=None,
 )
-PRESETS = {
-    "quick": QUICK,
-    "medium": {**QUICK, "seed": list(range(10))},
-    "paper": QUICK,                                          # the paper's own setting takes seconds
-}
+PRESETS = {"quick": QUICK, "medium": {**QUICK, "seed": list(range(10))}, "paper": QUICK}
 SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
 
 def resolve(args):
