@@ -413,9 +413,17 @@ def test_three_steps_print_the_theorem_beside_what_breaks_it(capsys):
 def test_everything_is_measured_on_a_device_without_float64(no_float64_on_device, tmp_path):
     pytest.importorskip("matplotlib")
     for flags in (["--use-wf", "--outputs", "bigram"], ["--model", "full", "--n-layer", "1"]):
-        result, = call_main(memory_birth, *TINY, "--steps", 2, "--out-dir", tmp_path, "--plot", *flags)
-        assert 0 <= result["accuracy"] <= 1
-    assert len(call_main(memory_birth, *THREE_TINY, "--batch-size", 512)) == 12
+        run, = runs_of("--steps", 2, "--out-dir", tmp_path, "--plot", *flags)
+        run.args.device = "cpu:0"                                                # to the fixture, "cpu" is what was moved
+        run.folder.mkdir(parents=True)
+        memory_birth.train(run.args, run)
+        results = memory_birth.measure(run.args, run)
+        assert 0 <= results["accuracy"] <= 1
+        memory_birth.show([run], [results])
+    args = memory_birth.parse_args([*THREE_TINY, "--batch-size", "512"])
+    args.device = "cpu:0"
+    for case in memory_birth.CASES:
+        assert len(memory_birth.three_steps(args, 0, case)) == 4
 
 
 # ---- The command ------------------------------------------------------------------------------------------------------
