@@ -1,37 +1,40 @@
-r"""
-Birth of a Transformer: A Memory Viewpoint. Bietti, Cabannes, Bouchacourt, Jegou, Bottou. NeurIPS 2023, arXiv 2306.00802
+"""
+Birth of a Transformer: A Memory Viewpoint.
+Bietti, Cabannes, Bouchacourt, Jegou, Bottou. NeurIPS 2023, arXiv 2306.00802.
 
-On sequences that mix global bigrams (those of English text) with bigrams private to a sequence, a two-layer transformer
-learns the global ones fast, then slowly builds an induction head. Each weight matrix is an associative memory, a sum of
-outer products of embeddings, and a probe reads off which pairs it holds. The memories are learned from the top down:
-what to output (W_O2), then which key to look for (W_K2), then how to attend to the previous token (W_K1).
+On sequences that mix global bigrams (those of English text) with bigrams private to a sequence, a
+two-layer transformer learns the global ones fast, then slowly builds an induction head. Each weight
+matrix is an associative memory, a sum of outer products of embeddings, and a probe reads off which
+pairs it holds. The memories are learned from the top down: what to output (W_O2), then which key to
+look for (W_K2), then how to attend to the previous token (W_K1).
 
-What to look for, in the order in which each first reaches a half: wo2, then wk2, then the in-context accuracy, and with it
-wk1. Later thresholds hide that order (wk2 is a share of five triggers, wo2 one of 65 characters, whose last ones are slow),
-and so do self-loops: where a trigger's output may be the trigger itself, the sequence is stuck, a fifth of all scored
-predictions are such loops, and they teach W_K2 its pairs before there is anything to output. The quick preset leaves
-them out, --preset paper has them; with --self-loops --seq-len 64, wk2 comes first.
+What to look for, in the order in which each first reaches a half: wo2, then wk2, then the accuracy
+in context, and with it wk1. Higher thresholds hide that order, as wk2 is a share of five triggers
+and wo2 one of 65 characters, whose last ones are slow. Self-loops hide it, too: where a trigger's
+output may be the trigger itself, the sequence is stuck in it, which teaches W_K2 its pairs before
+there is anything to output. The quick preset leaves them out, --preset paper has them.
 
-    python memory_birth.py                                                   the birth of an induction head, in a minute
-    python memory_birth.py --preset paper                                    the paper's setting: batch 512, T = 256
+    python memory_birth.py                          the birth of an induction head, in a minute
+    python memory_birth.py --preset medium --plot   Fig. 3, all five panels, at T = 256
+    python memory_birth.py --preset paper           the paper's own setting, one run
 
-    Fig. 3, one panel for each --freeze (none, then some matrices until step 300):
-    python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf --steps 1000 --plot \
-        --freeze --freeze wo2:300 --freeze wk1:300 wk2:300 --freeze wk1:300 --freeze wk2:300
-    Fig. 4, left (global before in-context, fixed before random triggers) and right (outputs, and their transfer):
+    Fig. 3 at the paper's size, some matrices frozen until step 300:
+    python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf \\
+        --steps 1000 --freeze none wo2:300 wk1:300+wk2:300 wk1:300 wk2:300 --plot
+    Fig. 4, global before in-context, fixed before random triggers; outputs and their transfer:
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
     Sec. 3, one layer against two, everything trained:
     python memory_birth.py --model full --n-layer 1 2 --loss all
     Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:
     python memory_birth.py --three-steps
 
-Without --preset paper, the same flags give the same figures, small enough for a laptop (for Fig. 4: --loss all --use-wf).
+To lift: BigramTask needs torch, and PAIRS below (with NumPy) or a text; SimpleTransformer, probes
+and evaluate need torch alone; FullTransformer needs common's Block.
 """
 import argparse
 import base64
 import math
 import string
-import sys
 import zlib
 from pathlib import Path
 
@@ -42,144 +45,195 @@ import torch.nn.functional as F
 
 import common
 
-# ---- The task (Sec. 3): global bigrams, and K triggers whose successors are private to the sequence -----------------
+# ---- The task (Sec. 3): global bigrams, and K triggers whose outputs are private to a sequence --
+
 CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
-def shakespeare_pairs():
-    """The 1,115,393 adjacent pairs of Tiny Shakespeare, counted: (V, V) int64, row: first character, V = 65."""
-    planes = np.frombuffer(zlib.decompress(base64.b85decode("".join(PAIRS.split()))), np.uint8).reshape(3, 65, 65)
-    return torch.from_numpy(np.tensordot([1, 256, 65536], planes.astype(np.int64), 1))     # low, middle, high bytes
+# draw % n is uniform up to n / LARGE, 2e-4 at most; mps has no larger random integers
+LARGE = 2**31 - 1
 
-LARGE = 2**31 - 1                 # draw % n is uniform up to n / LARGE, 2e-4 at most; mps has no larger random integers
+def shakespeare_pairs():
+    """The 1,115,393 adjacent pairs of Tiny Shakespeare, counted: (V, V) int64, V = 65.
+
+    A row is a first character. The counts are PAIRS, at the end of this file.
+    """
+    packed = base64.b85decode("".join(PAIRS.split()))
+    planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(3, 65, 65)
+    low, middle, high = planes.astype(np.int64)
+    return torch.from_numpy(low + 256 * middle + 65536 * high)
+
+def count_pairs(text):
+    """A text's characters, sorted; counts of adjacent pairs (V, V), and of characters (V,)."""
+    chars = sorted(set(text))
+    V = len(chars)
+    number = {char: v for v, char in enumerate(chars)}
+    z = torch.tensor([number[char] for char in text], dtype=torch.long)
+    pair = z[:-1] * V + z[1:]                                # a number for each pair
+    pairs = torch.bincount(pair, minlength=V * V).view(V, V)
+    return "".join(chars), pairs, torch.bincount(z, minlength=V)
 
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
 
-    For each sequence, K triggers q_k (fixed: the K most frequent characters; random: drawn from pi_u without
-    replacement) get an output o_k (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~ pi_u, and z_t = o_k where
-    z_{t-1} = q_k, else z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the character and pair frequencies of `text`, a path;
-    None is Tiny Shakespeare, unless vocab_size is given: so many characters, and pi_u and pi_b are uniform.
+    For each sequence, K triggers q_k (fixed: the K most frequent characters; random: drawn from
+    pi_u without replacement) get an output o_k (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~
+    pi_u, and z_t = o_k where z_{t-1} = q_k, else z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the
+    character and pair frequencies of `text`, a path; None is Tiny Shakespeare, unless vocab_size
+    gives a number of characters, pi_u and pi_b uniform.
 
-    A sequence with o_k = q_k is stuck from q_k on, in a loop of one. Without self_loops, o_k is another character.
-    Raises OSError for a text that cannot be read, ValueError for one without K characters, or in which a character
-    is followed by nothing but itself where there are to be no self-loops.
+    A sequence with o_k = q_k is stuck from q_k on; without self_loops o_k is another character.
+    OSError for a text that cannot be read, ValueError for too few characters or successors.
     """
 
-    def __init__(self, k=5, seq_len=256, triggers="fixed", outputs="uniform", text=None, device="cpu",
-                 self_loops=True, vocab_size=None):
-        self.k, self.seq_len, self.triggers, self.outputs, self.device = k, seq_len, triggers, outputs, device
+    def __init__(self, k=5, seq_len=256, triggers="fixed", outputs="uniform", text=None,
+                 device="cpu", self_loops=True, vocab_size=None):
+        self.k = k
+        self.seq_len = seq_len
+        self.triggers = triggers
+        self.outputs = outputs
+        self.device = device
         if vocab_size is not None:
             self.chars = "".join(chr(ord("!") + v) for v in range(vocab_size))
             pairs = torch.ones(vocab_size, vocab_size, dtype=torch.long)
             counts = pairs[0]
-        elif text is None:
-            self.chars, pairs = CHARS, shakespeare_pairs()
-            counts = torch.maximum(pairs.sum(0), pairs.sum(1))       # the pairs miss one end of the text or the other
+        elif text is not None:
+            self.chars, pairs, counts = count_pairs(Path(text).read_text(encoding="utf-8"))
         else:
-            text = Path(text).read_text(encoding="utf-8")
-            self.chars, V = "".join(sorted(set(text))), len(set(text))
-            number = {char: i for i, char in enumerate(self.chars)}
-            z = torch.tensor([number[char] for char in text], dtype=torch.long)
-            pairs = torch.bincount(z[:-1] * V + z[1:], minlength=V * V).view(V, V)
-            counts = torch.bincount(z, minlength=V)
-        V = self.vocab_size = len(self.chars)
+            self.chars = CHARS
+            pairs = shakespeare_pairs()
+            counts = torch.maximum(pairs.sum(0), pairs.sum(1))   # pairs miss an end of the text
+        self.vocab_size = V = len(self.chars)
         if not 1 <= k <= V or V < 2:
-            raise ValueError(f"{k} triggers need as many characters, and two at least; there are {V}")
-        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)       # a text's very last character: pi_u
-        self.unigram = (counts / counts.sum()).to(self.device)
-        self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(self.device)
-        # All successors in one list, sorted by the character before: a's are successors[start[a]], width[a] of them.
-        # V entries at its end stand for themselves, so that a trigger is a character with the one successor o_k.
+            raise ValueError(f"{k} triggers need as many characters, 2 at least; there are {V}")
+        # the very last character of a text may have no successor: it gets pi_u
+        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)
+        self.unigram = (counts / counts.sum()).to(device)                        # pi_u (V,)
+        self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(device)            # pi_b (V, V)
+        self.fixed = self.unigram.topk(k).indices                                # (K,)
+
+        # To draw from pi_b: all successors in one list, sorted by the character before, so that
+        # those of a are successors[start[a]], width[a] of them. V entries at the end stand for
+        # themselves; a trigger becomes a character with one successor, o_k, by pointing there.
         everyone = torch.arange(V)
-        self.successors = torch.cat([everyone.repeat(V).repeat_interleave(pairs.flatten()), everyone]).to(self.device)
-        self.width = pairs.sum(1).to(self.device)
-        self.start = self.width.cumsum(0) - self.width
-        self.total = int(pairs.sum())
-        # Weights of the outputs, summed up along each row: o_k is the first column above a draw from 0 to the row's sum
-        self.outputs_upto = {}
-        for name, weights in dict(uniform=torch.ones_like(pairs), bigram=pairs).items():
-            if not self_loops:
-                weights = weights - weights.diag().diag()
-            if (weights.sum(1) == 0).any():
-                raise ValueError("a character that only itself follows has no output without self-loops")
-            self.outputs_upto[name] = weights.cumsum(1).to(self.device)                   # (V, V)
-        self.fixed = self.unigram.topk(self.k).indices                           # (K,)
+        listed = everyone.repeat(V).repeat_interleave(pairs.flatten())
+        self.successors = torch.cat([listed, everyone]).to(device)
+        self.width = pairs.sum(1).to(device)                                     # (V,)
+        self.start = self.width.cumsum(0) - self.width                           # (V,)
+        self.total = len(listed)
+
+        # To draw o_k: weights summed up along each row; o_k is the first column above a draw
+        weights = pairs if outputs == "bigram" else torch.ones_like(pairs)
+        if not self_loops:
+            weights = weights - weights.diag().diag()
+        if (weights.sum(1) == 0).any():
+            raise ValueError("a character that only itself follows needs self-loops")
+        self.outputs_upto = weights.cumsum(1).to(device)                         # (V, V)
 
     def sample(self, batch, generator):
-        """Returns tokens (B, T+1), and occurrence (B, T): n where the token is a trigger for the n-th time, else 0."""
+        """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0."""
         B, T, V, K = batch, self.seq_len, self.vocab_size, self.k
+        how = dict(generator=generator, device=self.device)
         if self.triggers == "fixed":
             q = self.fixed.expand(B, K)
-        else:
-            race = torch.empty(B, V, device=self.device).exponential_(generator=generator) / self.unigram
-            q = race.topk(K, largest=False).indices                              # without replacement (B, K)
-        upto = self.outputs_upto[self.outputs][q]                                # (B, K, V)
-        draw = torch.randint(LARGE, (B, K, 1), generator=generator, device=self.device) % upto[:, :, -1:]
+        else:                                  # K draws without replacement: a race, rates pi_u
+            times = torch.empty(B, V, device=self.device).exponential_(generator=generator)
+            q = (times / self.unigram).topk(K, largest=False).indices            # (B, K)
+        upto = self.outputs_upto[q]                                              # (B, K, V)
+        draw = torch.randint(LARGE, (B, K, 1), **how) % upto[:, :, -1:]
         o = torch.searchsorted(upto, draw, right=True).squeeze(2)                # (B, K)
-        start = self.start.expand(B, V).scatter(1, q, self.total + o)            # each sequence's own table
+        # each sequence's own tables, in which the triggers have one successor
+        start = self.start.expand(B, V).scatter(1, q, self.total + o)            # (B, V)
         width = self.width.expand(B, V).scatter(1, q, 1)
 
-        draw = torch.randint(LARGE, (T + 1, B), generator=generator, device=self.device)
+        draw = torch.randint(LARGE, (T + 1, B), **how)
         z = torch.empty(T + 1, B, dtype=torch.long, device=self.device)
         z[0] = torch.multinomial(self.unigram, B, replacement=True, generator=generator)
-        for t in range(T):                                                       # a chain is sequential in t alone
+        for t in range(T):                                   # a chain is sequential in t alone
             here = z[t].unsqueeze(1)
-            z[t + 1] = self.successors[start.gather(1, here)[:, 0] + draw[t] % width.gather(1, here)[:, 0]]
+            which = draw[t] % width.gather(1, here)[:, 0]
+            z[t + 1] = self.successors[start.gather(1, here)[:, 0] + which]
         tokens = z.T.contiguous()                                                # (B, T+1)
         hit = tokens[:, None, :T] == q[:, :, None]                               # (B, K, T)
         return tokens, (hit.cumsum(2) * hit).sum(1)
 
-# ---- The models -----------------------------------------------------------------------------------------------------
+# ---- The model ----------------------------------------------------------------------------------
+
 def attend(query, key, value, mask):
-    """softmax(query key^T + mask) value, for (B, T, d) each; also returns the attention weights (B, T, T)."""
+    """softmax(query key^T + mask) value, for (B, T, d) each; with it the weights (B, T, T)."""
     attn = (query @ key.mT + mask).softmax(-1)
     return attn @ value, attn
 
 class SimpleTransformer(nn.Module):
-    """The simplified model of Sec. 4.2: two layers of one head, no layer norm, no MLP, mostly frozen and random.
+    """The simplified model of Sec. 4.2: two layers of one head, no layer norm, no MLP.
 
         x_t = W_E(z_t) + p_t
-        h_t = x_t + W_O1 W_V1 sum_s a_ts x_s        a = softmax over s <= t of x_t . W_K1 x_s / sqrt(d)
-        g_t = h_t + W_O2 W_V2 sum_s b_ts h_s        b = softmax over s <= t of h_t . W_K2 h_s / sqrt(d)
-        logits = W_U (g_t + W_F g_t)                W_F only with use_wf
+        h_t = x_t + W_O1 W_V1 sum_s a_ts x_s     a = softmax over s <= t of x_t . W_K1 x_s / sqrt(d)
+        g_t = h_t + W_O2 W_V2 sum_s b_ts h_s     b = softmax over s <= t of h_t . W_K2 h_s / sqrt(d)
+        logits_t = W_U (g_t + W_F g_t)           W_F only with use_wf
 
-    Trained: W_K1, W_K2, W_O2 and W_F. Matrices start uniform in +-1/sqrt(d), embeddings as N(0, 1).
+    Trained: W_K1, W_K2, W_O2 and W_F; the rest is frozen and random. Matrices start uniform in
+    +-1/sqrt(d), embeddings as N(0, 1).
     """
 
     def __init__(self, vocab_size, block_size, n_embd, use_wf=False):
         super().__init__()
-        V, T, d = vocab_size, block_size, n_embd
-        def random(rows): return torch.empty(rows, d).uniform_(-1, 1) / math.sqrt(d)
-        for name, frozen in dict(W_E=torch.randn(V, d), P=torch.randn(T, d), W_U=random(V), W_V1=random(d),
-                                 W_O1=random(d), W_V2=random(d)).items():
-            self.register_buffer(name, frozen)
-        self.W_K1, self.W_K2, self.W_O2 = (nn.Parameter(random(d)) for _ in range(3))
-        self.W_F = nn.Parameter(random(d)) if use_wf else None
-        self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
+        d = n_embd
+
+        def uniform(rows):
+            return torch.empty(rows, d).uniform_(-1, 1) / math.sqrt(d)
+
+        self.register_buffer("W_E", torch.randn(vocab_size, d))
+        self.register_buffer("P", torch.randn(block_size, d))
+        self.register_buffer("W_U", uniform(vocab_size))
+        for name in ("W_V1", "W_O1", "W_V2"):
+            self.register_buffer(name, uniform(d))
+        self.W_K1 = nn.Parameter(uniform(d))
+        self.W_K2 = nn.Parameter(uniform(d))
+        self.W_O2 = nn.Parameter(uniform(d))
+        self.W_F = nn.Parameter(uniform(d)) if use_wf else None
+        future = torch.full((block_size, block_size), -math.inf).triu(1)
+        self.register_buffer("mask", future, persistent=False)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, T) -> logits (B, T, V), with return_attn also the layers' attention weights, (B, 1, T, T) each."""
-        T, d = tokens.shape[1], self.W_E.shape[1]
-
-        def embed(W=None):                     # W x_t, without a product for each token: W x_t = (W W_E)(z_t) + W p_t
-            E, P = (self.W_E, self.P[:T]) if W is None else (self.W_E @ W.mT, self.P[:T] @ W.mT)
-            return F.embedding(tokens, E) + P                                    # (B, T, d)
-
+        """tokens (B, T) -> logits (B, T, V), with return_attn also each layer's (B, 1, T, T)."""
+        T = tokens.shape[1]
+        sqrt_d = math.sqrt(self.W_E.shape[1])
         mask = self.mask[:T, :T]
-        x = embed()
-        y, attn1 = attend(x, embed(self.W_K1 / math.sqrt(d)), embed(self.W_O1 @ self.W_V1), mask)
+        W_OV1 = self.W_O1 @ self.W_V1
+        W_OV2 = self.W_O2 @ self.W_V2
+        # In plain form:
+        #     x = embedding(tokens, W_E) + P
+        #     h = x + softmax(x (W_K1 / sqrt_d) x^T + mask) x W_OV1^T
+        #     g = h + softmax(h (W_K2 / sqrt_d) h^T + mask) h W_OV2^T
+        #     logits = (g + g W_F^T) W_U^T
+        # Faster, and the same: maps are multiplied with each other while they are small. W x_t is
+        # (W W_E)(z_t) + W p_t, a product for each character and not for each token, and W_U comes
+        # before the second layer's attention: g W_U^T = h W_U^T + attention (h (W_U W_OV2)^T).
+        x = self.embed(tokens)                                                   # (B, T, d)
+        key = self.embed(tokens, self.W_K1 / sqrt_d)
+        y, attn1 = attend(x, key, self.embed(tokens, W_OV1), mask)
         h = x + y
-        # U (h + W_OV2 b h) as U h + b (U W_OV2 h): linear maps are merged while they are small, V < d
-        U = self.W_U if self.W_F is None else self.W_U + self.W_U @ self.W_F                               # (V, d)
-        y, attn2 = attend(h @ (self.W_K2 / math.sqrt(d)), h, h @ (U @ (self.W_O2 @ self.W_V2)).mT, mask)
-        logits = h @ U.mT + y                                                                              # (B, T, V)
-        return (logits, [attn1.unsqueeze(1), attn2.unsqueeze(1)]) if return_attn else logits
+        W_U = self.W_U if self.W_F is None else self.W_U + self.W_U @ self.W_F   # (V, d)
+        y, attn2 = attend(h @ (self.W_K2 / sqrt_d), h, h @ (W_U @ W_OV2).mT, mask)
+        logits = h @ W_U.mT + y                                                  # (B, T, V)
+        if not return_attn:
+            return logits
+        return logits, [attn1.unsqueeze(1), attn2.unsqueeze(1)]
+
+    def embed(self, tokens, W=None):
+        """W x_t for all tokens, (B, T, d); x_t without W."""
+        E = self.W_E
+        P = self.P[:tokens.shape[1]]
+        if W is not None:
+            E = E @ W.mT
+            P = P @ W.mT
+        return F.embedding(tokens, E) + P
 
 class FullTransformer(nn.Module):
     """The full model of Sec. 3: GPT-2's blocks, learned positions, everything trained.
 
-    The authors' has ReLU, no biases, and an MLP that reads the normed input of the block in place of the attention's
-    output; here they are GPT-2's. It keeps torch's initialisation. From GPT-2's own, N(0, 0.02), the induction head takes several times as long.
+    The authors' has ReLU, no biases, and an MLP that reads the norm of the block's input. Torch's
+    initialisation: with GPT-2's, N(0, 0.02), the induction head takes several times as long.
     """
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
@@ -191,91 +245,33 @@ class FullTransformer(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, T) -> logits (B, T, V), with return_attn also the layers' attention weights, (B, H, T, T) each."""
-        x, attns = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]], []
+        """tokens (B, T) -> logits (B, T, V), with return_attn also each layer's (B, H, T, T)."""
+        x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
+        attns = []
         for block in self.h:
-            x, attn = block(x, return_attn=True) if return_attn else (block(x), None)
-            attns.append(attn)
+            x = block(x, return_attn)
+            if return_attn:
+                x, attn = x
+                attns.append(attn)
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
-# ---- Training (App. E) ----------------------------------------------------------------------------------------------
-def build(args):
-    """The task and the model of a run."""
-    task = BigramTask(args.n_triggers, args.seq_len, args.triggers, args.outputs, args.text, args.device,
-                      args.self_loops, args.vocab_size)
-    if args.model == "simple":
-        model = SimpleTransformer(task.vocab_size, args.seq_len, args.n_embd, args.use_wf)
-    else:
-        model = FullTransformer(task.vocab_size, args.seq_len, args.n_layer, args.n_head, args.n_embd)
-    return task, model.to(args.device)
+# ---- Theorem 3: three gradient steps (Sec. 6, App. B) -------------------------------------------
 
-def chunk_size(task):
-    """Sequences to work on at once: on a CPU few enough that a layer's attention weights, 4 MB, stay in the cache."""
-    return max(1, 2**20 // task.seq_len**2) if torch.device(task.device).type == "cpu" else 2**20
-
-def train(args, run):
-    """One run of the sweep; continues from its checkpoint where there is one. Returns its results."""
-    task, model = build(args)
-    if args.model == "simple":
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True,
-                                      weight_decay=args.weight_decay, capturable=torch.device(args.device).type == "cuda")
-    data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches alone
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    frozen_until = {name: int(step) for name, step in (item.split(":") for item in args.freeze)}
-    chunk = chunk_size(task)
-
-    def training_step():
-        tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
-        scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
-        weight = scored / scored.sum().clamp_min(1)
-        total = 0.0
-        for z, w in zip(tokens.split(chunk), weight.split(chunk)):
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                logits = model(z[:, :-1])                                        # (chunk, T, V)
-            ce = F.cross_entropy(logits.float().flatten(0, 1), z[:, 1:].flatten(), reduction="none")
-            loss = ce @ w.flatten()
-            loss.backward()
-            total = total + loss.detach()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total
-
-    if start == 0:
-        run.log(0, **measure(args, model, task))
-    for step in run.steps(start, args.steps):
-        if step == start or step in frozen_until.values():                       # a frozen matrix has no gradient
-            for name, until in frozen_until.items():
-                getattr(model, name.replace("w", "W_").upper()).requires_grad_(step >= until)
-            step_once = common.compile_step(training_step, model, data) if args.compile else training_step
-        step_once()
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            run.log(step + 1, **measure(args, model, task))
-            run.save(step + 1)
-
-    results = {key: value for key, value in run.metrics[-1].items() if key not in ("step", "seconds")}
-    for task.outputs in "uniform", "bigram":                                     # Fig. 4, right: does it transfer?
-        results[f"accuracy_{task.outputs}"] = evaluate(model, task, n=1024)["accuracy"]
-    results["first"] = {key: next((m["step"] for m in run.metrics if m[key] >= 0.5), None)
-                        for key in ("wo2", "wk2", "wk1_64", "accuracy") if key in results}
-    return results
-
-# ---- Three gradient steps (Sec. 6, Theorem 3; App. B) ----------------------------------------------------------------
-# The theorem's setting, and what breaks it: embeddings that overlap, and sequences that are stuck in a loop of one
+# The theorem's setting, and what breaks it: embeddings that overlap; sequences stuck in a loop
 CASES = {
-    "orthonormal": dict(embedding="orthonormal", self_loops=False),
+    "theorem": dict(embedding="orthonormal", self_loops=False),
     "gaussian": dict(embedding="gaussian", self_loops=False),
     "self-loops": dict(embedding="orthonormal", self_loops=True),
 }
 
 @torch.no_grad()
 def theorem_init_(model, embedding):
-    """In place: trained matrices zero, and frozen ones as in the theorem, with embeddings of norm 1.
+    """In place: trained matrices zero, the frozen ones as in the theorem, embeddings of norm 1.
 
-    orthonormal: the rows of W_E, P, W_OV1 W_E, W_OV1 P and W_U are different members of one orthonormal basis, which
-    takes d >= 3 V + 2 T, and W_V2 is orthogonal. gaussian: all are random, so that any two overlap by about 1/sqrt(d).
+    orthonormal: the rows of W_E, P, W_OV1 W_E, W_OV1 P and W_U are different members of one
+    orthonormal basis, which takes d >= 3 V + 2 T, and W_V2 is orthogonal. gaussian: all are random,
+    so that any two of them overlap by about 1/sqrt(d).
     """
     V, d = model.W_E.shape
     n = V + len(model.P)
@@ -284,123 +280,276 @@ def theorem_init_(model, embedding):
     if embedding == "gaussian":
         for W in (model.W_E, model.P):
             W /= math.sqrt(d)
-        for W in (model.W_U, model.W_O1, model.W_V1, model.W_V2):                # entries of variance 1/d keep norms
-            W *= math.sqrt(3)
-    else:
-        basis = torch.linalg.qr(torch.randn(d, d)).Q                             # rows b_0 ... b_{d-1}
-        model.W_E.copy_(basis[:V])
-        model.P.copy_(basis[V:n])
-        model.W_U.copy_(basis[2 * n:2 * n + V])
-        model.W_O1.copy_(torch.eye(d))
-        model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)                           # b_i -> b_{i+n}
-        model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
+        for W in (model.W_U, model.W_O1, model.W_V1, model.W_V2):
+            W *= math.sqrt(3)                                # variance 1/d: norms are kept
+        return
+    basis = torch.linalg.qr(torch.randn(d, d)).Q             # rows b_0 ... b_{d-1}
+    model.W_E.copy_(basis[:V])
+    model.P.copy_(basis[V:n])
+    model.W_U.copy_(basis[2 * n:2 * n + V])
+    model.W_O1.copy_(torch.eye(d))
+    model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)           # b_i -> b_{i+n}
+    model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
 
 @torch.no_grad()
 def mean_logit(model, name):
     """The mean logit, or attention score, of the pairs that a memory should hold."""
-    E, P, scale = model.W_E, model.P, 1 / math.sqrt(model.W_E.shape[1])
     if name == "W_O2":
-        return (E @ (model.W_U @ model.W_O2 @ model.W_V2).mT).diagonal().mean()                # v -> v
+        return output_scores(model).diagonal().mean()                            # v, v
     if name == "W_K2":
-        return scale * (E @ model.W_K2 @ (E @ (model.W_O1 @ model.W_V1).mT).mT).diagonal().mean()    # q -> after q
-    return scale * (P @ model.W_K1 @ P.mT).diagonal(-1).mean()                                 # t -> t - 1
+        scores = key_scores(model).diagonal()                                    # q, W_OV1 q
+    else:
+        scores = (model.P @ model.W_K1 @ model.P.mT).diagonal(-1)                # t, t - 1
+    return scores.mean() / math.sqrt(model.W_E.shape[1])
 
 def three_steps(args, seed, case):
-    """Theorem 3: from zero matrices, one large gradient step on W_O2, then W_K2, then W_K1, each after the others.
+    """From zero matrices, one large gradient step on W_O2, one on W_K2, one on W_K1.
 
-    Unigrams and bigrams are uniform over --vocab-size characters, triggers random; the loss is the sum over a
-    trigger's second and later occurrences. Each step is as large as gives its memory's pairs a mean logit of
-    --step-logits: a first one above 1 makes the model too sure of the current token for the later gradients. Returns a
-    row (probes, accuracy) before the first step and after each, all measured on sequences without self-loops;
-    self_loops: their share of the predictions that gave the gradient.
+    Each is taken with those before it in place, on --batch-size sequences of uniform bigrams with
+    random triggers, for the loss summed over triggers' second and later occurrences, and is as
+    large as gives its memory's pairs a mean logit of --step-logits. (A first one above 1 makes the
+    model too sure of its answer for the gradients after it.) Returns a row, probes and accuracy,
+    for the start and for each step, all on sequences without self-loops.
     """
     common.seed_everything(seed)
-    setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random", vocab_size=args.vocab_size)
-    task = BigramTask(**setting, device=args.device, self_loops=CASES[case]["self_loops"])
-    test = BigramTask(**setting, device=args.device, self_loops=False)
+    setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
+                   vocab_size=args.vocab_size, device=args.device)
+    task = BigramTask(**setting, self_loops=CASES[case]["self_loops"])
+    test = BigramTask(**setting, self_loops=False)
     model = SimpleTransformer(args.vocab_size, args.seq_len, args.n_embd).to(args.device)
     theorem_init_(model, CASES[case]["embedding"])
     data = torch.Generator(args.device).manual_seed(seed)
 
-    rows = [dict(case=case, step="start", self_loops=None, **probes(model, test), **evaluate(model, test, n=4096))]
-    for name, logit in zip(("W_O2", "W_K2", "W_K1"), args.step_logits):
+    def row(step):
+        about = dict(case=case, seed=seed, step=step)
+        return {**about, **evaluate(model, test, n=4096), **probes(model, test)}
+
+    rows = [row("start")]
+    for name, logit in zip(["W_O2", "W_K2", "W_K1"], args.step_logits):
         W = getattr(model, name)
-        gradient, n_scored, n_loops = torch.zeros_like(W), 0, 0
+        gradient = torch.zeros_like(W)
         for drawn in range(0, args.batch_size, 4096):
             tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
             scored = occurrence >= 2
-            some = scored.any(1)                                                 # half of the sequences have no repeat
+            some = scored.any(1)                             # a third of them has no repeat
             for z, at in zip(tokens[some].split(256), scored[some].split(256)):
-                loss = F.cross_entropy(model(z[:, :-1])[at], z[:, 1:][at], reduction="sum")
+                logits = model(z[:, :-1])[at]
+                loss = F.cross_entropy(logits, z[:, 1:][at], reduction="sum")
                 gradient += torch.autograd.grad(loss, W)[0]
-            n_scored += scored.sum().item()
-            n_loops += (scored & (tokens[:, 1:] == tokens[:, :-1])).sum().item()
         with torch.no_grad():
             W.copy_(-gradient)
             W *= logit / mean_logit(model, name)
-        rows.append(dict(case=case, step=name, self_loops=n_loops / max(1, n_scored), **probes(model, test),
-                         **evaluate(model, test, n=4096)))
+        rows.append(row(name))
     return rows
 
-# ---- Measurement: the memories' probes (Sec. 5), and what the model does on fresh sequences -------------------------
+# ---- Training (App. E) --------------------------------------------------------------------------
+
+# Names on the command line and in the tables
+MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
+
+# What a preset leaves to the model. The full model's learning rate is our choice.
+SIMPLE = dict(lr=0.2, weight_decay=1e-4, n_layer=None, n_head=None)
+FULL = dict(lr=3e-3, weight_decay=1e-2, use_wf=None, freeze=None, self_loops=True)
+QUICK = dict(SIMPLE, seq_len=24, batch_size=128, steps=600, eval_every=5, self_loops=False)
+MODELS = {
+    "simple": {
+        "quick": QUICK,
+        "medium": dict(QUICK, seq_len=256, steps=1_000, eval_every=20),
+        "paper": dict(SIMPLE, seq_len=256, batch_size=512, steps=10_000, eval_every=50,
+                      self_loops=True),
+    },
+    "full": {
+        "quick": dict(FULL, seq_len=64, batch_size=64, steps=1_000, eval_every=20),
+        "medium": dict(FULL, seq_len=256, batch_size=64, steps=1_000, eval_every=20),
+        "paper": dict(FULL, seq_len=256, batch_size=512, steps=1_000, eval_every=50),
+    },
+}
+
+def resolve(args):
+    """Completes a run's settings: what a preset leaves to the model, None for what it has not."""
+    for key, value in MODELS[args.model][args.preset].items():
+        if value is None or getattr(args, key) is None:
+            setattr(args, key, value)
+    args.three_steps = None
+    args.step_logits = None
+
+def build_task(args, outputs):
+    """The task of a run, with outputs "uniform" or "bigram"."""
+    return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, args.text,
+                      args.device, args.self_loops, args.vocab_size)
+
+def build(args):
+    """The task and the model of a run."""
+    task = build_task(args, args.outputs)
+    V, T, d = task.vocab_size, args.seq_len, args.n_embd
+    if args.model == "simple":
+        model = SimpleTransformer(V, T, d, args.use_wf)
+    else:
+        model = FullTransformer(V, T, args.n_layer, args.n_head, d)
+    return task, model.to(args.device)
+
+def load(folder, device="cpu"):
+    """The task and the trained model of a run."""
+    return common.load(folder, build, device)
+
+def chunk_size(task):
+    """Sequences to work on at once: on a CPU, a layer's attention weights fit its cache, 4 MB."""
+    if torch.device(task.device).type != "cpu":
+        return 2**20
+    return max(1, 2**20 // task.seq_len**2)
+
+def learning_rate(step, args):
+    """Constant (App. E)."""
+    return args.lr
+
+def parse_freeze(text):
+    """"wk1:300+wk2:300" -> {"wk1": 300, "wk2": 300}: names, and until when they stay frozen."""
+    if text in (None, "none"):
+        return {}
+    pairs = [item.split(":") for item in text.split("+")]
+    return {name: int(step) for name, step in pairs}
+
+def train(args, run):
+    """Trains one run, or what is left of it, and leaves its checkpoint."""
+    task, model = build(args)
+    rates = dict(lr=args.lr, weight_decay=args.weight_decay)
+    if args.model == "simple":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **rates)
+    else:
+        cuda = torch.device(args.device).type == "cuda"      # for a step in one CUDA graph
+        how = dict(betas=(0.9, 0.99), fused=True, capturable=cuda)
+        optimizer = torch.optim.AdamW(model.parameters(), **how, **rates)
+    data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches
+    start = run.restore(model=model, optimizer=optimizer, data=data)
+    chunk = chunk_size(task)
+    bfloat16 = args.dtype == "bfloat16"
+
+    def training_step():
+        tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
+        scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
+        weight = scored / scored.sum().clamp_min(1)          # the loss is a mean over the scored
+        for z, w in zip(tokens.split(chunk), weight.split(chunk)):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
+                logits = model(z[:, :-1])                                        # (chunk, T, V)
+            targets = z[:, 1:].flatten()
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+            loss = losses @ w.flatten()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()                                 # the last chunk's
+
+    # A matrix that is frozen until step 300 has no gradient before it, and the optimizer passes it
+    # over. At step 0, and again at step 300, each is told whether it is to have one.
+    frozen_until = parse_freeze(args.freeze)
+    for step in run.steps(start, args.steps):
+        if step == 0:
+            run.log(0, **snapshot(args, model, task))
+        if step == start or step in frozen_until.values():
+            for name, until in frozen_until.items():
+                getattr(model, MATRICES[name]).requires_grad_(step >= until)
+            compiled = common.compile_step(training_step, model, data) if args.compile else None
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        (compiled or training_step)()
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            run.log(step + 1, **snapshot(args, model, task))
+            run.save(step + 1)
+
+# ---- Measurement --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def output_scores(model):
+    """What the second layer adds to the logit of j when it attends to v: entry v, j (V, V)."""
+    return model.W_E @ (model.W_U @ model.W_O2 @ model.W_V2).mT
+
+@torch.no_grad()
+def key_scores(model):
+    """What W_K2 gives a query q for a token after q': W_E(q) . W_K2 W_O1 W_V1 W_E(q'), (V, V)."""
+    keys = model.W_E @ (model.W_O1 @ model.W_V1).mT
+    return model.W_E @ model.W_K2 @ keys.mT
+
 @torch.no_grad()
 def recall_wk1(model, first=None):
-    """Share of positions 1 <= t < first (None: all) at which W_K1 points to t - 1: argmax_s p_t . W_K1 p_s = t - 1."""
+    """Share of positions 1 <= t < first (None: all) with argmax_s p_t . W_K1 p_s = t - 1."""
     P = model.P[:first]
-    return ((P @ model.W_K1 @ P.mT).argmax(1)[1:] == torch.arange(len(P) - 1, device=P.device)).float().mean().item()
+    found = (P @ model.W_K1 @ P.mT).argmax(1)
+    previous = torch.arange(len(P) - 1, device=P.device)
+    return (found[1:] == previous).float().mean().item()
 
 @torch.no_grad()
 def probes(model, task):
     """What a SimpleTransformer's matrices hold, four numbers (Sec. 5).
 
     wk1: share of positions t with argmax_s p_t . W_K1 p_s = t - 1.
-    wk2: share of trigger characters q (any character where triggers are random) whose key is their own,
-         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q. For fixed triggers the authors look for the argmax among the
-         K triggers, where chance is 1/K; over all characters, as here, it is 1/V.
+    wk2: share of trigger characters q (any character where triggers are random) whose key is their
+         own, argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q. For fixed triggers the authors look for
+         the argmax among the K triggers, where chance is 1/K; among all characters it is 1/V.
     wo2: share of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
-    wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters that are not fixed triggers; a model
-         without W_F counts as W_F = 0.
+    wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
+         triggers; a model without W_F counts as W_F = 0.
     """
-    E, everyone = model.W_E, torch.arange(task.vocab_size, device=model.W_E.device)
-    key = (E @ model.W_K2 @ (E @ (model.W_O1 @ model.W_V1).mT).mT).argmax(1) == everyone
-    out = (E @ (model.W_U @ model.W_O2 @ model.W_V2).mT).argmax(1) == everyone
+    everyone = torch.arange(task.vocab_size, device=model.W_E.device)
+    key = key_scores(model).argmax(1) == everyone                                # (V,)
+    out = output_scores(model).argmax(1) == everyone
     W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
-    log_p = (E @ (model.W_U @ W_F).mT).log_softmax(-1)
-    kl = (torch.special.xlogy(task.bigram, task.bigram) - task.bigram * log_p).sum(1)                    # (V,)
-    fixed = torch.zeros_like(key).index_fill(0, task.fixed, task.triggers == "fixed")
-    return dict(wk1=recall_wk1(model), wk2=(key[fixed] if fixed.any() else key).float().mean().item(),
-                wo2=out.float().mean().item(), wf=kl[~fixed].mean().item() if not fixed.all() else 0.0)
+    log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
+    negative_entropy = torch.special.xlogy(task.bigram, task.bigram)
+    kl = (negative_entropy - task.bigram * log_p).sum(1)                         # (V,)
+    if task.triggers == "fixed":
+        key = key[task.fixed]
+        others = torch.ones_like(out).index_fill(0, task.fixed, False)
+        kl = kl[others]
+    return dict(
+        wk1=recall_wk1(model),
+        wk2=key.float().mean().item(),
+        wo2=out.float().mean().item(),
+        wf=kl.mean().item() if len(kl) else 0.0,
+    )
 
 @torch.no_grad()
 def evaluate(model, task, n=256, seed=10_000):
-    """On n fresh sequences, the same at every call: cross-entropies in nats, in-context accuracy, attention.
+    """On n fresh sequences, the same at every call: losses in nats, accuracy, attention.
 
-    Global: tokens that follow no trigger. In context: a trigger's second and later occurrences. attn_prev: share of
-    queries right after a trigger at which layer 1 attends most to the previous position; attn_match: share of queries
-    at a repeated trigger at which the last layer attends most to a position that follows the same character; both of
-    the best head.
+    global: tokens that follow no trigger; in context: a trigger's second and later occurrences.
+    attn_prev: share of queries right after a trigger at which layer 1 attends most to the previous
+    position; attn_match: share of queries at a repeated trigger at which the last layer attends
+    most to a position that follows the same character; both of the best head.
     """
+    tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
+    chunk = chunk_size(task)
     batches = []
-    generator = torch.Generator(task.device).manual_seed(seed)
-    for tokens, occurrence in zip(*(x.split(chunk_size(task)) for x in task.sample(n, generator))):
-        z, y = tokens[:, :-1], tokens[:, 1:]
+    for z, occ in zip(tokens.split(chunk), occurrence.split(chunk)):
+        z, y = z[:, :-1], z[:, 1:]                                               # (B, T)
         logits, attns = model(z, return_attn=True)
-        ce = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
+        losses = losses.view_as(y)
         right = (logits.argmax(-1) == y).float()
-        repeat, after = occurrence >= 2, F.pad(occurrence[:, :-1] > 0, (1, 0))
-        tops = [attn.argmax(-1).transpose(0, 1) for attn in attns]               # (H, B, T): where each head looks
-        previous = tops[0] == torch.arange(-1, z.shape[1] - 1, device=z.device)
-        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(tops[-1])          # each position's predecessor
-        match = before.gather(2, tops[-1]) == z
-        batches.append([ce.flatten(), ce[occurrence == 0], ce[repeat], right[repeat],
-                        previous[:, after].float(), match[:, repeat].float()])
-    loss, loss_global, loss_in_context, accuracy, previous, match = (torch.cat(x, -1).mean(-1) for x in zip(*batches))
-    return dict(loss_all=loss.item(), loss_global=loss_global.item(), loss_in_context=loss_in_context.item(),
-                accuracy=accuracy.item(), attn_prev=previous.max().item(),
-                attn_match=match.max().item() if len(attns) > 1 else None)
+        repeat = occ >= 2
+        after = F.pad(occ[:, :-1] > 0, (1, 0))               # the position before is a trigger
+        # where each head looks, (H, B, T), in the first layer and the last
+        top1 = attns[0].argmax(-1).transpose(0, 1)
+        top2 = attns[-1].argmax(-1).transpose(0, 1)
+        previous = top1 == torch.arange(-1, z.shape[1] - 1, device=z.device)
+        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(top2)              # the token before
+        match = before.gather(2, top2) == z
+        batches.append(dict(
+            loss_all=losses.flatten(),
+            loss_global=losses[occ == 0],
+            loss_in_context=losses[repeat],
+            accuracy=right[repeat],
+            attn_prev=previous[:, after].float(),                                # (H, some)
+            attn_match=match[:, repeat].float(),
+        ))
+    numbers = {}
+    for name in batches[0]:
+        values = torch.cat([batch[name] for batch in batches], -1)
+        numbers[name] = values.mean(-1).max().item()         # the best head
+    if len(attns) == 1:
+        numbers["attn_match"] = None                         # one layer has no second
+    return numbers
 
-def measure(args, model, task):
-    """All that a line of metrics.jsonl holds; `loss` is the one that is trained."""
+def snapshot(args, model, task):
+    """All that a line of metrics.jsonl holds: the loss that is trained, the accuracy, the rest."""
     model.eval()
     metrics = evaluate(model, task)
     if args.model == "simple":
@@ -409,210 +558,296 @@ def measure(args, model, task):
     loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
     return dict(loss=loss, accuracy=metrics.pop("accuracy"), **metrics)
 
-# ---- The command, its tables and its figure -------------------------------------------------------------------------
-# A dict holds what differs between the models. The full model's learning rate and initialisation are our choice.
-PRESETS = {
-    "quick": dict(model=["simple"], n_layer=[2], loss=["in-context"], triggers=["fixed"], outputs=["uniform"],
-                  use_wf=False, seq_len=dict(simple=24, full=64), self_loops=dict(simple=False, full=True),
-                  batch_size=dict(simple=128, full=64), steps=dict(simple=600, full=1_000),
-                  lr=dict(simple=0.2, full=3e-3), weight_decay=dict(simple=1e-4, full=1e-2),
-                  eval_every=dict(simple=5, full=20)),
-    "paper": dict(model=["simple"], n_layer=[2], loss=["all"], triggers=["random"], outputs=["uniform"],
-                  use_wf=True, seq_len=256, self_loops=True, batch_size=512, steps=dict(simple=10_000, full=1_000),
-                  lr=dict(simple=0.2, full=3e-3), weight_decay=dict(simple=1e-4, full=1e-2), eval_every=50),
-}
-THREE_STEPS = dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000)
-SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
+# What the summary dates: the first step at which it is at least a half
+FIRSTS = ["wo2", "wk2", "wk1_64", "accuracy"]
 
-def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = argparse.ArgumentParser(description="Birth of a Transformer: A Memory Viewpoint, Bietti et al., NeurIPS 2023",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add, count = parser.add_argument, common.positive_int
-    add("--model", nargs="+", choices=["simple", "full"], help="Sec. 4.2's simplified model, Sec. 3's full one")
-    add("--n-layer", nargs="+", type=count, help="layers of the full model; the simple one has 2")
-    add("--n-head", type=count, default=4, help="heads a layer of the full model; the simple one has 1")
-    add("--n-embd", type=count, default=128, help="width d")
-    add("--use-wf", action=argparse.BooleanOptionalAction, help="W_F in the simple model, the memory of global bigrams")
-    add("--n-triggers", type=count, default=5, help="K, the triggers of a sequence")
-    add("--triggers", nargs="+", choices=["fixed", "random"], help="the K most frequent, or drawn for each sequence")
-    add("--outputs", nargs="+", choices=["uniform", "bigram"], help="a trigger's output: uniform, or from its bigrams")
-    add("--text", help="a text file that gives the bigrams (default: Tiny Shakespeare's, embedded)", default=None)
-    add("--vocab-size", type=count, help="so many characters with uniform bigrams, in place of a text's", default=None)
-    add("--self-loops", action=argparse.BooleanOptionalAction, help="a trigger's output may be the trigger itself")
-    add("--seq-len", type=count, help="T, predictions a sequence")
-    add("--loss", nargs="+", choices=["all", "in-context"], help="all tokens, or triggers' outputs from the second on")
-    add("--freeze", nargs="*", action="append", metavar="W:STEP",
-        help="keep wk1, wk2, wo2 or wf frozen until STEP; give the flag again for another run of the sweep")
-    add("--batch-size", type=count, help="sequences a step")
-    add("--steps", type=count, help="training steps")
-    add("--lr", type=float, help="learning rate: SGD with momentum 0.9 (simple), AdamW (full)")
-    add("--weight-decay", type=float, help="weight decay")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds of weights and data")
-    add("--three-steps", action="store_true", help="Theorem 3: three gradient steps, of BATCH_SIZE sequences each")
-    add("--step-logits", nargs=3, type=float, default=[1.0, 5.0, 20.0], metavar=("O2", "K2", "K1"),
-        help="three steps: the mean logit that a step gives to its memory")
-    own = THREE_STEPS if "--three-steps" in (argv or sys.argv) else {}
-    args = common.parse_args(parser, {name: {**preset, **own} for name, preset in PRESETS.items()}, argv)
-    args.freeze = args.freeze or [[]]
-    for item in (item for items in args.freeze for item in items):
-        name, _, step = item.partition(":")
-        if name not in ("wk1", "wk2", "wo2", "wf") or not step.isdecimal():
-            parser.error(f"--freeze {item}: give wk1, wk2, wo2 or wf, a colon and a step, as in wo2:300")
-        if name == "wf" and not args.use_wf:
-            parser.error("--freeze wf needs --use-wf")
-    for items in args.freeze:
-        frozen = {name for name, _, step in (item.partition(":") for item in items) if int(step) > 0}
-        if frozen >= {"wk1", "wk2", "wo2", *(["wf"] if args.use_wf else [])}:
-            parser.error(f"--freeze {' '.join(items)}: nothing is left to train at the start")
-    if "full" in args.model and any(args.freeze):
-        parser.error("--freeze works on the simple model's matrices: leave out --model full")
-    if "full" in args.model and args.n_embd % args.n_head:
-        parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
-    if "simple" in args.model and args.n_layer != [2]:
-        parser.error("the simple model has two layers: --n-layer is for --model full")
-    if isinstance(args.seq_len, int) and args.seq_len < 4:
-        parser.error(f"--seq-len {args.seq_len}: no room for a trigger to come back; give 4 or more")
-    if args.three_steps and args.plot:
-        parser.error("--three-steps has a table and no figure: leave out --plot")
-    if args.text is not None and args.vocab_size is not None:
-        parser.error("--vocab-size gives uniform bigrams, --text its own: leave one out")
-    if args.three_steps and args.n_embd < 3 * args.vocab_size + 2 * args.seq_len:
-        parser.error(f"--three-steps: orthonormal embeddings of {args.vocab_size} characters and {args.seq_len} positions "
-                     f"need --n-embd {3 * args.vocab_size + 2 * args.seq_len} or more")
-    try:
-        BigramTask(args.n_triggers, text=args.text, self_loops=args.self_loops is True, vocab_size=args.vocab_size)
-    except (OSError, ValueError) as error:
-        parser.error(f"--n-triggers {args.n_triggers}, {args.text or args.vocab_size or 'Tiny Shakespeare'}: {error}")
-    return args
+def measure(args, run):
+    """A finished run: its last evaluation, its accuracy on both outputs (Fig. 4, right), FIRSTS."""
+    task, model = load(run.folder, args.device)
+    results = snapshot(args, model, task)
+    for outputs in ("uniform", "bigram"):
+        other = evaluate(model.eval(), build_task(args, outputs), n=1024)
+        results[f"accuracy_{outputs}"] = other["accuracy"]
+    course = run.read("metrics.jsonl")
+    results["first"] = {}
+    for name in [name for name in FIRSTS if name in results]:
+        reached = [line["step"] for line in course if line[name] >= 0.5]
+        results["first"][name] = reached[0] if reached else None
+    return results
 
-COLUMNS = dict(loss_global="global", loss_in_context="in-context", accuracy="accuracy", wo2="wo2", wk2="wk2",
-               wk1_64="wk1<64", wk1="wk1", wf="KL wf", attn_prev="attn prev", attn_match="attn match")
+# ---- Tables and figures -------------------------------------------------------------------------
+
+# What metrics.jsonl holds, by the names of the tables
+COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="accuracy", wo2="wo2",
+               wk2="wk2", wk1_64="wk1<64", wk1="wk1", wf="KL wf", attn_prev="attn prev",
+               attn_match="attn match")
+WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
+             outputs="{} outputs", freeze="frozen {}")
+SWEEP = [*WORDS, "seed"]
+PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
+
+def in_words(args, runs):
+    """A run's setting, as far as it differs from that of other runs."""
+    words = []
+    for key, form in WORDS.items():
+        values = {getattr(run.args, key) for run in runs}
+        if len(values) > 1 and getattr(args, key) is not None:
+            words.append(form.format(getattr(args, key)))
+    return ", ".join(words) or f"{args.model} model"
+
+def cells(numbers, names):
+    """Those numbers of a dict that are named, as text."""
+    return [f"{numbers[name]:.3f}" for name in names]
 
 def print_three_steps(rows):
     """A line for the start and for each step, of each case of CASES."""
-    names = ["loss_in_context", "accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match", "self_loops"]
-    cells = [[str(seed), row["case"], row["step"],
-              *("-" if row[name] is None else f"{row[name]:.3f}" for name in names)] for seed, row in rows]
-    print("\nLoss in context (nats), accuracy, probes and attention, on sequences without self-loops"
-          "\nloops: the share of self-loops among the predictions whose gradient was taken")
-    common.print_table(["seed", "case", "after", *(COLUMNS.get(name, "loops") for name in names)], cells)
+    names = ["accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"]
+    lines = []
+    for row in rows:
+        about = [str(row["seed"]), row["case"], row["step"]]
+        lines.append(about + cells(row, names))
+    print("Accuracy in context, probes and attention, on sequences without self-loops")
+    common.print_table(["seed", "case", "after"] + [COLUMNS[name] for name in names], lines)
 
-def print_course(run):
-    """A run's evaluations at log-spaced steps: losses in nats, shares as in evaluate() and probes()."""
+def print_course(run, runs):
+    """A run's evaluations at log-spaced steps."""
     metrics = run.read("metrics.jsonl")
-    names = [name for name in COLUMNS if metrics[0].get(name) is not None and (run.args.use_wf or name != "wf")]
-    shown = sorted({0, *np.geomspace(1, len(metrics) - 1, 24).round().astype(int)})
-    print(f"\n{run.name}: losses on global and in-context tokens in nats; accuracy in context; probes; attention")
-    rows = [[str(metrics[i]["step"]), *(f"{metrics[i][name]:.3f}" for name in names)] for i in shown]
-    common.print_table(["step", *(COLUMNS[name] for name in names)], rows)
+    names = [name for name in COLUMNS if metrics[0].get(name) is not None]
+    if not run.args.use_wf:
+        names = [name for name in names if name != "wf"]
+    log_spaced = np.geomspace(1, len(metrics) - 1, 24)
+    shown = {0, *log_spaced.round().astype(int)}
+    rows = []
+    for line in [metrics[i] for i in sorted(shown)]:
+        rows.append([str(line["step"]), *cells(line, names)])
+    print(f"\n{in_words(run.args, runs)}, seed {run.args.seed}")
+    print("Losses in nats, on global tokens and in context; accuracy in context; probes; attention")
+    common.print_table(["step"] + [COLUMNS[name] for name in names], rows)
 
 def print_summary(runs, results):
-    """A row a setting, median and range over its seeds: the end of the run, and when each memory was first half full."""
-    paper = {("full", 1): "0.55", ("full", 2): "> 0.99"}                         # Sec. 3, in-context accuracy
-    settings = {}
-    for run, result in zip(runs, results):
-        settings.setdefault(tuple(str(vars(run.args)[key]) for key in SWEEP[:-1]), []).append((run.args, result))
-    rows = []
-    for group in settings.values():
-        args, results = group[0][0], [result for _, result in group]
-        rows.append([args.model, str(args.n_layer), args.loss, args.triggers, args.outputs,
-                     " ".join(args.freeze) or "-",
-                     *(common.spread([result[key] for result in results])
-                       for key in ("loss_global", "loss_in_context", "accuracy_uniform", "accuracy_bigram")),
-                     paper.get((args.model, args.n_layer), ""),
-                     *(common.spread([result["first"].get(key) for result in results], ".0f")
-                       for key in ("wo2", "wk2", "wk1_64", "accuracy"))])
-    print("\nAt the end (median [range] over seeds), and the first evaluated step at which each is at least 0.5:")
-    common.print_table(["model", "layers", "loss on", "triggers", "outputs", "frozen", "global", "in-context",
-                        "acc uniform", "acc bigram", "paper", "wo2", "wk2", "wk1<64", "accuracy"], rows)
+    """A row a setting, median and range over its seeds: its end, and when each was half full."""
+    ends = dict(loss_global="global", loss_in_context="in context", accuracy_uniform="acc uniform",
+                accuracy_bigram="acc bigram")
+    end_rows = []
+    first_rows = []
+    for args, group in common.by_setting(runs, results):
+        end = [in_words(args, runs)]
+        for key in ends:
+            end.append(common.spread([result[key] for result in group]))
+        own = args.preset == "paper" and PAPER.get(args.n_layer)
+        end_rows.append(end + [str(own or "-")])
+        first = [in_words(args, runs)]
+        for key in FIRSTS:
+            steps = [result["first"].get(key) for result in group]
+            first.append(common.spread(steps, ".0f"))
+        first_rows.append(first)
+    print("\nAt the end: losses in nats, accuracy in context on both kinds of outputs, the paper's")
+    common.print_table(["setting", *ends.values(), "paper"], end_rows)
+    print("\nThe first evaluated step at which each is at least a half")
+    common.print_table(["setting"] + [COLUMNS[key] for key in FIRSTS], first_rows)
 
-def plot(runs, path):
-    """Fig. 3: a column a run, with its accuracy and its probes against the step, and both layers' attention below."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(4, len(runs), figsize=(4.2 * len(runs), 14), squeeze=False)
-    for run, (top, middle, *maps) in zip(runs, axes.T):
-        metrics = run.read("metrics.jsonl")
-        for axis, names in (top, ["accuracy", "attn_prev", "attn_match"]), (middle, ["wo2", "wk2", "wk1_64", "wk1"]):
-            for name in names:
-                if metrics[0].get(name) is not None:
-                    axis.plot([m["step"] for m in metrics], [m[name] for m in metrics], label=COLUMNS[name])
-            axis.set(xlabel="step", ylim=(-0.02, 1.02))
-            axis.legend()
-        top.set_title(run.name.replace(",", "\n"), fontsize=9)
-        task, model = build(run.args)
-        checkpoint = torch.load(run.folder / "ckpt.pt", map_location=run.args.device, weights_only=True)
-        model.load_state_dict(checkpoint["model"])
-        tokens = task.sample(1, torch.Generator(run.args.device).manual_seed(0))[0][:, :-1][:, :40]
-        with torch.no_grad():
-            attns = model(tokens, return_attn=True)[1]
-        names = [repr(task.chars[c])[1:-1] for c in tokens[0].tolist()]
-        for axis, attn, layer in zip(maps, attns, (1, 2)):
-            axis.imshow(attn[0].mean(0).float().cpu(), cmap="Blues")
-            axis.set(title=f"attention of layer {layer}", xlabel="to", ylabel="from")
-            axis.set_xticks(range(len(names)), names, fontsize=6)
-            axis.set_yticks(range(len(names)), names, fontsize=6)
-        for axis in maps[len(attns):]:
+def plot_curves(runs):
+    """Fig. 3: a row a setting, its losses, and its accuracy and memories; a band over seeds."""
+    courses = [run.read("metrics.jsonl") for run in runs]
+    settings = common.by_setting(runs, courses)
+    figure, axes = common.new_figure(len(settings), 2, width=5.2, height=3.2)
+    panels = [["loss_global", "loss_in_context"],
+              ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]]
+    for (args, group), row in zip(settings, axes):
+        steps = [line["step"] for line in group[0]]
+        for names, axis in zip(panels, row):
+            for i, name in enumerate(names):
+                if name not in group[0][0]:                  # the full model has no memories
+                    continue
+                seeds = []
+                for course in group:
+                    seeds.append([line[name] for line in course])
+                style = dict(linestyle="-", marker="+xos."[i], markevery=0.08, markersize=5)
+                axis.plot(steps, np.median(seeds, 0), label=COLUMNS[name], **style)
+                axis.fill_between(steps, np.min(seeds, 0), np.max(seeds, 0), alpha=0.2)
+            for step in parse_freeze(args.freeze).values():
+                axis.axvline(step, color="black", linewidth=0.6)
+            axis.set(xscale="log", xlabel="step", title=in_words(args, runs))
+            axis.legend(fontsize=8)
+        row[0].set_ylabel("loss (nats)")
+        row[1].set(ylabel="share", ylim=(-0.02, 1.02))
+    common.save_figure(figure, runs, "curves")
+
+@torch.no_grad()
+def plot_attention(runs, length=32):
+    """Both layers' attention for one sequence, a row a run; triggers are red, and in bold."""
+    figure, axes = common.new_figure(len(runs), 2, width=5.2, height=5.4)
+    for run, row in zip(runs, axes):
+        task, model = load(run.folder, run.args.device)
+        data = torch.Generator(run.args.device).manual_seed(1)
+        tokens, occurrence = task.sample(1, data)
+        z = tokens[:, :-1][:, :length]                                           # (1, T)
+        _, attns = model(z, return_attn=True)
+        names = [repr(task.chars[char])[1:-1] for char in z[0]]
+        for layer, (attn, axis) in enumerate(zip(attns, row)):
+            weights = attn[0].mean(0)                        # over heads (T, T)
+            axis.imshow(weights.cpu(), cmap="Greys", vmin=0, vmax=1)
+            axis.set_xticks(range(len(names)), names, fontsize=7)
+            axis.set_yticks(range(len(names)), names, fontsize=7)
+            for t in (occurrence[0, :len(names)] > 0).nonzero()[:, 0]:
+                axis.get_xticklabels()[t].set(color="red", weight="bold")
+                axis.get_yticklabels()[t].set(color="red", weight="bold")
+            axis.set(title=f"{in_words(run.args, runs)}: layer {layer + 1}",
+                     xlabel="token looked at", ylabel="token")
+        for axis in row[len(attns):]:
             axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    print(f"figure: {path}")
+    common.save_figure(figure, runs, "attention")
 
-def main():
-    """Trains what the flags ask for, prints the tables."""
-    args = parse_args()
+# ---- The command --------------------------------------------------------------------------------
+
+BOTH = dict(
+    n_layer=[2], n_head=4, n_embd=128, n_triggers=5, outputs=["uniform"], text=None,
+    vocab_size=None, self_loops=None, seq_len=None, batch_size=None, steps=None, lr=None,
+    weight_decay=None, eval_every=None, three_steps=False, step_logits=None,
+)
+FIG_3 = dict(BOTH, model=["simple"], loss=["in-context"], triggers=["fixed"], use_wf=False)
+PANELS = ["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]
+PRESETS = {
+    "quick": dict(FIG_3, freeze=["none"]),
+    "medium": dict(FIG_3, freeze=PANELS),
+    "paper": dict(BOTH, model=["simple"], loss=["all"], triggers=["random"], use_wf=True,
+                  freeze=["none"]),
+}
+# --three-steps: the flags that it reads, with values of their own
+THREE_STEPS = dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000,
+                   step_logits=[1.0, 5.0, 20.0], seed=[0])
+
+def freeze_text(text):
+    """argparse type: what parse_freeze reads."""
+    until = parse_freeze(text)                               # ValueError: argparse says "invalid"
+    if not set(until) <= set(MATRICES) or min(until.values(), default=0) < 0:
+        raise ValueError
+    return text
+
+freeze_text.__name__ = "wk1:300+wk2:300 (names wk1, wk2, wo2, wf), or none:"
+
+def parse_args(argv=None):
+    """The command line. What cannot be run ends here, before anything is written."""
+    parser = common.make_parser(main)
+    add = parser.add_argument
+    count = common.positive_int
+    some = dict(nargs="+")
+    switch = argparse.BooleanOptionalAction
+    add("--model", **some, choices=list(MODELS), help="Sec. 4.2's simple one, Sec. 3's full one")
+    add("--n-layer", **some, type=common.number(int, 1, 100), help="layers of the full model")
+    add("--n-head", type=count, help="heads a layer of the full model")
+    add("--n-embd", type=common.number(int, 1, 2**14), help="width d")
+    add("--use-wf", action=switch, help="simple: W_F, the memory of global bigrams")
+    add("--n-triggers", type=count, help="K, the triggers of a sequence")
+    add("--triggers", **some, choices=["fixed", "random"], help="the most frequent, or drawn anew")
+    add("--outputs", **some, choices=["uniform", "bigram"], help="of a trigger: any, or as in pi_b")
+    add("--self-loops", action=switch, help="an output may be the trigger itself")
+    add("--text", type=common.data_path, help="a text for the bigrams (default: Tiny Shakespeare)")
+    add("--vocab-size", type=common.number(int, 2, 1_000), help="characters, in place of a text's")
+    add("--seq-len", type=common.number(int, 4, 2**14), help="T, predictions a sequence")
+    add("--loss", **some, choices=["all", "in-context"], help="tokens: all, or repeated triggers'")
+    add("--freeze", **some, type=freeze_text, metavar="W:STEP+...", help="frozen until STEP; none")
+    add("--batch-size", type=count, help="sequences a step")
+    add("--steps", type=count, help="training steps")
+    add("--lr", type=common.positive_float, help="learning rate: SGD, momentum 0.9; full: AdamW")
+    add("--weight-decay", type=common.non_negative, help="weight decay")
+    add("--seed", **some, type=common.seed_int, default=[0], help="seeds of weights and data")
+    add("--three-steps", action="store_true", help="Theorem 3: steps of BATCH_SIZE (128000) each")
+    add("--step-logits", nargs=3, type=common.positive_float, metavar=("O2", "K2", "K1"),
+        help="with --three-steps: the mean logit that a step gives its memory (1 5 20)")
+    args = common.parse_args(parser, PRESETS, argv)
     if args.three_steps:
-        print_three_steps([(seed, row) for seed in args.seed for case in CASES for row in three_steps(args, seed, case)])
-        return
-    runs = common.sweep(args, PRESETS, SWEEP)
-    results = common.complete(runs, train)
-    for run in runs:
-        if run.args.seed == args.seed[0]:
-            print_course(run)
-    print_summary(runs, results)
-    if args.plot:
-        plot([run for run in runs if run.args.seed == args.seed[0]], Path(args.out_dir) / "memory_birth" / "curves.png")
+        common.refuse_others(parser, args, "three_steps", *THREE_STEPS)
+        for key in set(THREE_STEPS) - set(args.given):
+            setattr(args, key, THREE_STEPS[key])
+        needed = 3 * args.vocab_size + 2 * args.seq_len
+        if args.n_embd < needed:
+            parser.error(f"--n-embd {args.n_embd}: the theorem's orthonormal embeddings of "
+                         f"{args.vocab_size} characters, {args.seq_len} positions need {needed}")
+    if args.text is not None and args.vocab_size is not None:
+        parser.error("--vocab-size gives uniform bigrams, --text its own: leave one out")
+    if "full" in args.model and args.n_embd % args.n_head:
+        parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
+    trained = {"wk1", "wk2", "wo2"} | ({"wf"} if args.use_wf else set())
+    for text in args.freeze:
+        until = parse_freeze(text)
+        if not set(until) <= trained:
+            parser.error(f"--freeze {text} needs --use-wf")
+        if all(until.get(name, 0) > 0 for name in trained):
+            parser.error(f"--freeze {text}: nothing is left to train at the start")
+    for model in args.model:
+        own = argparse.Namespace(**{**vars(args), "model": model, "triggers": "fixed"})
+        resolve(own)
+        try:
+            build_task(own, "uniform")
+            build_task(own, "bigram")
+        except (OSError, ValueError) as error:
+            parser.error(f"--n-triggers {args.n_triggers}, --text {args.text}: {error}")
+    return args
 
-# ---- Tiny Shakespeare's 1,115,393 adjacent pairs, counted: (3, 65, 65) bytes (low, middle, high), zlib, base85 ------
+def show(runs, results):
+    """The tables of a sweep, and with --plot its figures."""
+    firsts = [group[0] for _, group in common.by_setting(runs, runs)]
+    for run in firsts:
+        print_course(run, runs)
+    print_summary(runs, results)
+    if runs[0].args.plot:
+        plot_curves(runs)
+        plot_attention(firsts)
+
+def main(argv=None):
+    """Trains what the flags ask for, prints the tables, and returns a list of results."""
+    args = parse_args(argv)
+    if args.three_steps:
+        rows = []
+        for seed in args.seed:
+            for case in CASES:
+                rows += three_steps(args, seed, case)
+        print_three_steps(rows)
+        return rows
+    runs = common.sweep(args, SWEEP, resolve)
+    return common.complete(runs, train, measure, show)
+
+# ---- PAIRS: Tiny Shakespeare's 1,115,393 adjacent pairs, counted ---------------------------------
+
+# (3, 65, 65) bytes (low, middle, high), zlib, base85
 PAIRS = """
-c-rk*32;@_8UD^W_ujW9Z%JNAUN%S|AWITLNJxN+1O<em0R{+&R!b6*MfM#P5J-
-)vXj#+_#Wtc9rz%hsEHa84Qgx&(b!#bz2vmmwT$n*h|8wqp+1~;|9jEV~ch9}=EdTxY|3ByU0Ko-tq|p7`vU%SudhyP<SGSkEG3TG9n-
-3kS%K321GuVeeO_@5leOb;!WrpXfJNgeP6>WB0mFQfD5^y&lW=bp^c<}43&*r{j{QK0hPfql>@5NGU&CWH(iodkV$LFrp%3U?vR{wWyQ9)+Wnd;?zFQyHf
-(G6bvdsAp_XC&aq0~T_WU-G&+hlL!~>0%z2-KoLua>sKfbf)XDcy@uuL+HB0^W523pTRks>5Lb4w9UVP35^ylj-
-&P0;`z(w=!_&<V5gr0&cHOyPV@+2r6DUb+3H@NcYA!lHY4ff-R5Vv>Zv777-n<yhYen-g%VgVU#KZ9R7%ei)U-nUWg~cOHZ@-
-2<#M6pP1LyHxO}_1lNwDiL)Z6M;zE|r;NJSd2GpQ@#RJz<cPx<MZjIL63kAbVStZE8gzA31wIV#*5ZmwR`ZdiTDK(4vz(0Tm)K`cR)JlB~1~P%CfI;T$KQ
-^@DA#~dSq<XNEMm`1%U^Vr{z^AMQ#q-
-tFFCe9!X3{<{fZ!Yngl<K2Em9rr$c_XiVH44kO#g4AYpxo34zgo}=^rJgqcGwadM9i;LLwzN+~?*T3m%(Fp&}uE8qv)+$!>aaigglA&vbAx45_s8V1R-
-+^JXsq@_}sN7eHxXa4}RDx~q400$!t;rWW?fhCu$AF$O3HDv0CHl|)`B@>^;SUE^uZKp+>=@b3XEjTAZ^@Wh%dk(A-
-gn56_;pwzg<6dj&WQwOUyK}mkXw~~ztBw?si^B5PpuPKNJS?2<lag3pFe#ZX$QH(W8PF)q5nzIMp-KSp*Yh#(Jy{lG0uG*0t)edVkzmwVZ09{?0AiK#_D=
-Orl#0EoJ;DL;7St>Aq9>>8!a_TC3(+ZUZEb>pfS+!GC+pAFwy%pF>5_^Ll?~wnC2Pq|*vi^v!N6ohoyi&{D+rW_kf(L<D-8D~^62D2L5ajm-
-c9$9(uc5IlxtQ$2@3n_jJI=HN5AooNfwU+yavvmL!<f?p*Bb4ycChO!Pe&(|R}j6D92=IBA#5i`3?_}l6QF<wN1C#YF+0c(re$3FEA?DO*D4wz2O?W415T
-UH#KH%R4}*^Q)jA}Qcv=Hn-1m>HaLgjF+*#h%LT_~Td#Vo`hm*=rC&TYiNL6i`xpIDhiuZv{nWJzWkWNOHPHN~wdf#rS!6is!B*;-
-daF3l=O5H9VhAimyC?bceCJlTGBvDMT8knZ!A~m04OrUl+u>T!3b*b{XUZj`)jrlsz_H4Fv(~QJ@t)=1J^H~$t1(x9kXrhVyD7w1+c5a%>yn2IP|46?2m)
-opRNixZ?rotCB8T``J2iqP{ursJ~`a4m-
-UNOQ}6(xa(SZP)L>W%COL@hsTti`u37_tZbk*^^bO?v7pui~z@3<EZ1X2I!A3}KLC2Hff!zO7q)k+0yR197{>GX=kmdAi7#IY=v{7kHDo4VoT;(ZZ|Ym_v
-bS@jzTKIC<;RrR8}fnNBeJQ%qn^Dw4Psyu!kbqyviQnQM^swp6HhoPGUim1vSiyi1kp!AT!r$*NC+BRCGR`Oyy5`hKA$XOBIuA>mdwW7-
-Z%e~+JklfwVSU1XYHrUyr`a^iuphpJ}PWX4WD`sB*R>&KtJ;p;BFmi51AR1G2{i+L+?BC?A!f+P4&nmHxvy)yK%3lwGBtjbrB`(D-
-_7(KoF`xrX1AUJ}!JfuA=CLJG2*|)4<9mC{_J$EYO*>~YuielC6zrpCrqTmSLNi$q2$<S^DI^5CsM#gqmln*EC?*|q`${T3m9GrzvW4oR2y|nL%qdG^jea
-M~dI@nfJ9yzp*mE(g5D<N6My<Y1RdsX|cnV%Nq0dGE(z6!a$bAuy@Asb1fQtm887=DagM4!$rl$4V2*G!7Cd}Uc5Ji4SXL>2E_P&QzY8|U%zfypts3(>w}
-aKZClJc7HwAkkIqv8JPPN}u2e97OMTm8!0AB#i1Z7VJ01DJF0`UeBO{=hQFz+=9W55GDJ-
-v`@#BCVPtx4XOUL_>s}6omVcM`L~JLII6FC>lR9=pFDgLw=9|&96{y0S*x<YU)lA2ZT6(}wuA1`>=~cFd~jjH^3={7DL)MTUFtPRX%iPBy;#8B)Um4yT9r
-V}+t~JA@e7pe%3D&W-=^9<-fA*$ZFV_MChrYCx!+9JO*1|o*LJt_?!PA+X)oL7j6U|~^*it+Tc}Yva&}U;`>_8+m*5CStUBEL-uyPBa@hP0+kCF6ZdUlTj
-gO^rD`_Da*z(o0#^XO_mf#3Buo6BrUEB8ua;C)6qXO4|bsM7+W4joC9c7@>cf@*h>sb;Ufu-A-
-8DidQD)aVj{@2{z`FL%QtOa;_q#KRf%{m@?)W1cw(Yg#%ihC0ak7vz8*W#Su2+sLf;ZvD-(Ff}Yt(eNx3v(<?m1vqQ-eMhOm0%%)Y7(wTWeT)Z<&d08O<u
-)S)w81WS}J0f^vuI&pRElM6R);&tD9-
-}Q?_bn%(Wu#I60$|I%g_nhbeYi`708KDl9Gjd?}ziQtMB18X9MsFl^vL7aE~8+%iG(aJ%uq1V&<zvCX9fLLp9uIr&5PjD!TMFE%HI8QxCbR1dS|-
-fR&ascz5&e)hm3ov1eynALwz=<y@d(FBsUpIU~QdJ7R4mKGwg@GB;N-
-prwv)~tT4A@#;0RyA*a3ipSIpo>`}RIH^Y#+skWAPZN{`48fHyro{iLk+N?Z|2Rv)E($h(q(lMbPaVq4c4(AHZ-
-x2C#w+%$B%#o(6DAWXW<B85t|ch+94Ab52LZBcEB2K#njnUljZEv-
-211>F#c>`*TEvDQVYkCG*uP?L7gGh)jEx5Is!)sVf`$y{Shs)>MOmFMlI}zbHYoa`^pANdxS4Fte|q%2E%Q1ke{VoZG??Sy4qBy%j8oF{Pasvvtgdn(Ed|
-n>bQ>w@|Wmg9tCoQ+B&N@#hQqiDs{Q;4?X%s8N8e{B6!GZU2{4GlVrylX(Wtnp954Ei`o<M2x>gqx=Tt-
-7PMNAu}5SB!aVY{sBkMkYiYF^BR(R_$bxxboDw*iV~U_=4yl6Lo<+B6k`W$b?PxIA(-LuoDnvbEKd=Q1hc{RvkN)KDBJ5(DhbxgMnHIshKNr~0I0-
-igvCKS^*VSZG8C=CUCO-nmleFeatNLoRv~w}9nYEZaAT^wRMp`5Ej<GgT8O*8PYdC#&jts+<r@88Ka5&KX=lrHIQvGFw_MJ<JORS@c7U8^+_Kx=UM6g3{4
-F&Nc>{g+IgXqnamV`ea2elR^6&_<%a&yStYqG9r5c2y2vxGxnp>-bG?K_kVXd`S9La15-
-&dBOnCYWY!v8~KX58fEZB?te+MtQsL!$t%YSj^07RUajU<w_PJ>?$+p^2kEF|A6%JDEJAhrzk`r3Q>qc6rvD?C`2I&QHVkmqVWF>{{zu5)KL
+c-rk*32;@_8UD^W_ujW9Z%JNAUN%S|AWITLNJxN+1O<em0R{+&R!b6*MfM#P5J-)vXj#+_#Wtc9rz%hsEHa84Qgx&(b!#bz2vmmw
+T$n*h|8wqp+1~;|9jEV~ch9}=EdTxY|3ByU0Ko-tq|p7`vU%SudhyP<SGSkEG3TG9n-3kS%K321GuVeeO_@5leOb;!WrpXfJNgeP
+6>WB0mFQfD5^y&lW=bp^c<}43&*r{j{QK0hPfql>@5NGU&CWH(iodkV$LFrp%3U?vR{wWyQ9)+Wnd;?zFQyHf(G6bvdsAp_XC&aq
+0~T_WU-G&+hlL!~>0%z2-KoLua>sKfbf)XDcy@uuL+HB0^W523pTRks>5Lb4w9UVP35^ylj-&P0;`z(w=!_&<V5gr0&cHOyPV@+2
+r6DUb+3H@NcYA!lHY4ff-R5Vv>Zv777-n<yhYen-g%VgVU#KZ9R7%ei)U-nUWg~cOHZ@-2<#M6pP1LyHxO}_1lNwDiL)Z6M;zE|r
+;NJSd2GpQ@#RJz<cPx<MZjIL63kAbVStZE8gzA31wIV#*5ZmwR`ZdiTDK(4vz(0Tm)K`cR)JlB~1~P%CfI;T$KQ^@DA#~dSq<XNE
+Mm`1%U^Vr{z^AMQ#q-tFFCe9!X3{<{fZ!Yngl<K2Em9rr$c_XiVH44kO#g4AYpxo34zgo}=^rJgqcGwadM9i;LLwzN+~?*T3m%(F
+p&}uE8qv)+$!>aaigglA&vbAx45_s8V1R-+^JXsq@_}sN7eHxXa4}RDx~q400$!t;rWW?fhCu$AF$O3HDv0CHl|)`B@>^;SUE^uZ
+Kp+>=@b3XEjTAZ^@Wh%dk(A-gn56_;pwzg<6dj&WQwOUyK}mkXw~~ztBw?si^B5PpuPKNJS?2<lag3pFe#ZX$QH(W8PF)q5nzIMp
+-KSp*Yh#(Jy{lG0uG*0t)edVkzmwVZ09{?0AiK#_D=Orl#0EoJ;DL;7St>Aq9>>8!a_TC3(+ZUZEb>pfS+!GC+pAFwy%pF>5_^Ll
+?~wnC2Pq|*vi^v!N6ohoyi&{D+rW_kf(L<D-8D~^62D2L5ajm-c9$9(uc5IlxtQ$2@3n_jJI=HN5AooNfwU+yavvmL!<f?p*Bb4y
+cChO!Pe&(|R}j6D92=IBA#5i`3?_}l6QF<wN1C#YF+0c(re$3FEA?DO*D4wz2O?W415TUH#KH%R4}*^Q)jA}Qcv=Hn-1m>HaLgjF
++*#h%LT_~Td#Vo`hm*=rC&TYiNL6i`xpIDhiuZv{nWJzWkWNOHPHN~wdf#rS!6is!B*;-daF3l=O5H9VhAimyC?bceCJlTGBvDMT
+8knZ!A~m04OrUl+u>T!3b*b{XUZj`)jrlsz_H4Fv(~QJ@t)=1J^H~$t1(x9kXrhVyD7w1+c5a%>yn2IP|46?2m)opRNixZ?rotCB
+8T``J2iqP{ursJ~`a4m-UNOQ}6(xa(SZP)L>W%COL@hsTti`u37_tZbk*^^bO?v7pui~z@3<EZ1X2I!A3}KLC2Hff!zO7q)k+0yR
+197{>GX=kmdAi7#IY=v{7kHDo4VoT;(ZZ|Ym_vbS@jzTKIC<;RrR8}fnNBeJQ%qn^Dw4Psyu!kbqyviQnQM^swp6HhoPGUim1vSi
+yi1kp!AT!r$*NC+BRCGR`Oyy5`hKA$XOBIuA>mdwW7-Z%e~+JklfwVSU1XYHrUyr`a^iuphpJ}PWX4WD`sB*R>&KtJ;p;BFmi51A
+R1G2{i+L+?BC?A!f+P4&nmHxvy)yK%3lwGBtjbrB`(D-_7(KoF`xrX1AUJ}!JfuA=CLJG2*|)4<9mC{_J$EYO*>~YuielC6zrpCr
+qTmSLNi$q2$<S^DI^5CsM#gqmln*EC?*|q`${T3m9GrzvW4oR2y|nL%qdG^jeaM~dI@nfJ9yzp*mE(g5D<N6My<Y1RdsX|cnV%Nq
+0dGE(z6!a$bAuy@Asb1fQtm887=DagM4!$rl$4V2*G!7Cd}Uc5Ji4SXL>2E_P&QzY8|U%zfypts3(>w}aKZClJc7HwAkkIqv8JPP
+N}u2e97OMTm8!0AB#i1Z7VJ01DJF0`UeBO{=hQFz+=9W55GDJ-v`@#BCVPtx4XOUL_>s}6omVcM`L~JLII6FC>lR9=pFDgLw=9|&
+96{y0S*x<YU)lA2ZT6(}wuA1`>=~cFd~jjH^3={7DL)MTUFtPRX%iPBy;#8B)Um4yT9rV}+t~JA@e7pe%3D&W-=^9<-fA*$ZFV_M
+ChrYCx!+9JO*1|o*LJt_?!PA+X)oL7j6U|~^*it+Tc}Yva&}U;`>_8+m*5CStUBEL-uyPBa@hP0+kCF6ZdUlTjgO^rD`_Da*z(o0
+#^XO_mf#3Buo6BrUEB8ua;C)6qXO4|bsM7+W4joC9c7@>cf@*h>sb;Ufu-A-8DidQD)aVj{@2{z`FL%QtOa;_q#KRf%{m@?)W1cw
+(Yg#%ihC0ak7vz8*W#Su2+sLf;ZvD-(Ff}Yt(eNx3v(<?m1vqQ-eMhOm0%%)Y7(wTWeT)Z<&d08O<u)S)w81WS}J0f^vuI&pRElM
+6R);&tD9-}Q?_bn%(Wu#I60$|I%g_nhbeYi`708KDl9Gjd?}ziQtMB18X9MsFl^vL7aE~8+%iG(aJ%uq1V&<zvCX9fLLp9uIr&5P
+jD!TMFE%HI8QxCbR1dS|-fR&ascz5&e)hm3ov1eynALwz=<y@d(FBsUpIU~QdJ7R4mKGwg@GB;N-prwv)~tT4A@#;0RyA*a3ipSI
+po>`}RIH^Y#+skWAPZN{`48fHyro{iLk+N?Z|2Rv)E($h(q(lMbPaVq4c4(AHZ-x2C#w+%$B%#o(6DAWXW<B85t|ch+94Ab52LZB
+cEB2K#njnUljZEv-211>F#c>`*TEvDQVYkCG*uP?L7gGh)jEx5Is!)sVf`$y{Shs)>MOmFMlI}zbHYoa`^pANdxS4Fte|q%2E%Q1
+ke{VoZG??Sy4qBy%j8oF{Pasvvtgdn(Ed|n>bQ>w@|Wmg9tCoQ+B&N@#hQqiDs{Q;4?X%s8N8e{B6!GZU2{4GlVrylX(Wtnp954E
+i`o<M2x>gqx=Tt-7PMNAu}5SB!aVY{sBkMkYiYF^BR(R_$bxxboDw*iV~U_=4yl6Lo<+B6k`W$b?PxIA(-LuoDnvbEKd=Q1hc{Rv
+kN)KDBJ5(DhbxgMnHIshKNr~0I0-igvCKS^*VSZG8C=CUCO-nmleFeatNLoRv~w}9nYEZaAT^wRMp`5Ej<GgT8O*8PYdC#&jts+<
+r@88Ka5&KX=lrHIQvGFw_MJ<JORS@c7U8^+_Kx=UM6g3{4F&Nc>{g+IgXqnamV`ea2elR^6&_<%a&yStYqG9r5c2y2vxGxnp>-bG
+?K_kVXd`S9La15-&dBOnCYWY!v8~KX58fEZB?te+MtQsL!$t%YSj^07RUajU<w_PJ>?$+p^2kEF|A6%JDEJAhrzk`r3Q>qc6rvD?
+C`2I&QHVkmqVWF>{{zu5)KL
 """
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

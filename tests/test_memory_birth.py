@@ -2,13 +2,9 @@
 import bisect
 import itertools
 import math
-import os
 import random
-import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +14,7 @@ import torch
 import common
 import memory_birth
 from memory_birth import BigramTask, FullTransformer, SimpleTransformer
-from test_common import call_main, cut_and_continued
+from test_common import call_main, cut_and_continued, metrics_of, results_of
 
 SCRIPT = Path(memory_birth.__file__)
 TINY = ["--device", "cpu", "--seq-len", "16", "--n-embd", "16", "--batch-size", "32", "--steps", "60", "--eval-every", "10"]
@@ -172,9 +168,10 @@ def test_a_vocabulary_without_a_text_is_uniform():
 
 def test_without_self_loops_a_character_needs_another_successor(tmp_path):
     (tmp_path / "text").write_text("abaab cccc")
-    BigramTask(k=1, text=tmp_path / "text")
+    BigramTask(k=1, text=tmp_path / "text", outputs="bigram")
+    BigramTask(k=1, text=tmp_path / "text", self_loops=False)
     with pytest.raises(ValueError, match="self-loops"):
-        BigramTask(k=1, text=tmp_path / "text", self_loops=False)
+        BigramTask(k=1, text=tmp_path / "text", outputs="bigram", self_loops=False)
 
 
 def test_random_integers_are_small_enough_for_every_device(monkeypatch):
@@ -298,56 +295,68 @@ def test_probes_of_fixed_triggers_look_at_those_alone():
 # ---- Training ---------------------------------------------------------------------------------------------------------
 
 
-def one_run(tmp_path, *flags):
-    args = memory_birth.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
-    run, = common.sweep(args, memory_birth.PRESETS, memory_birth.SWEEP)
-    return run
+def runs_of(*flags):
+    return common.sweep(memory_birth.parse_args([*TINY, *map(str, flags)]), memory_birth.SWEEP, memory_birth.resolve)
+
+
+def trained(tmp_path, *flags):
+    """The one run of a command: its settings, its model before and after, its results."""
+    flags = [*flags, "--out-dir", tmp_path]
+    run, = runs_of(*flags)
+    common.seed_everything(run.args.seed)
+    _, before = memory_birth.build(run.args)
+    result, = call_main(memory_birth, *TINY, *flags)
+    return run, before, memory_birth.load(result["folder"])[1], result
 
 
 def test_frozen_stays_bit_identical_and_the_rest_moves(tmp_path):
-    run = one_run(tmp_path, "--use-wf", "--loss", "all", "--steps", "6", "--freeze", "wo2:6", "wf:3")
-    common.seed_everything(0)
-    _, before = memory_birth.build(run.args)
-    common.seed_everything(0)
-    memory_birth.train(run.args, run)
-    after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
-    assert set(after) == set(before.state_dict())
+    _, before, after, _ = trained(tmp_path, "--use-wf", "--loss", "all", "--steps", 6, "--freeze", "wo2:6+wf:3")
+    assert set(after.state_dict()) == set(before.state_dict())
     for name, x in before.state_dict().items():
-        assert torch.equal(x, after[name]) == (name not in ("W_K1", "W_K2", "W_F")), name
+        assert torch.equal(x, after.state_dict()[name]) == (name not in ("W_K1", "W_K2", "W_F")), name
 
 
 def test_the_full_model_trains_every_parameter(tmp_path):
-    run = one_run(tmp_path, "--model", "full", "--n-layer", "1", "--steps", "3")
-    common.seed_everything(0)
-    _, before = memory_birth.build(run.args)
-    common.seed_everything(0)
-    memory_birth.train(run.args, run)
-    after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
-    assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
+    _, before, after, _ = trained(tmp_path, "--model", "full", "--n-layer", 1, "--steps", 3)
+    for (name, p), q in zip(before.named_parameters(), after.parameters()):
+        assert not torch.equal(p, q), name
 
 
 def test_the_numbers_do_not_depend_on_how_often_they_are_evaluated(tmp_path):
-    lines = []
-    for every in ("3", "6"):
-        run = one_run(tmp_path / every, "--steps", "6", "--eval-every", every)
-        common.seed_everything(0)
-        memory_birth.train(run.args, run)
-        lines.append({key: value for key, value in run.metrics[-1].items() if key != "seconds"})
-    assert lines[0] == lines[1]
+    lines = [metrics_of(trained(tmp_path / every, "--steps", 6, "--eval-every", every)[0].folder) for every in ("3", "6")]
+    assert lines[0][-1] == lines[1][-1] and [len(line) for line in lines] == [3, 2]
 
 
-def test_in_context_loss_is_the_mean_over_repeated_triggers(tmp_path, monkeypatch):
-    run = one_run(tmp_path, "--steps", "1", "--lr", "1e-3", "--weight-decay", "0")
-    common.seed_everything(0)
-    task, model = memory_birth.build(run.args)
+def test_in_context_loss_is_the_mean_over_repeated_triggers(tmp_path):
+    run, model, after, _ = trained(tmp_path, "--steps", 1, "--lr", 1e-3, "--weight-decay", 0)
+    task, _ = memory_birth.build(run.args)
     tokens, occurrence = task.sample(32, generator(0))
     logits = model(tokens[:, :-1])
     repeat = occurrence >= 2
     torch.nn.functional.cross_entropy(logits[repeat], tokens[:, 1:][repeat]).backward()
-    expected = model.W_O2.detach() - 1e-3 * model.W_O2.grad
-    common.seed_everything(0)
-    memory_birth.train(run.args, run)
-    torch.testing.assert_close(torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]["W_O2"], expected)
+    torch.testing.assert_close(after.W_O2.detach(), model.W_O2.detach() - 1e-3 * model.W_O2.grad)
+
+
+def test_results_are_measured_on_the_checkpoint(tmp_path):
+    run, _, model, result = trained(tmp_path, "--steps", 20, "--lr", 2.0, "--outputs", "bigram", "--triggers", "random")
+    last = metrics_of(run.folder)[-1]
+    assert {key: result[key] for key in last if key != "step"} == {key: x for key, x in last.items() if key != "step"}
+    for outputs in ("uniform", "bigram"):
+        task = BigramTask(5, 16, "random", outputs, self_loops=False)
+        assert result[f"accuracy_{outputs}"] == memory_birth.evaluate(model, task, n=1024)["accuracy"]
+    lines = metrics_of(run.folder)
+    for name, step in result["first"].items():
+        assert step == next((line["step"] for line in lines if line[name] >= 0.5), None)
+
+
+def test_attention_of_a_loaded_model(tmp_path):
+    for model, heads in ("simple", 1), ("full", 4):
+        run, _, _, result = trained(tmp_path, "--model", model, "--steps", 2)
+        task, net = memory_birth.load(result["folder"])
+        tokens, _ = task.sample(3, generator())
+        logits, attns = net(tokens[:, :-1], return_attn=True)
+        assert not net.training and logits.shape == (3, 16, 65) and [attn.shape for attn in attns] == [(3, heads, 16, 16)] * 2
+        torch.testing.assert_close(attns[1].sum(-1), torch.ones(3, heads, 16))
 
 
 THREE_TINY = ["--device", "cpu", "--three-steps", "--vocab-size", "20", "--seq-len", "24", "--n-embd", "108", "--batch-size", "32768"]
@@ -355,20 +364,19 @@ THREE_TINY = ["--device", "cpu", "--three-steps", "--vocab-size", "20", "--seq-l
 
 def test_each_of_three_steps_fills_its_own_memory_and_raises_the_accuracy():
     args = memory_birth.parse_args(THREE_TINY)
-    start, first, second, third = memory_birth.three_steps(args, seed=0, case="orthonormal")
+    start, first, second, third = memory_birth.three_steps(args, seed=0, case="theorem")
     assert start["wo2"] < 0.1 and start["wk2"] < 0.1 and start["wk1"] < 0.1
     assert first["wo2"] == second["wk2"] == 1 and third["wk1"] > 0.8
     assert first["wk2"] == start["wk2"] and second["wk1"] == start["wk1"]        # untouched by the steps before their own
     assert second["wo2"] == third["wo2"] == 1 and third["wk2"] == 1
     accuracy = [row["accuracy"] for row in (start, first, second, third)]
     assert all(later > earlier + 0.03 for earlier, later in itertools.pairwise(accuracy)) and accuracy[-1] > 0.27
-    assert all(row["self_loops"] == 0 for row in (first, second, third))
 
     args.batch_size = 8192
     looped = memory_birth.three_steps(args, seed=0, case="self-loops")[-1]       # what breaks it, tested on the same sequences
-    assert looped["self_loops"] > 0.3 and looped["accuracy"] < third["accuracy"] - 0.1
+    assert looped["wo2"] == looped["wk2"] == 1 and looped["accuracy"] < 0.05
     gaussian = memory_birth.three_steps(args, seed=0, case="gaussian")[-1]
-    assert gaussian["self_loops"] == 0 and gaussian["accuracy"] < third["accuracy"] - 0.1
+    assert gaussian["wk2"] < 0.5 and gaussian["accuracy"] < third["accuracy"] - 0.1
 
 
 def test_the_theorems_embeddings_are_orthonormal():
@@ -382,22 +390,38 @@ def test_the_theorems_embeddings_are_orthonormal():
     assert all((W == 0).all() for W in model.parameters())
 
 
-def test_three_steps_print_the_theorem_beside_what_breaks_it(capsys, monkeypatch):
+def test_half_of_what_is_scored_are_self_loops():
+    for self_loops, share in (True, 0.54), (False, 0.0):
+        task = BigramTask(2, 32, "random", vocab_size=24, self_loops=self_loops)
+        tokens, occurrence = task.sample(20_000, generator())
+        scored = occurrence >= 2
+        loops = (tokens[:, 1:] == tokens[:, :-1])[scored].float().mean().item()
+        assert loops == pytest.approx(share, abs=0.02)
+
+
+def test_three_steps_print_the_theorem_beside_what_breaks_it(capsys):
     flags = ["--device", "cpu", "--three-steps", "--vocab-size", "8", "--seq-len", "8", "--n-embd", "40", "--batch-size", "512"]
-    call_main(monkeypatch, memory_birth, *flags)
+    rows = call_main(memory_birth, *flags)
+    assert [(row["case"], row["step"]) for row in rows[:5]] == [
+        ("theorem", "start"), ("theorem", "W_O2"), ("theorem", "W_K2"), ("theorem", "W_K1"), ("gaussian", "start")]
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    for case in ("orthonormal", "gaussian", "self-loops"):
+    for case in ("theorem", "gaussian", "self-loops"):
         assert [line.split()[2] for line in lines if line.split()[1:2] == [case]] == ["start", "W_O2", "W_K2", "W_K1"]
 
 
-def test_everything_is_measured_on_a_device_without_float64(no_float64_on_device):
-    for model, flags in ("simple", ["--use-wf", "--outputs", "bigram"]), ("full", ["--n-layer", "1"]):
-        args = memory_birth.parse_args([*TINY, "--model", model, *flags])
-        settings = next(iter(common.sweep(args, memory_birth.PRESETS, memory_birth.SWEEP))).args
-        task, net = memory_birth.build(settings)
-        assert 0 <= memory_birth.measure(settings, net, task)["accuracy"] <= 1
+def test_everything_is_measured_on_a_device_without_float64(no_float64_on_device, tmp_path):
+    pytest.importorskip("matplotlib")
+    for flags in (["--use-wf", "--outputs", "bigram"], ["--model", "full", "--n-layer", "1"]):
+        run, = runs_of("--steps", 2, "--out-dir", tmp_path, "--plot", *flags)
+        run.args.device = "cpu:0"                                                # to the fixture, "cpu" is what was moved
+        run.folder.mkdir(parents=True)
+        memory_birth.train(run.args, run)
+        results = memory_birth.measure(run.args, run)
+        assert 0 <= results["accuracy"] <= 1
+        memory_birth.show([run], [results])
     args = memory_birth.parse_args([*THREE_TINY, "--batch-size", "512"])
+    args.device = "cpu:0"
     for case in memory_birth.CASES:
         assert len(memory_birth.three_steps(args, 0, case)) == 4
 
@@ -413,83 +437,161 @@ def call(tmp_path, *flags, **options):
     return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=100, **options)
 
 
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
-    out = cut_and_continued(SCRIPT, tmp_path, TINY, "step 10:", "step 20:")
-    call_main(monkeypatch, memory_birth, *TINY, "--out-dir", tmp_path / "0")     # finished: it is read, not trained again
-    assert capsys.readouterr().out.strip() == out[out.index("\n\n"):].strip()
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, capsys):
+    flags = [*TINY, "--steps", "40"]
+    out = cut_and_continued(SCRIPT, tmp_path, flags, "step 10:", "step 20:")
+    call_main(memory_birth, *flags, "--out-dir", tmp_path / "0")                 # finished: it is read, not trained again
+    again = capsys.readouterr().out
+    assert "finished on" in again and again[again.index("\n\n"):] == out[out.index("\n\n"):]
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_runs_twice_in_one_session_and_from_another_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, = call_main(memory_birth, *TINY, "--steps", 10)
+    second, = call_main(memory_birth, *TINY, "--steps", 10)
+    assert first == second and first["folder"] == "out/memory_birth/" + Path(first["folder"]).name
+    assert "new" in (out := capsys.readouterr().out) and "finished on" in out
+
+
+def test_what_has_no_effect_makes_no_second_run():
+    runs = runs_of("--model", "simple", "full", "--n-layer", "1", "2", "--freeze", "none", "wo2:3")
+    assert [(run.args.model, run.args.n_layer, run.args.freeze) for run in runs] == [
+        ("simple", None, "none"), ("simple", None, "wo2:3"), ("full", 1, None), ("full", 2, None)]
+    assert len({run.folder for run in runs_of("--lr", "0.1", "--self-loops")} | {run.folder for run in runs_of()}) == 2
+
+
+def test_each_documented_command_has_a_folder_of_its_own():
+    commands = [["--preset", "medium"], ["--preset", "paper"], ["--model", "full", "--n-layer", "1", "2", "--loss", "all"],
+                ["--preset", "paper", "--triggers", "fixed", "random", "--outputs", "uniform", "bigram"],
+                ["--preset", "paper", "--triggers", "fixed", "--loss", "in-context", "--no-use-wf", "--steps", "1000",
+                 "--freeze", "none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]]
+    folders = {}
+    for flags in commands:
+        args = memory_birth.parse_args([*flags, "--device", "cpu"])
+        for run in common.sweep(args, memory_birth.SWEEP, memory_birth.resolve):
+            other = folders.setdefault(str(run.folder), run.config["settings"])
+            assert other == run.config["settings"] and len(run.folder.name) <= 200
+    assert len(folders) == 5 + 4 + 2 + 5                                         # the paper's own run is in two of them
+
+
+def test_a_changed_text_is_told(tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("abracadabra! " * 9)
+    flags = [*TINY, "--steps", "4", "--n-triggers", "2", "--text", text, "--out-dir", tmp_path]
+    call_main(memory_birth, *flags)
+    text.write_text("abracadabra? " * 9)
+    capsys.readouterr()
+    call_main(memory_birth, *flags)
+    assert "changed since: data" in capsys.readouterr().out
+
+
+def test_help_is_the_docstring(capsys):
     with pytest.raises(SystemExit) as stop:
-        call_main(monkeypatch, memory_birth, *TINY, "--out-dir", tmp_path / "0", "--lr", "0.3")
-    assert stop.value.code == 2 and "lr (0.2 there, 0.3 here)" in capsys.readouterr().err
+        call_main(memory_birth, "--preset", "paper", "--help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith(memory_birth.__doc__.strip()[:200]) and "(default: random)" in out
 
 
-def test_torchrun_deals_the_runs_out_and_the_same_command_finishes_after_a_kill(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun += command(tmp_path, "--seed", "0", "1", "2", "3", "--steps", "60")[1:]
-    process = subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while "seed=2 step" not in process.stdout.readline() and process.poll() is None:    # the second run of rank 0
-        pass
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) == 2
-    os.kill(int(workers[0]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    finished = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/results.json")}
-    assert process.returncode == 1 and 1 <= len(finished) <= 3
+BAD = """
+--device cuda:99
+--device abacus
+--dtype int8
+--preset slow
+--steps 0
+--steps -3
+--steps many
+--batch-size 0
+--batch-size 1.5
+--seq-len 3
+--seq-len 1.5
+--seq-len 1000000
+--n-embd 0
+--n-embd 10000000
+--n-triggers 0
+--n-triggers 66
+--n-triggers 5 --vocab-size 4
+--vocab-size 1
+--vocab-size 100000
+--vocab-size 9 --text README
+--text no-such-file
+--text EMPTY
+--text LOOPS
+--triggers sometimes
+--outputs none
+--loss some
+--model big
+--model simple --n-layer 3
+--n-layer 1
+--n-head 2
+--n-layer 0 --model full
+--model full --n-embd 10
+--model full --n-head 0
+--model full --freeze wo2:3
+--model full --use-wf
+--freeze wx:3
+--freeze wo2
+--freeze wo2:
+--freeze wo2:-1
+--freeze wo2:x
+--freeze wo2:1:2
+--freeze wo2:3,wk1:3
+--freeze wf:3
+--freeze wk1:5+wk2:5+wo2:5
+--freeze none wk1:5+wk2:5+wo2:5
+--use-wf --freeze wk1:5+wk2:5+wo2:5+wf:9
+--lr -1
+--lr nan
+--lr 1e308
+--lr 0
+--weight-decay -1
+--weight-decay nan
+--seed -1
+--seed 99999999999999999999
+--seed 1.5
+--eval-every 0
+--three-steps --plot
+--three-steps --n-embd 135
+--three-steps --steps 5
+--three-steps --lr 0.1
+--three-steps --text README
+--three-steps --step-logits 1 2
+--three-steps --step-logits 1 2 nan
+--three-steps --n-triggers 25
+--step-logits 1 2 3
+--no-such-flag
+"""
 
-    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("first evaluated step") == 1
-    times = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/results.json")}
-    assert len(times) == 4 and finished.items() <= times.items()                 # the finished ones were left alone
 
-
-def test_a_loss_that_explodes_stops_with_advice(tmp_path):
-    done = call(tmp_path, "--lr", "1e30")
-    assert done.returncode == 1 and "learning rate 1e+30" in done.stderr and "--lr" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_a_full_disk_and_an_unwritable_folder_end_in_one_line(tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))    # no file may grow beyond 2 kB
-    (tmp_path / "out2").write_text("a file")
-    for done in call(tmp_path, preexec_fn=limit), call(tmp_path, "--out-dir", str(tmp_path / "out2" / "below")):
-        assert done.returncode == 1 and "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
-def test_help_names_the_paper():
-    start = time.time()
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "Birth of a Transformer" in done.stdout and time.time() - start < 10
+@pytest.mark.parametrize("flags", BAD.strip().splitlines())
+def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    for name, text in dict(EMPTY="", LOOPS="aaab", README=SCRIPT.read_text()).items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        call_main(memory_birth, *flags.split())
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "error:" in line and len(line) < 300
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags, error", [
-    (["--device", "cuda:99"], "--device"),
-    (["--device", "abacus"], "abacus"),
-    (["--steps", "0"], "positive integer"),
-    (["--seq-len", "1.5"], "positive integer"),
-    (["--text", "no-such-file"], "No such file"),
-    (["--n-triggers", "66"], "66 triggers"),
-    (["--freeze", "wx:3"], "wx:3"),
-    (["--freeze", "wo2"], "wo2:300"),
-    (["--freeze", "wf:3"], "--use-wf"),
-    (["--freeze", "wo2:3", "--model", "full"], "--model full"),
-    (["--n-layer", "1"], "--n-layer"),
-    (["--model", "full", "--n-embd", "10"], "not divisible"),
-    (["--freeze", "wk1:5", "wk2:5", "wo2:5"], "nothing is left to train"),
-    (["--use-wf", "--freeze", "wk1:5", "wk2:5", "wo2:5", "wf:9"], "nothing is left to train"),
-    (["--three-steps", "--plot"], "--plot"),
-    (["--three-steps", "--n-embd", "135"], "--n-embd 136"),
-    (["--vocab-size", "4"], "5 triggers"),
-    (["--vocab-size", "9", "--text", str(SCRIPT)], "leave one out"),
-    (["--preset", "slow"], "preset"),
-    (["--seq-len", "3"], "--seq-len 3"),
+    ("--n-triggers 66", "66 triggers"),
+    ("--freeze wf:3", "--use-wf"),
+    ("--freeze wk1:5+wk2:5+wo2:5", "nothing is left to train"),
+    ("--model full --freeze wo2:3", "--freeze has no effect"),
+    ("--n-layer 1", "--n-layer has no effect"),
+    ("--model full --n-embd 10", "not divisible"),
+    ("--three-steps --n-embd 135", "need 136"),
+    ("--three-steps --steps 5", "--steps has no effect"),
+    ("--vocab-size 9 --text pytest.ini", "leave one out"),
 ])
-def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags, error):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    with pytest.raises(SystemExit) as stop:
-        memory_birth.parse_args([*flags, "--out-dir", str(tmp_path / "out")])
-    line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and error in line
-    assert not (tmp_path / "out").exists()
+def test_the_message_names_what_is_at_fault(capsys, monkeypatch, flags, error):
+    monkeypatch.chdir(SCRIPT.parent)
+    with pytest.raises(SystemExit):
+        call_main(memory_birth, *flags.split())
+    assert error in capsys.readouterr().err
 
 
 def test_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
@@ -501,13 +603,24 @@ def test_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
 
 def test_an_explicit_flag_beats_the_preset():
     args = memory_birth.parse_args(["--preset", "paper", "--seq-len", "7", "--device", "cpu"])
-    assert args.seq_len == 7 and args.batch_size == 512 and args.triggers == ["random"]
+    memory_birth.resolve(own := common.sweep(args, memory_birth.SWEEP, memory_birth.resolve)[0].args)
+    assert own.seq_len == 7 and own.batch_size == 512 and own.triggers == "random" and own.self_loops
 
 
-def test_the_figure_is_drawn(tmp_path, monkeypatch):
+def test_a_loss_that_explodes_stops_with_advice(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_main(memory_birth, *TINY, "--lr", 999, "--weight-decay", 999, "--steps", 40, "--out-dir", tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "try less than --lr 999" in error and "Traceback" not in error
+
+
+def test_the_figures_are_drawn_one_file_a_sweep(tmp_path):
     pytest.importorskip("matplotlib")
-    call_main(monkeypatch, memory_birth, *command(tmp_path, "--plot", "--steps", "10", "--freeze", "--freeze", "wo2:5")[2:])
-    assert (tmp_path / "out" / "memory_birth" / "curves.png").stat().st_size > 10_000
+    flags = ["--plot", "--steps", 10, "--freeze", "none", "wo2:5", "--seed", 0, 1, "--out-dir", tmp_path]
+    call_main(memory_birth, *TINY, *flags)
+    call_main(memory_birth, *TINY, "--plot", "--steps", 10, "--model", "full", "--n-layer", 1, 2, "--out-dir", tmp_path)
+    figures = sorted(path.name for path in (tmp_path / "memory_birth").glob("*.png"))
+    assert len(figures) == 4 and all(name.startswith(("attention,quick", "curves,quick")) for name in figures)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -519,31 +632,29 @@ def test_cuda_graph_and_bfloat16(tmp_path):
 # ---- The phenomenon ---------------------------------------------------------------------------------------------------
 
 
+def quick(tmp_path, *flags):
+    result, = call_main(memory_birth, "--device", "cpu", "--out-dir", tmp_path, *flags)
+    return result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [10, 11])
 def test_the_memories_are_born_in_the_order_that_the_docstring_states(tmp_path, seed):
-    args = memory_birth.parse_args(["--device", "cpu", "--out-dir", str(tmp_path), "--seed", str(seed)])
-    run, = common.sweep(args, memory_birth.PRESETS, memory_birth.SWEEP)
-    common.seed_everything(seed)
-    results = memory_birth.train(run.args, run)
-    assert results["accuracy"] >= 0.99 and results["wo2"] == results["wk2"] == 1
-    first = results["first"]
+    result = quick(tmp_path, "--seed", seed)
+    first = result["first"]
     assert first["wo2"] < first["wk2"] < first["accuracy"] and first["wk2"] < first["wk1_64"]
+    assert result["accuracy"] >= 0.99 and result["wo2"] == result["wk2"] == 1
 
 
 @pytest.mark.slow
 def test_self_loops_teach_wk2_first(tmp_path):
-    args = memory_birth.parse_args(["--device", "cpu", "--out-dir", str(tmp_path), "--self-loops", "--seq-len", "64", "--steps", "100"])
-    run, = common.sweep(args, memory_birth.PRESETS, memory_birth.SWEEP)
-    common.seed_everything(0)
-    first = memory_birth.train(run.args, run)["first"]
+    first = quick(tmp_path, "--self-loops", "--seq-len", 64, "--steps", 100, "--seed", 1)["first"]
     assert first["wk2"] < first["wo2"] < first["accuracy"]
 
 
 @pytest.mark.slow
 def test_three_steps_in_the_theorems_setting():
-    args = memory_birth.parse_args(["--device", "cpu", "--three-steps"])
-    rows = memory_birth.three_steps(args, 0, "orthonormal")
+    rows = memory_birth.three_steps(memory_birth.parse_args(["--device", "cpu", "--three-steps"]), 0, "theorem")
     accuracy = [row["accuracy"] for row in rows]
     assert accuracy == sorted(accuracy) and accuracy[-1] >= 0.55
     assert rows[-1]["wo2"] == rows[-1]["wk2"] == 1 and rows[-1]["wk1"] >= 0.85
@@ -551,20 +662,14 @@ def test_three_steps_in_the_theorems_setting():
 
 @pytest.mark.slow
 def test_nothing_is_learned_in_context_while_wo2_is_frozen(tmp_path):
-    run = one_run(tmp_path, "--seq-len", "64", "--n-embd", "128", "--batch-size", "128", "--steps", "700", "--eval-every", "50",
-                  "--freeze", "wo2:300")
-    common.seed_everything(0)
-    memory_birth.train(run.args, run)
-    assert all(line["accuracy"] < 0.1 for line in run.metrics if line["step"] <= 300)
-    assert run.metrics[-1]["accuracy"] > 0.9
+    result = quick(tmp_path, "--steps", 500, "--freeze", "wo2:300", "--seed", 10)
+    lines = metrics_of(Path(result["folder"]))
+    assert all(line["accuracy"] < 0.1 for line in lines if line["step"] <= 300)
+    assert result["accuracy"] > 0.9
 
 
 @pytest.mark.slow
 def test_two_layers_do_what_one_cannot(tmp_path):
-    accuracy = {}
-    for n_layer in ("1", "2"):
-        run = one_run(tmp_path, "--model", "full", "--n-layer", n_layer, "--loss", "all", "--seq-len", "64", "--n-embd", "64",
-                      "--batch-size", "64", "--steps", "400", "--lr", "3e-3", "--eval-every", "100")
-        common.seed_everything(0)
-        accuracy[n_layer] = memory_birth.train(run.args, run)["accuracy"]
-    assert accuracy["1"] < 0.65 and accuracy["2"] > accuracy["1"] + 0.2
+    flags = ["--model", "full", "--n-layer", "1", "2", "--loss", "all", "--n-embd", "64", "--steps", "400"]
+    one, two = call_main(memory_birth, "--device", "cpu", "--out-dir", tmp_path, *flags)
+    assert one["accuracy"] < 0.65 and two["accuracy"] > one["accuracy"] + 0.2
