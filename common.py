@@ -539,7 +539,7 @@ def attempt(run, train, measure):
             run.write("results.json", {**about, **measure(run.args, run)})
         return True
     except BrokenPipeError:
-        raise                                                # nobody reads what is printed: see command()
+        raise                                                # nobody reads the output: command()
     except BlockingIOError:
         reason = "another process is at work on it; the same command reads it later"
     except RunError as error:
