@@ -505,7 +505,6 @@ def word_ids(path, vocabulary):
     index = {word: i for i, word in enumerate(vocabulary)}
     return np.fromiter((index.get(word, 0) for word in words_of(path)), np.int32)
 
-@functools.lru_cache
 def read_text(vocab_size, path=None):
     """A text as numbers: ids to train on (n,), ids to test on (m,), words, whose i-th is id i's.
 
@@ -777,11 +776,17 @@ def resolve(args):
         if args.train == "token_unembed":
             args.train = "embeddings"                        # the same: there are no positions
 
+@functools.lru_cache(maxsize=8)
+def shared_task(kind, size, device, text, changed):
+    """A task of some size, once: runs share it, and its test set, which can take seconds."""
+    text = dict(text=text) if kind.needs_text else {}
+    return kind(size, device=device, **text)
+
 def make_task(args, device="cpu"):
     """The task of a run."""
     kind = TASKS[args.task]
-    text = dict(text=args.text) if kind.needs_text else {}
-    return kind(getattr(args, kind.size_flag), device=device, **text)
+    changed = Path(args.text).stat().st_mtime_ns if args.text else None
+    return shared_task(kind, getattr(args, kind.size_flag), str(device), args.text, changed)
 
 def build(args):
     """The task and the model of a run."""

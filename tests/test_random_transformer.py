@@ -2,6 +2,7 @@
 import hashlib
 import importlib.util
 import math
+import os
 import random
 import re
 import subprocess
@@ -53,6 +54,9 @@ def short_lm(monkeypatch):
     """Windows of 64 words in place of 512, which take seconds."""
     monkeypatch.setattr(TASKS["lm"], "block_size", 64)
     monkeypatch.setattr(TASKS["lm"], "n_answers", 64)
+    random_transformer.shared_task.cache_clear()
+    yield
+    random_transformer.shared_task.cache_clear()
 
 
 # ---- The tasks --------------------------------------------------------------------------------------------------------
@@ -342,7 +346,6 @@ def test_lm_reads_words_and_keeps_the_end_for_the_test(tmp_path):
     assert int((task.train_ids == 0).sum() + (task.test_ids == 0).sum()) == 1    # "once" is the sixth word
     assert TASKS["lm"](50, text=str(path)).vocab_size == 7                       # no more ids than words, and the unknown
     path.write_text("too few words")
-    random_transformer.read_text.cache_clear()
     with pytest.raises(ValueError, match="too few"):
         TASKS["lm"](6, text=str(path))
 
@@ -352,13 +355,11 @@ def test_of_tinystories_the_validation_split_is_the_test(tmp_path, monkeypatch):
     for split, text in texts.items():
         (tmp_path / split).write_text(text)
     monkeypatch.setattr(random_transformer, "tinystories", lambda split: tmp_path / split)
-    random_transformer.read_text.cache_clear()
     task = TASKS["lm"](10)
     assert set(task.words) == {"<unknown>", "one", "two", "three", "."}          # the training text alone
     assert len(task.train_ids) == len(task.test_ids) == 1_200
     of = lambda ids: [task.words[i] for i in ids[:4].tolist()]
     assert of(task.train_ids) == ["one", "two", "three", "."] and of(task.test_ids) == ["two", "<unknown>", "one", "."]
-    random_transformer.read_text.cache_clear()
 
 
 # ---- The models and what is trained -----------------------------------------------------------------------------------
@@ -661,7 +662,7 @@ def test_tinystories_is_downloaded_resumed_and_checked(tmp_path, monkeypatch):
 # ---- The command ------------------------------------------------------------------------------------------------------
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    out = cut_and_continued(SCRIPT, tmp_path, [*PARENS, "--dropout", "0.1"], "step 10:", "step 20:")
+    out = cut_and_continued(SCRIPT, tmp_path, [*TINY, "--task", "needle", "--dropout", "0.1"], "step 10:", "step 20:")
     assert "embeddings 16" in out and "Tables 4, 5" in out
 
 
@@ -798,7 +799,6 @@ def test_without_a_network_lm_names_text(tmp_path, capsys, monkeypatch):
         raise OSError("no route to host")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    random_transformer.read_text.cache_clear()
     with pytest.raises(SystemExit) as stop:
         call_main(random_transformer, "--device", "cpu", "--task", "lm", "--out-dir", tmp_path / "out")
     line, = capsys.readouterr().err.splitlines()
@@ -824,12 +824,10 @@ def test_every_command_of_the_docstring_is_parsed_and_no_two_trainings_share_a_f
     monkeypatch.setattr(common, "complete", complete)
     monkeypatch.setattr(random_transformer, "tinystories", lambda split: tmp_path / "text.txt")
     (tmp_path / "text.txt").write_text("one two three. " * 4_000)
-    random_transformer.read_text.cache_clear()
     commands = list(docstring_commands())
     assert len(commands) == 12 and [*"full embeddings token_unembed embed unembed".split()] == commands[3][-5:]
     for flags in commands:
         call_main(random_transformer, *flags, *([] if "--params" in flags else ["--out-dir", tmp_path]))
-    random_transformer.read_text.cache_clear()
     assert len(trained) > 50 and max(len(folder.name) for folder in trained) <= 200
 
 
@@ -843,6 +841,20 @@ def test_settings_without_effect_make_no_second_run(tmp_path):
     # the task's own values, given as flags, are the same run
     assert names("--task", "needle") == names("--task", "needle", "--size", "4", "--lr", "1e-3", "--n-head", "4")
     assert names("--task", "needle") != names("--task", "needle", "--lr", "5e-3")
+
+
+def test_runs_share_a_task_until_its_text_changes(tmp_path, short_lm):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three. " * 3_000)
+    run = one_run(tmp_path, "--task", "lm", "--size", 6, "--text", text)
+    first = random_transformer.make_task(run.args)
+    assert random_transformer.make_task(run.args) is first and "two" in first.words
+    text.write_text("four five six. " * 3_000)
+    os.utime(text, ns=(1, 1))
+    assert "five" in random_transformer.make_task(run.args).words
+    parens = random_transformer.make_task(one_run(tmp_path).args)
+    again = one_run(tmp_path, "--train", "full").args
+    assert random_transformer.make_task(again) is parens and random_transformer.build(again)[0] is parens
 
 
 def test_a_trained_model_is_loaded_and_shows_its_attention(tmp_path):
