@@ -15,7 +15,7 @@ output may be the trigger itself, the sequence is stuck in it, which teaches W_K
 there is anything to output. The quick preset leaves them out, --preset paper has them.
 
     python memory_birth.py                          the birth of an induction head, in a minute
-    python memory_birth.py --preset medium --plot   Fig. 3, all five panels, at T = 256
+    python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
     python memory_birth.py --preset paper           the paper's own setting, one run
 
     Fig. 3 at the paper's size, some matrices frozen until step 300:
@@ -582,7 +582,7 @@ COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="acc
                wk2="wk2", wk1_64="wk1<64", wk1="wk1", wf="KL wf", attn_prev="attn prev",
                attn_match="attn match")
 WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
-             outputs="{} outputs", freeze="frozen {}")
+             outputs="{} outputs", freeze="frozen: {}")
 SWEEP = [*WORDS, "seed"]
 PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
 
@@ -657,7 +657,8 @@ def plot_curves(runs):
         steps = [line["step"] for line in group[0]]
         for names, axis in zip(panels, row):
             for i, name in enumerate(names):
-                if name not in group[0][0]:                  # the full model has no memories
+                same = name == "wk1_64" and args.seq_len <= 64               # as wk1
+                if same or name not in group[0][0]:          # the full model has no memories
                     continue
                 seeds = []
                 for course in group:
@@ -671,6 +672,7 @@ def plot_curves(runs):
             axis.legend(fontsize=8)
         row[0].set_ylabel("loss (nats)")
         row[1].set(ylabel="share", ylim=(-0.02, 1.02))
+        row[1].axhline(0.5, color="black", linewidth=0.6)    # what print_summary dates
     common.save_figure(figure, runs, "curves")
 
 @torch.no_grad()
@@ -683,7 +685,8 @@ def plot_attention(runs, length=32):
         tokens, occurrence = task.sample(1, data)
         z = tokens[:, :-1][:, :length]                                           # (1, T)
         _, attns = model(z, return_attn=True)
-        names = [repr(task.chars[char])[1:-1] for char in z[0]]
+        chars = [task.chars[char] for char in z[0]]
+        names = [char.replace("\n", "\\n").replace(" ", "\u2423") for char in chars]
         for layer, (attn, axis) in enumerate(zip(attns, row)):
             weights = attn[0].mean(0)                        # over heads (T, T)
             axis.imshow(weights.cpu(), cmap="Greys", vmin=0, vmax=1)
