@@ -350,7 +350,7 @@ MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
 # What a preset leaves to the model. The full model's learning rate is our choice.
 SIMPLE = dict(lr=0.2, weight_decay=1e-4, n_layer=None, n_head=None)
 FULL = dict(lr=3e-3, weight_decay=1e-2, use_wf=None, freeze=None, self_loops=True)
-QUICK = dict(SIMPLE, seq_len=24, batch_size=128, steps=600, eval_every=5, self_loops=False)
+QUICK = dict(SIMPLE, seq_len=32, batch_size=128, steps=600, eval_every=5, self_loops=False)
 MODELS = {
     "simple": {
         "quick": QUICK,
