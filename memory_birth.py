@@ -348,15 +348,31 @@ def three_steps(args, seed, case):
 MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
 
 # What a preset leaves to the model. The full model's learning rate is our choice.
-SIMPLE = dict(lr=0.2, weight_decay=1e-4, n_layer=None, n_head=None)
-FULL = dict(lr=3e-3, weight_decay=1e-2, use_wf=None, freeze=None, self_loops=True)
-QUICK = dict(SIMPLE, seq_len=32, batch_size=128, steps=600, eval_every=5, self_loops=False)
+SIMPLE = dict(
+    lr=0.2, weight_decay=1e-4,
+    n_layer=None, n_head=None,
+)
+FULL = dict(
+    lr=3e-3, weight_decay=1e-2,
+    use_wf=None, freeze=None, self_loops=True,
+)
 MODELS = {
     "simple": {
-        "quick": QUICK,
-        "medium": dict(QUICK, seq_len=256, steps=1_000, eval_every=20),
-        "paper": dict(SIMPLE, seq_len=256, batch_size=512, steps=10_000, eval_every=50,
-                      self_loops=True),
+        "quick": dict(
+            SIMPLE, self_loops=False,
+            seq_len=32, batch_size=128, steps=1_000,
+            lr=0.1, eval_every=5,                            # slower: the order is seen more clearly
+        ),
+        "medium": dict(
+            SIMPLE, self_loops=False,
+            seq_len=256, batch_size=128, steps=1_000,
+            eval_every=20,
+        ),
+        "paper": dict(
+            SIMPLE, self_loops=True,
+            seq_len=256, batch_size=512, steps=10_000,
+            eval_every=50,
+        ),
     },
     "full": {
         "quick": dict(FULL, seq_len=64, batch_size=64, steps=1_000, eval_every=20),
@@ -703,22 +719,38 @@ def plot_attention(runs, length=32):
 
 # ---- The command --------------------------------------------------------------------------------
 
-BOTH = dict(
-    n_layer=[2], n_head=4, n_embd=128, n_triggers=5, outputs=["uniform"], text=None,
-    vocab_size=None, self_loops=None, seq_len=None, batch_size=None, steps=None, lr=None,
-    weight_decay=None, eval_every=None, three_steps=False, step_logits=None,
+OPEN = dict(                                                 # the model's own, see MODELS
+    seq_len=None, batch_size=None, steps=None,
+    lr=None, weight_decay=None, eval_every=None,
+    self_loops=None,
 )
-FIG_3 = dict(BOTH, model=["simple"], loss=["in-context"], triggers=["fixed"], use_wf=False)
+BOTH = dict(
+    OPEN, model=["simple"],
+    n_layer=[2], n_head=4, n_embd=128,
+    n_triggers=5, outputs=["uniform"],
+    text=None, vocab_size=None,
+    three_steps=False, step_logits=None,
+)
+FIG_3 = dict(
+    BOTH, loss=["in-context"],
+    triggers=["fixed"], use_wf=False,
+)
 PANELS = ["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]
 PRESETS = {
     "quick": dict(FIG_3, freeze=["none"]),
     "medium": dict(FIG_3, freeze=PANELS),
-    "paper": dict(BOTH, model=["simple"], loss=["all"], triggers=["random"], use_wf=True,
-                  freeze=["none"]),
+    "paper": dict(
+        BOTH, loss=["all"],
+        triggers=["random"], use_wf=True,
+        freeze=["none"],
+    ),
 }
 # --three-steps: the flags that it reads, with values of their own
-THREE_STEPS = dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000,
-                   step_logits=[1.0, 5.0, 20.0], seed=[0])
+THREE_STEPS = dict(
+    n_triggers=2, vocab_size=24, seq_len=32,
+    n_embd=136, batch_size=128_000,
+    step_logits=[1.0, 5.0, 20.0], seed=[0],
+)
 
 def freeze_text(text):
     """argparse type: what parse_freeze reads."""
