@@ -13,18 +13,15 @@ two, three and four layers can solve 1, 3 and 7. The quick preset's short traini
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       longer sequences, five times the steps
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
+    python hop_induction.py --construct                  Theorem 4.2, written down, not trained
+    python hop_induction.py --mpc                        Fig. 1, machines that exchange words
+    python hop_induction.py --arch transformer lstm --n-layer 4   Sec. 5, an LSTM of the same size
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --plot
     Fig. 2 for 8 heads; the finite training sets of App. G:
     python hop_induction.py --preset paper --n-layer 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
-    Theorem 4.2, a transformer of its depth, written down instead of trained:
-    python hop_induction.py --construct
-    Fig. 1, the same computation by machines that exchange words in rounds:
-    python hop_induction.py --mpc
-    Sec. 5, a recurrent network with as many parameters:
-    python hop_induction.py --arch transformer lstm --n-layer 4
 
 To lift: find, HopTask, Construction, Cluster and mpc_hops need torch alone; HopTransformer needs
 common's Block; head_alignment takes any model that returns its attention.
@@ -64,8 +61,7 @@ def find(chars, k, max_hops=None):
     # find^1(i) <= i, so after N hops every position is undefined or stays: beyond, find^k = find^N
     k = torch.as_tensor(k, device=chars.device).view(-1, 1).clamp_max(N)     # (B, 1) or (1, 1)
     positions = torch.arange(N, device=chars.device).expand_as(chars)
-    most = min(max_hops or N, N)
-    for bit in range(most.bit_length()):                     # here f is find^(2^bit)
+    for bit in range((max_hops or N).bit_length()):          # here f is find^(2^bit)
         is_one = (k >> bit & 1).bool()
         positions = torch.where(is_one, follow(f, positions), positions)
         f = follow(f, f)
@@ -167,19 +163,17 @@ ARCHS = {"transformer": HopTransformer, "lstm": HopLSTM}     # --arch; only the 
 class Construction(nn.Module):
     """Explicit weights that solve max_hops hops in floor(log2 max_hops) + 2 layers, without error.
 
-    It has the theorem's depth and not its size: the theorem has one head and a width that does not
-    grow with N. Here the first layer has a second head, as k is read from the input, and N
-    dimensions tell a position from all others, with which a head looks at the strict past alone.
-
-    The residual stream has named features, and every layer writes features of its own, so that
-    nothing is ever erased. Heads are given by two bilinear forms: the score of looking from i to j
-    is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token positions, 0
-    is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of i, and c_l(i)
-    is the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is above
-    `longest`: scores up to 60 seq_len^2 have to be exact in float32.
+    The theorem's depth, not its size: it has one head and a width that does not grow with N. Here
+    layer 1 has a second head, as k is read from the input, and N dimensions tell a position from
+    all others, with which a head looks at the strict past alone. Each layer writes features of its
+    own, so that nothing is ever erased. Heads are given by two bilinear forms: the score of looking
+    from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
+    positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of
+    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is
+    above `longest`: scores up to 60 seq_len^2 have to be exact in float32.
     """
 
-    longest = 500                                            # seq_len
+    longest = 500
     inverse_temperature = 30.0
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
@@ -191,21 +185,21 @@ class Construction(nn.Module):
         C = n_chars + 1                                      # a character, or `undefined`
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
-        # A feature is (size, d), rows of the identity. target.T @ source copies one to another; a
-        # sum of features of size 1 is their vector. Bit l of k is k_l, at the k token, and b_l,
-        # everywhere after layer 1; new_l is c_l at f_l(i).
+        # A feature is (size, d), rows of the identity: target.T @ source copies source to target,
+        # and a vector is a sum of features. Those of layer l + 1: k_l, bit l of k at the k token;
+        # b_l, the same everywhere; new_l, the character c_l at f_l(i); f_(l+1); c_(l+1).
         sizes = [1, 1, 1, 1, N, 1, C] + [1, 1, C, 1, C] * n_bits
-        self.n_embd = sum(sizes)
-        one, pos, pos2, is_k, where, *others = torch.eye(self.n_embd).split(sizes)
-        f, c, k, b, new = [others[i::5] for i in range(5)]   # lists by l
-        # Embeddings: a token knows its character, or k; position j knows j, j^2 and which it is
-        hops = torch.arange(max_hops + 1)[:, None]           # (max_hops + 1, 1)
-        j = torch.arange(float(N))[:, None]                  # (N, 1)
-        wte = torch.zeros(task.vocab_size, self.n_embd)
-        wte[:task.char] = is_k + c[0][-1]                    # the k token's character: `undefined`
-        for l in range(n_bits):
-            wte[:task.char] += (hops >> l & 1) * k[l]
+        d = self.n_embd = sum(sizes)
+        one, pos, pos2, is_k, where, *others = torch.eye(d).split(sizes)
+        f, c, k, b, new = [others[i::5] for i in range(5)]   # f_0 c_0 k_0 b_0 new_0 f_1 c_1 ...
+        # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
+        hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
+        bits = (hops >> torch.arange(n_bits) & 1).float()    # (max_hops + 1, n_bits)
+        wte = torch.zeros(task.vocab_size, d)
+        undefined = c[0][-1]
+        wte[:task.char] = is_k + undefined + bits @ torch.cat(k)
         wte[task.char:task.undefined] = c[0][:-1]
+        j = torch.arange(float(N))[:, None]                  # (N, 1)
         self.wte = nn.Parameter(wte)
         self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
@@ -220,8 +214,8 @@ class Construction(nn.Module):
         read_OV = torch.cat(b).T @ torch.cat(k)
         QK = torch.stack([find_QK, read_QK])                 # (H, d, d)
         OV = torch.stack([find_OV, read_OV])
-        no_MLP = torch.zeros(self.n_embd, self.n_embd)
-        layers = [(QK, OV, no_MLP, no_MLP)]
+        zero = torch.zeros(d, d)
+        layers = [(QK, OV, zero, zero)]                      # no MLP
         # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest,
         # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
         # character where bit b_l of k is one (a hidden unit has the index of a feature):
@@ -235,7 +229,7 @@ class Construction(nn.Module):
             layers.append((QK[None], OV[None], take + keep, W_out))
         self.layers = nn.ModuleList(map(nn.ParameterList, layers))
         # Unembedding: the last character; at the k token, `blank`
-        lm_head = torch.zeros(task.vocab_size, self.n_embd)
+        lm_head = torch.zeros(task.vocab_size, d)
         lm_head[task.char:task.blank] = c[-1]
         lm_head[task.blank] = 2 * is_k
         self.lm_head = nn.Parameter(lm_head)
@@ -270,8 +264,7 @@ class Cluster:
         self.rounds = 0
         self.memory = 0                                      # the most words that one has held
         self.load = 0                                        # the most that one has sent, received
-        # what each holds: name -> {position: word}
-        self.words = [collections.defaultdict(dict) for _ in range(q)]
+        self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
 
     def exchange(self, messages):
         """One round: (sender, receiver, tuple of words) -> for each machine what it received.
@@ -295,13 +288,12 @@ class Cluster:
         return inbox
 
 def mpc_hops(X, k, q, s, n_chars=4):
-    """hop_k of a list of characters X by q machines of s words each: that list, -1 where
-    undefined, and the Cluster. ValueError where a machine could hold the whole input: then one
-    computes everything, in two rounds. RuntimeError where a limit of the machines is broken.
-    Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
-    pointer r, which starts at i and ends at find^k. One round finds f. Then two rounds for each bit
-    of k move r along f where the bit is one, and square f; two more fetch X.
-    """
+    """hop_k of a list of characters X by q machines of s words: that list, -1 where undefined, and
+    the Cluster. RuntimeError where a limit is broken; ValueError where a machine could hold the
+    whole input: then two rounds are enough for anything. Machine i // m holds position i: its
+    character X, the pointer f, at first find^1, and the pointer r, which starts at i and ends at
+    find^k. One round finds f. Then two rounds for each bit of k move r along f where the bit is
+    one, and square f; two more fetch X."""
     if s >= len(X):
         raise ValueError(f"a machine of {s} words could hold the whole input of {len(X)}")
     m = math.ceil(len(X) / q)
@@ -325,27 +317,23 @@ def mpc_hops(X, k, q, s, n_chars=4):
     return hops, cluster
 
 def find_first(cluster, n_chars):
-    """One round that writes find^1 to f.
-
-    Each machine tells all later ones the last position of each character with it, -1 where there is
-    none. For X = abacba on two machines of three positions: machine 0 tells that a was last at 2, b
-    at 1, c nowhere; so machine 1, with cba, has f = -1, 1 + 1, 2 + 1.
-    """
+    """One round that writes find^1 to f: each machine tells all later ones, for each character, the
+    position after the last one that it holds, -1 for none. For X = abacba on two machines: machine
+    0 tells 3 for a, 2 for b, -1 for c; so machine 1, with cba, has f = -1, 2, 3."""
     nowhere = [-1] * n_chars
     messages = []
     for machine, own in enumerate(cluster.words):
-        last = nowhere.copy()
+        after = nowhere.copy()
         for i, char in own["X"].items():
-            last[char] = i
+            after[char] = i + 1
         for later in range(machine + 1, cluster.q):
-            messages.append((machine, later, last))
+            messages.append((machine, later, after))
     for machine, received in enumerate(cluster.exchange(messages)):
-        last = [max(positions) for positions in zip(nowhere, *received)]         # by character
+        after = [max(positions) for positions in zip(nowhere, *received)]        # by character
         own = cluster.words[machine]
         for i, char in own["X"].items():
-            if last[char] >= 0:
-                own["f"][i] = last[char] + 1
-            last[char] = i
+            own["f"][i] = after[char]
+            after[char] = i + 1
 
 def look_up(cluster, m, arrays):
     """Two rounds, question and answer: each pointer p becomes array[p], but for -1, undefined.
@@ -359,8 +347,8 @@ def look_up(cluster, m, arrays):
     answers = []
     for machine, received in enumerate(cluster.exchange(calls)):
         for pointer, p, i in received:
-            array = cluster.words[machine][arrays[pointer]]
-            answers.append((machine, i // m, (pointer, i, array[p])))
+            word = cluster.words[machine][arrays[pointer]][p]
+            answers.append((machine, i // m, (pointer, i, word)))
     for machine, received in enumerate(cluster.exchange(answers)):
         for pointer, i, word in received:
             cluster.words[machine][pointer][i] = word
@@ -368,32 +356,23 @@ def look_up(cluster, m, arrays):
 # ---- Training (Tables 1, 2) ---------------------------------------------------------------------
 
 SMALL = dict(
-    arch=["transformer"],
-    n_layer=[2, 3, 4],
-    n_head=[4],
-    n_embd=64, dropout=0.0,
-    n_chars=4, max_hops=8,
-    n_train=[0], batch_size=64,
-    weight_decay=0.01,
-    n_eval=1_000,
+    arch=["transformer"], n_layer=[2, 3, 4], n_head=[4],
+    n_embd=64, dropout=0.0, n_chars=4, max_hops=8,
+    n_train=[0], batch_size=64, weight_decay=0.01, n_eval=1_000,
 )
 PRESETS = {
     "quick": dict(
-        SMALL, seq_len=32,
-        steps=2_400, warmup=400,
-        lr=3e-3, eval_every=200,
+        SMALL, seq_len=32, steps=2_400,
+        warmup=400, lr=3e-3, eval_every=200,
     ),
     "medium": dict(
-        SMALL, seq_len=48,
-        steps=12_000, warmup=500,
-        lr=2e-3, eval_every=500,
+        SMALL, seq_len=48, steps=12_000,
+        warmup=500, lr=2e-3, eval_every=500,
     ),
     "paper": dict(
-        SMALL, seq_len=100, max_hops=16,
-        n_layer=[2, 3, 4, 5, 6],
-        n_embd=128, dropout=0.1,
-        steps=100_000, warmup=1_000, batch_size=32,
-        lr=1e-4, eval_every=2_000,
+        SMALL, seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6],
+        n_embd=128, dropout=0.1, batch_size=32, steps=100_000,
+        warmup=1_000, lr=1e-4, eval_every=2_000,
     ),
 }
 SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
@@ -432,7 +411,7 @@ def train(args, run):
     )
     data = torch.Generator(args.device).manual_seed(args.seed)
     if args.n_train:                                         # fixed sequences, in a fixed order
-        fixed_tokens, fixed_targets = task.sample(args.n_train, data)
+        fixed = torch.stack(task.sample(args.n_train, data)) # (2, n_train, N)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
     cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
@@ -440,8 +419,7 @@ def train(args, run):
     def training_step():
         if args.n_train:
             rows = cursor % args.n_train
-            tokens = fixed_tokens[rows]                      # (B, N)
-            targets = fixed_targets[rows]
+            tokens, targets = fixed[:, rows]                 # (B, N)
             cursor.add_(args.batch_size)
         else:
             tokens, targets = task.sample(args.batch_size, data)                 # (B, N)
@@ -472,11 +450,9 @@ def train(args, run):
 
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
-    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each.
-
-    The share of wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or
-    everywhere; nan where there is none. With return_se also standard errors over sequences.
-    """
+    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the share of
+    wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or everywhere;
+    nan where there is none. With return_se also standard errors over sequences."""
     wrong = []
     scored = []
     for k in range(task.max_hops + 1):
@@ -505,8 +481,9 @@ def head_alignment(model, task, n=10):
     tokens, _ = task.sample(n, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)               # (n, H, N, N) by layer
     hops = [find(tokens[:, 1:], j) for j in range(1, task.max_hops + 1)]
-    # among tokens: 0, the k token, stands for undefined, and is where no hop leads
-    positions = F.pad(torch.stack(hops, dim=1) + 1, (1, 0))  # (n, J, N)
+    # among tokens, where 0, the k token, stands for undefined: no hop leads there
+    positions = torch.stack(hops, dim=1) + 1                 # (n, J, N - 1)
+    positions = F.pad(positions, (1, 0))                     # (n, J, N)
     matrices = F.one_hot(positions, tokens.shape[1]).float() # (n, J, N, N)
     matrices[..., 0] = 0
     targets = F.normalize(matrices.flatten(2), dim=2)        # (n, J, N N)
@@ -542,8 +519,7 @@ def measure(args, run):
 # ---- Tables and figures -------------------------------------------------------------------------
 
 # What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
-PAPER = ["dropout", "seq_len", "n_chars", "max_hops"]
-PAPER += ["batch_size", "steps", "warmup", "lr", "weight_decay"]
+PAPER = "dropout seq_len n_chars max_hops batch_size steps warmup lr weight_decay".split()
 # The authors' checkpoints at 100,000 steps, errors by k: on, as released, with the dropout of
 # training; off, without it, which is what ours compares with (measured by us, 600 sequences a k).
 # Six layers of d = 128 trained on a schedule of 200,000 steps: their rate was at half its peak.
@@ -639,8 +615,7 @@ count against it; the construction's first layer looks for characters and for k,
                 row.append(f"find^{head.index(most) + 1} {most:.2f}")
             rows.append(row)
     n_columns = max(map(len, rows))
-    for row in rows:
-        row += [""] * (n_columns - len(row))
+    rows = [row + [""] * (n_columns - len(row)) for row in rows]
     heads = [f"head {i + 1}" for i in range(n_columns - 2)]
     common.print_table(["model", "layer", *heads], rows, keys=2)
 
@@ -727,7 +702,8 @@ The theorem's depth; its one head, and a width that does not grow with N, are no
 def show_mpc(args):
     """--mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find."""
     task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
-    tokens, _ = task.sample(1, torch.Generator().manual_seed(args.seed[0]))
+    data = torch.Generator().manual_seed(args.seed[0])
+    tokens, _ = task.sample(1, data)
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
     X = chars[0].tolist()
     print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
@@ -762,7 +738,7 @@ def parse_args(argv=None):
         help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
     add("--n-chars", type=common.number(int, 2, 1000), help="characters of the alphabet")
     add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    add("--n-train", nargs="+", type=common.number(int, 0, 10**7), help="0: fresh sequences")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000), help="0: fresh sequences")
     add("--batch-size", type=count, help="sequences a step")
     add("--steps", type=count, help="training steps")
     add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")
