@@ -706,20 +706,21 @@ def show_mpc(args):
     tokens, _ = task.sample(1, data)
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
     X = chars[0].tolist()
-    print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
-    print("rounds, most words held by one, most sent or received by one, a transformer's depth")
     results = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
         try:
             hops, cluster = mpc_hops(X, k, args.machines, args.words, args.n_chars)
-        except RuntimeError as error:
-            common.fail(f"the protocol breaks the limits in {error}; give more --words", 2)
+        except (RuntimeError, ValueError) as error:
+            common.fail(f"--words {args.words}: {error}", 2)
         expected = follow(chars, find(chars, k))[0].tolist()
         results.append(dict(
-            k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load,
+            k=k, rounds=cluster.rounds,
+            memory=cluster.memory, load=cluster.load,
             depth=bit + 2, right=hops == expected,
         ))
+    print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
+    print("rounds, most words held by one, most sent or received by one, a transformer's depth")
     rows = [list(map(str, result.values())) for result in results]
     common.print_table(list(results[0]), rows)
     return results
@@ -758,8 +759,6 @@ def parse_args(argv=None):
                 parser.error(f"--{mode} takes one --seed")
             for key in set(own) - set(args.given):
                 setattr(args, key, own[key])
-    if args.mpc and args.words >= args.seq_len:
-        parser.error(f"--words {args.words}: a machine could hold all {args.seq_len} characters")
     for n_head in args.n_head:
         if args.n_embd % n_head:
             parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
