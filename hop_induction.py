@@ -13,22 +13,20 @@ two, three and four layers can solve 1, 3 and 7. The quick preset's short traini
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       longer sequences, five times the steps
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
+    python hop_induction.py --construct                  Theorem 4.2, written down, not trained
+    python hop_induction.py --mpc                        Fig. 1, machines that exchange words
+    python hop_induction.py --arch transformer lstm --n-layer 4   Sec. 5, an LSTM of the same size
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --plot
     Fig. 2 for 8 heads; the finite training sets of App. G:
     python hop_induction.py --preset paper --n-layer 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
-    Theorem 4.2, a transformer of its depth, written down instead of trained:
-    python hop_induction.py --construct
-    Fig. 1, the same computation by machines that exchange words in rounds:
-    python hop_induction.py --mpc
-    Sec. 5, a recurrent network with as many parameters:
-    python hop_induction.py --arch transformer lstm --n-layer 4
 
 To lift: find, HopTask, Construction, Cluster and mpc_hops need torch alone; HopTransformer needs
 common's Block; head_alignment takes any model that returns its attention.
 """
+import collections
 import math
 
 import numpy as np
@@ -40,9 +38,10 @@ import common
 
 # ---- The task (Sec. 4, App. G.1) ----------------------------------------------------------------
 
-def follow(f, positions):
-    """f[positions], row by row, for (B, N) each, where -1 stands for undefined and stays so."""
-    return torch.where(positions < 0, -1, f.gather(1, positions.clamp_min(0)))
+def follow(f, positions, undefined=-1):
+    """f[positions], row by row, for (B, N) each; `undefined` where a position is -1."""
+    found = f.gather(1, positions.clamp_min(0))
+    return torch.where(positions < 0, undefined, found)
 
 def find(chars, k, max_hops=None):
     """Positions find^k of every position, (B, N), -1 where undefined.
@@ -52,20 +51,19 @@ def find(chars, k, max_hops=None):
     find^(k-1), find^0(i) = i (Sec. 4). Found by doubling, as the transformer does: f, f f, ...
     A bound max_hops on k saves doublings.
     """
-    B, N = chars.shape
-    here = torch.arange(N, device=chars.device).expand(B, N)
+    N = chars.shape[1]
     # find^1: a stable sort puts equal characters side by side, in the order of their positions:
     # for a b a a, the positions 0 2 3 | 1. Each learns of the one before it: f[2] = 1, f[3] = 3.
     ordered, order = chars.sort(dim=1, stable=True)
     same = ordered[:, 1:] == ordered[:, :-1]
     before = torch.where(same, order[:, :-1] + 1, -1)
-    f = torch.full_like(here, -1).scatter(1, order[:, 1:], before)
+    f = torch.full_like(order, -1).scatter(1, order[:, 1:], before)
     # find^1(i) <= i, so after N hops every position is undefined or stays: beyond, find^k = find^N
     k = torch.as_tensor(k, device=chars.device).view(-1, 1).clamp_max(N)     # (B, 1) or (1, 1)
-    most = N if max_hops is None else min(max_hops, N)
-    positions = here
-    for bit in range(most.bit_length()):                     # here f is find^(2^bit)
-        positions = torch.where((k >> bit & 1).bool(), follow(f, positions), positions)
+    positions = torch.arange(N, device=chars.device).expand_as(chars)
+    for bit in range((max_hops or N).bit_length()):          # here f is find^(2^bit)
+        is_one = (k >> bit & 1).bool()
+        positions = torch.where(is_one, follow(f, positions), positions)
         f = follow(f, f)
     return positions
 
@@ -88,7 +86,7 @@ class HopTask:
         self.char = max_hops + 1                             # id of the first character
         self.undefined = self.char + n_chars
         self.blank = self.undefined + 1
-        self.vocab_size = math.ceil((self.blank + 1) / 10) * 10
+        self.vocab_size = self.blank + 10 - self.blank % 10  # the next multiple of 10
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
@@ -104,9 +102,7 @@ class HopTask:
         steps = torch.randint(1, self.n_chars, (batch, self.seq_len - 2), **on)
         steps[:, 0] = torch.randint(self.n_chars, (batch,), **on)
         chars = self.char + steps.cumsum(1) % self.n_chars   # (B, seq_len-2)
-        positions = find(chars, hops, self.max_hops)
-        found = chars.gather(1, positions.clamp_min(0))
-        targets = torch.where(positions < 0, self.undefined, found)
+        targets = follow(chars, find(chars, hops, self.max_hops), self.undefined)
         tokens = torch.cat([hops[:, None], chars], dim=1)
         return tokens, F.pad(targets, (1, 0), value=self.blank)
 
@@ -147,8 +143,9 @@ class HopLSTM(nn.Module):
         like = HopTransformer(n_layer, n_head, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
         # two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
-        own = {d: 16 * d**2 + 16 * d + 2 * vocab_size * d for d in range(8, 2048, 8)}
-        width = min(own, key=lambda d: abs(own[d] - n_params))
+        d = torch.arange(8, 2048, 8)
+        own = 2 * d * (8 * d + 8 + vocab_size)
+        width = d[(own - n_params).abs().argmin()].item()
         self.wte = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
@@ -166,19 +163,18 @@ ARCHS = {"transformer": HopTransformer, "lstm": HopLSTM}     # --arch; only the 
 class Construction(nn.Module):
     """Explicit weights that solve max_hops hops in floor(log2 max_hops) + 2 layers, without error.
 
-    It has the theorem's depth and not its size: the theorem has one head and a width that does not
-    grow with N. Here the first layer has a second head, as k is read from the input, and N
-    dimensions tell a position from all others, with which a head looks at the strict past alone.
-
-    The residual stream has named features, and every layer writes features of its own, so that
-    nothing is ever erased. Heads are given by two bilinear forms: the score of looking from i to j
-    is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token positions, 0
-    is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of i, and c_l(i)
-    is the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is above
-    `longest`: scores up to 60 seq_len^2 have to be exact in float32.
+    The theorem's depth, not its size: it has one head and a width that does not grow with N. Here
+    layer 1 has a second head, as k is read from the input, and N dimensions tell a position from
+    all others, with which a head looks at the strict past alone. Each layer writes features of its
+    own, so that nothing is ever erased. Heads are given by two bilinear forms: the score of looking
+    from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
+    positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of
+    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is
+    above `longest`: scores up to 60 seq_len^2 have to be exact in float32.
     """
 
-    longest = 500                                            # seq_len
+    longest = 500
+    inverse_temperature = 30.0
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
         super().__init__()
@@ -186,77 +182,58 @@ class Construction(nn.Module):
             raise ValueError(f"seq_len {seq_len} is above {self.longest}: float32 is not exact")
         task = HopTask(seq_len, n_chars, max_hops)
         N = task.block_size
+        C = n_chars + 1                                      # a character, or `undefined`
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
-        self.inverse_temperature = 30.0
-        # The features of the residual stream, and how many dimensions each has; b_l is bit l of k,
-        # which the k token has as k_l, and everybody after layer 1
-        C = n_chars + 1                                      # a character, or `undefined`
-        sizes = dict(one=1, pos=1, pos2=1, is_k=1, where=N, f0=1, c0=C)
-        for l in range(n_bits):
-            sizes.update({f"k{l}": 1, f"b{l}": 1, f"c{l} at f{l}": C})
-            sizes.update({f"f{l + 1}": 1, f"c{l + 1}": C})
-        d = 0
-        x = {}                                               # the dimensions of each
-        for name, size in sizes.items():
-            x[name] = list(range(d, d + size))
-            d += size
-        self.n_embd = d
-
-        def weights(n_rows, *entries):
-            """(n_rows, d), zero but for entries (target, source, value): value times identity."""
-            matrix = torch.zeros(n_rows, d)
-            for target, source, value in entries:
-                matrix[x[target], x[source]] = value         # one dimension is broadcast to many
-            return nn.Parameter(matrix, requires_grad=False)
-
-        def stack(*heads):
-            return nn.Parameter(torch.stack(heads), requires_grad=False)         # (H, d, d)
-        # Embeddings: a token knows its character, or the bits of k; a position j knows j, j^2, and
-        # which one it is
-        self.wte = weights(task.vocab_size)
-        for char in range(n_chars):
-            self.wte[task.char + char, x["c0"][char]] = 1
-        for k in range(max_hops + 1):
-            self.wte[k, x["is_k"] + x["c0"][n_chars:]] = 1   # the k token's character: `undefined`
-            for l in range(n_bits):
-                self.wte[k, x[f"k{l}"]] = k >> l & 1
-        self.wpe = weights(N)
-        for j in range(N):
-            self.wpe[j, x["one"] + x["where"][j:j + 1]] = 1
-            self.wpe[j, x["pos"]] = j
-            self.wpe[j, x["pos2"]] = j * j
+        # A feature is (size, d), rows of the identity: target.T @ source copies source to target,
+        # and a vector is a sum of features. Those of layer l + 1: k_l, bit l of k at the k token;
+        # b_l, the same everywhere; new_l, the character c_l at f_l(i); f_(l+1); c_(l+1).
+        sizes = [1, 1, 1, 1, N, 1, C] + [1, 1, C, 1, C] * n_bits
+        d = self.n_embd = sum(sizes)
+        one, pos, pos2, is_k, where, *others = torch.eye(d).split(sizes)
+        f, c, k, b, new = [others[i::5] for i in range(5)]   # f_0 c_0 k_0 b_0 new_0 f_1 c_1 ...
+        # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
+        hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
+        bits = (hops >> torch.arange(n_bits) & 1).float()    # (max_hops + 1, n_bits)
+        wte = torch.zeros(task.vocab_size, d)
+        undefined = c[0][-1]
+        wte[:task.char] = is_k + undefined + bits @ torch.cat(k)
+        wte[task.char:task.undefined] = c[0][:-1]
+        j = torch.arange(float(N))[:, None]                  # (N, 1)
+        self.wte = nn.Parameter(wte)
+        self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), oneself less than anything, and the k token ranks between matches and
         # the rest. Brings back j + 1, or 0.
         same = 4.0 * N
-        latest = ("c0", "c0", same), ("one", "pos", 1)
-        others = ("where", "where", -2 * same), ("one", "is_k", same / 2)
-        find_QK = weights(d, *latest, *others)
-        find_OV = weights(d, ("f0", "pos", 1), ("f0", "one", 1), ("f0", "is_k", -1))
+        find_QK = same * (c[0].T @ c[0]) + one.T @ pos
+        find_QK += same / 2 * (one.T @ is_k) - 2 * same * (where.T @ where)
+        find_OV = f[0].T @ (pos + one - is_k)
         # Layer 1, head 2: everybody learns the bits of k from the k token
-        read_QK = weights(d, ("one", "is_k", 1))
-        read_OV = weights(d, *[(f"b{l}", f"k{l}", 1) for l in range(n_bits)])
-        layers = [(stack(find_QK, read_QK), stack(find_OV, read_OV), weights(d), weights(d))]
+        read_QK = one.T @ is_k
+        read_OV = torch.cat(b).T @ torch.cat(k)
+        QK = torch.stack([find_QK, read_QK])                 # (H, d, d)
+        OV = torch.stack([find_OV, read_OV])
+        zero = torch.zeros(d, d)
+        layers = [(QK, OV, zero, zero)]                      # no MLP
         # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest,
         # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
-        # character where bit b_l of k is one (a hidden unit is named as the feature of its index):
+        # character where bit b_l of k is one (a hidden unit has the index of a feature):
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
         for l in range(n_bits):
-            new = f"c{l} at f{l}"
-            QK = weights(d, (f"f{l}", "pos", 2), ("one", "pos2", -1))
-            OV = weights(d, (f"f{l + 1}", f"f{l}", 1), (new, f"c{l}", 1))
-            take = (new, new, 1), (new, f"b{l}", 1), (new, "one", -1)
-            keep = (f"c{l}", f"c{l}", 1), (f"c{l}", f"b{l}", -1)
-            W_in = weights(d, *take, *keep)
-            W_out = weights(d, (f"c{l + 1}", new, 1), (f"c{l + 1}", f"c{l}", 1))
-            layers.append((stack(QK), stack(OV), W_in, W_out))
-        self.layers = nn.ModuleList(nn.ParameterList(layer) for layer in layers)
+            QK = 2 * f[l].T @ pos - one.T @ pos2
+            OV = f[l + 1].T @ f[l] + new[l].T @ c[l]
+            take = new[l].T @ (new[l] + b[l] - one)
+            keep = c[l].T @ (c[l] - b[l])
+            W_out = c[l + 1].T @ (new[l] + c[l])
+            layers.append((QK[None], OV[None], take + keep, W_out))
+        self.layers = nn.ModuleList(map(nn.ParameterList, layers))
         # Unembedding: the last character; at the k token, `blank`
-        self.lm_head = weights(task.vocab_size)
-        for char in range(C):
-            self.lm_head[task.char + char, x[f"c{n_bits}"][char]] = 1
-        self.lm_head[task.blank, x["is_k"]] = 2
+        lm_head = torch.zeros(task.vocab_size, d)
+        lm_head[task.char:task.blank] = c[-1]
+        lm_head[task.blank] = 2 * is_k
+        self.lm_head = nn.Parameter(lm_head)
+        self.requires_grad_(False)
 
     def forward(self, tokens, return_attn=False):
         """tokens (B, N) -> logits (B, N, V), with return_attn also a list by layer (B, H, N, N)."""
@@ -287,24 +264,23 @@ class Cluster:
         self.rounds = 0
         self.memory = 0                                      # the most words that one has held
         self.load = 0                                        # the most that one has sent, received
-        self.words = [{} for _ in range(q)]      # what each holds: name -> {position: word}
+        self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
 
     def exchange(self, messages):
         """One round: (sender, receiver, tuple of words) -> for each machine what it received.
         RuntimeError where one sends, receives or holds more than s words."""
         sent = [0] * self.q
-        received = [0] * self.q
         inbox = [[] for _ in range(self.q)]
         for sender, receiver, words in messages:
             sent[sender] += len(words)
-            received[receiver] += len(words)
             inbox[receiver].append(words)
         self.rounds += 1
         for machine, own in enumerate(self.words):
-            held = sum(map(len, own.values())) + received[machine]
+            received = sum(map(len, inbox[machine]))
+            held = received + sum(map(len, own.values()))
             self.memory = max(self.memory, held)
-            self.load = max(self.load, sent[machine], received[machine])
-            counts = {"sends": sent[machine], "receives": received[machine], "holds": held}
+            self.load = max(self.load, sent[machine], received)
+            counts = {"sends": sent[machine], "receives": received, "holds": held}
             for what, n in counts.items():
                 if n > self.s:
                     where = f"round {self.rounds}: machine {machine}"
@@ -312,50 +288,52 @@ class Cluster:
         return inbox
 
 def mpc_hops(X, k, q, s, n_chars=4):
-    """hop_k of a list of characters X by q machines of s words each: that list, -1 where
-    undefined, and the Cluster. ValueError where a machine could hold the whole input: then one
-    computes everything, in two rounds. RuntimeError where a limit of the machines is broken.
-    Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
-    pointer r, which starts at i and ends at find^k. One round finds f. Then two rounds for each bit
-    of k move r along f where the bit is one, and square f; two more fetch X.
-    """
+    """hop_k of a list of characters X by q machines of s words: that list, -1 where undefined, and
+    the Cluster. RuntimeError where a limit is broken; ValueError where a machine could hold the
+    whole input: then two rounds are enough for anything. Machine i // m holds position i: its
+    character X, the pointer f, at first find^1, and the pointer r, which starts at i and ends at
+    find^k. One round finds f. Then two rounds for each bit of k move r along f where the bit is
+    one, and square f; two more fetch X."""
     if s >= len(X):
         raise ValueError(f"a machine of {s} words could hold the whole input of {len(X)}")
     m = math.ceil(len(X) / q)
     cluster = Cluster(q, s)
-    for machine, own in enumerate(cluster.words):
-        mine = range(len(X))[machine * m:(machine + 1) * m]
-        own["X"] = {i: X[i] for i in mine}
-        own["f"] = {i: -1 for i in mine}
-        own["r"] = {i: i for i in mine}
+    for i, char in enumerate(X):
+        own = cluster.words[i // m]
+        own["X"][i] = char
+        own["f"][i] = -1
+        own["r"][i] = i
     find_first(cluster, n_chars)
     while k:
-        look_up(cluster, m, {"r": "f", "f": "f"} if k & 1 else {"f": "f"})
+        arrays = {"f": "f"}
+        if k & 1:
+            arrays["r"] = "f"
+        look_up(cluster, m, arrays)
         k >>= 1
     look_up(cluster, m, {"r": "X"})
-    return [hop for own in cluster.words for hop in own["r"].values()], cluster
+    hops = []
+    for own in cluster.words:
+        hops += own["r"].values()
+    return hops, cluster
 
 def find_first(cluster, n_chars):
-    """One round that writes find^1 to f.
-
-    Each machine tells all later ones the last position of each character with it, -1 where there is
-    none. For X = abacba on two machines of three positions: machine 0 tells that a was last at 2, b
-    at 1, c nowhere; so machine 1, with cba, has f = -1, 1 + 1, 2 + 1.
-    """
+    """One round that writes find^1 to f: each machine tells all later ones, for each character, the
+    position after the last one that it holds, -1 for none. For X = abacba on two machines: machine
+    0 tells 3 for a, 2 for b, -1 for c; so machine 1, with cba, has f = -1, 2, 3."""
     nowhere = [-1] * n_chars
     messages = []
     for machine, own in enumerate(cluster.words):
-        last = list(nowhere)
+        after = nowhere.copy()
         for i, char in own["X"].items():
-            last[char] = i
-        messages += [(machine, later, tuple(last)) for later in range(machine + 1, cluster.q)]
+            after[char] = i + 1
+        for later in range(machine + 1, cluster.q):
+            messages.append((machine, later, after))
     for machine, received in enumerate(cluster.exchange(messages)):
-        last = [max(positions) for positions in zip(nowhere, *received)]         # by character
+        after = [max(positions) for positions in zip(nowhere, *received)]        # by character
         own = cluster.words[machine]
         for i, char in own["X"].items():
-            if last[char] >= 0:
-                own["f"][i] = last[char] + 1
-            last[char] = i
+            own["f"][i] = after[char]
+            after[char] = i + 1
 
 def look_up(cluster, m, arrays):
     """Two rounds, question and answer: each pointer p becomes array[p], but for -1, undefined.
@@ -378,16 +356,23 @@ def look_up(cluster, m, arrays):
 # ---- Training (Tables 1, 2) ---------------------------------------------------------------------
 
 SMALL = dict(
-    arch=["transformer"], n_layer=[2, 3, 4], n_head=[4], n_embd=64, dropout=0.0, n_chars=4,
-    max_hops=8, n_train=[0], batch_size=64, weight_decay=0.01, n_eval=1_000,
-    machines=None, words=None,
+    arch=["transformer"], n_layer=[2, 3, 4], n_head=[4],
+    n_embd=64, dropout=0.0, n_chars=4, max_hops=8,
+    n_train=[0], batch_size=64, weight_decay=0.01, n_eval=1_000,
 )
 PRESETS = {
-    "quick": dict(SMALL, seq_len=32, steps=2_400, warmup=400, lr=3e-3, eval_every=200),
-    "medium": dict(SMALL, seq_len=48, steps=12_000, warmup=500, lr=2e-3, eval_every=500),
+    "quick": dict(
+        SMALL, seq_len=32, steps=2_400,
+        warmup=400, lr=3e-3, eval_every=200,
+    ),
+    "medium": dict(
+        SMALL, seq_len=48, steps=12_000,
+        warmup=500, lr=2e-3, eval_every=500,
+    ),
     "paper": dict(
-        SMALL, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, seq_len=100, max_hops=16,
-        batch_size=32, steps=100_000, warmup=1_000, lr=1e-4, eval_every=2_000,
+        SMALL, seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6],
+        n_embd=128, dropout=0.1, batch_size=32, steps=100_000,
+        warmup=1_000, lr=1e-4, eval_every=2_000,
     ),
 }
 SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
@@ -403,7 +388,8 @@ def build(args):
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
     n_head = args.n_head or 1                                # an LSTM counts parameters with it
     sizes = args.n_layer, n_head, args.n_embd, task.vocab_size, task.block_size
-    return task, ARCHS[args.arch](*sizes, args.dropout).to(args.device)
+    model = ARCHS[args.arch](*sizes, args.dropout)
+    return task, model.to(args.device)
 
 def load(folder, device="cpu"):
     """The task and the trained model of a run's folder, the model in eval mode."""
@@ -419,26 +405,25 @@ def train(args, run):
     """Trains one run, or what is left of it, and leaves its checkpoint."""
     task, model = build(args)
     lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
-    how = dict(lr=lr, weight_decay=args.weight_decay, fused=True, capturable=lr.is_cuda)
-    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, weight_decay=args.weight_decay,
+        fused=True, capturable=lr.is_cuda,
+    )
     data = torch.Generator(args.device).manual_seed(args.seed)
     if args.n_train:                                         # fixed sequences, in a fixed order
-        own = torch.Generator(args.device).manual_seed(args.seed)
-        fixed_tokens, fixed_targets = task.sample(args.n_train, own)
+        fixed = torch.stack(task.sample(args.n_train, data)) # (2, n_train, N)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
     cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
-    bfloat16 = args.dtype == "bfloat16"
 
     def training_step():
         if args.n_train:
             rows = cursor % args.n_train
-            tokens = fixed_tokens[rows]                      # (B, N)
-            targets = fixed_targets[rows]
+            tokens, targets = fixed[:, rows]                 # (B, N)
             cursor.add_(args.batch_size)
         else:
             tokens, targets = task.sample(args.batch_size, data)                 # (B, N)
-        with torch.autocast(lr.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(lr.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             logits = model(tokens)                           # (B, N, V)
         # every position counts, the undefined ones and the k token, too
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -465,52 +450,48 @@ def train(args, run):
 
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
-    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each.
-
-    The share of wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or
-    everywhere; nan where there is none. With return_se also standard errors over sequences.
-    """
-    errors = []
-    ses = []
+    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the share of
+    wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or everywhere;
+    nan where there is none. With return_se also standard errors over sequences."""
+    wrong = []
+    scored = []
     for k in range(task.max_hops + 1):
-        wrong = []
-        scored = []
         for first in range(0, n, 256):
             tokens, targets = task.sample(min(256, n - first), generator, hops=k)
             predictions = model(tokens).argmax(-1)
             counts = (targets >= task.char) & (targets < task.undefined) | everywhere
             wrong.append(((predictions != targets) & counts).sum(1))
             scored.append(counts.sum(1))
-        wrong = torch.cat(wrong).float()                     # (n,)
-        scored = torch.cat(scored).float()
-        total = scored.sum()
-        error = wrong.sum() / total                          # nan where k never occurs
-        errors.append(error)
-        ses.append((wrong - error * scored).square().sum().sqrt() / total)
-    errors = torch.stack(errors)
-    return (errors, torch.stack(ses)) if return_se else errors
+    wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
+    scored = torch.cat(scored).view(-1, n).float()
+    total = scored.sum(1)
+    errors = wrong.sum(1) / total                            # nan where k never occurs
+    excess = wrong - errors[:, None] * scored
+    se = excess.square().sum(1).sqrt() / total
+    return (errors, se) if return_se else errors
 
 @torch.no_grad()
-def head_alignment(model, task, n=10, seed=20_000):
+def head_alignment(model, task, n=10):
     """How far each head looks at find^j: a list by layer of (H, max_hops) (Sec. 5.2).
 
     The normalised inner product <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the
     matrix F_j whose row i has its one at find^j(i); mean over n sequences with k = max_hops.
     """
-    data = torch.Generator(task.device).manual_seed(seed)
+    data = torch.Generator(task.device).manual_seed(20_000)
     tokens, _ = task.sample(n, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)               # (n, H, N, N) by layer
-    matrices = []
-    for j in range(1, task.max_hops + 1):
-        positions = find(tokens[:, 1:], j) + 1               # among tokens; 0 where undefined
-        matrix = F.one_hot(positions, tokens.shape[1]).float() * (positions > 0)[:, :, None]
-        matrices.append(F.pad(matrix, (0, 0, 1, 0)))         # a row of zeros for the k token
-    targets = torch.stack(matrices, dim=1).flatten(2)        # (n, J, N N)
-    targets = targets / targets.norm(dim=2, keepdim=True).clamp_min(1e-9)
+    hops = [find(tokens[:, 1:], j) for j in range(1, task.max_hops + 1)]
+    # among tokens, where 0, the k token, stands for undefined: no hop leads there
+    positions = torch.stack(hops, dim=1) + 1                 # (n, J, N - 1)
+    positions = F.pad(positions, (1, 0))                     # (n, J, N)
+    matrices = F.one_hot(positions, tokens.shape[1]).float() # (n, J, N, N)
+    matrices[..., 0] = 0
+    targets = F.normalize(matrices.flatten(2), dim=2)        # (n, J, N N)
     alignment = []
     for attn in attns:
         heads = F.normalize(attn.float().flatten(2), dim=2)  # (n, H, N N)
-        alignment.append((heads @ targets.mT).mean(0).cpu())
+        products = heads @ targets.mT                        # (n, H, J)
+        alignment.append(products.mean(0).cpu())
     return alignment
 
 def plain(values):
@@ -519,18 +500,18 @@ def plain(values):
 
 def solved(errors):
     """The largest k up to which all errors are below 5%; a k that never occurred is not solved."""
-    k = 0
-    while k < len(errors) and errors[k] is not None and errors[k] < 0.05:
-        k += 1
-    return max(k - 1, 0)
+    for k, error in enumerate(errors):
+        if error is None or error >= 0.05:
+            return max(k - 1, 0)
+    return len(errors) - 1
 
 def measure(args, run):
     """Errors and standard errors by number of hops, and what the heads look at."""
     task, model = load(run.folder, args.device)
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
-    results = dict(errors=plain(errors), se=plain(se))
-    results["n_params"] = sum(p.numel() for p in model.parameters())
+    n_params = sum(p.numel() for p in model.parameters())
+    results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
     if args.arch == "transformer":
         results["alignment"] = [layer.tolist() for layer in head_alignment(model, task)]
     return results
@@ -538,8 +519,7 @@ def measure(args, run):
 # ---- Tables and figures -------------------------------------------------------------------------
 
 # What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
-PAPER = ["arch", "dropout", "seq_len", "n_chars", "max_hops"]
-PAPER += ["batch_size", "steps", "warmup", "lr", "weight_decay"]
+PAPER = "dropout seq_len n_chars max_hops batch_size steps warmup lr weight_decay".split()
 # The authors' checkpoints at 100,000 steps, errors by k: on, as released, with the dropout of
 # training; off, without it, which is what ours compares with (measured by us, 600 sequences a k).
 # Six layers of d = 128 trained on a schedule of 200,000 steps: their rate was at half its peak.
@@ -571,12 +551,16 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
 
 def published(args):
     """The paper's errors at SHOWN, by the state of dropout; none where the setting is another."""
-    paper = {**PRESETS["paper"], "arch": "transformer"}
-    if any(getattr(args, key) != paper[key] for key in PAPER):
-        return {}
-    size = [str(x) for x in (args.n_layer, args.n_head, args.n_embd, args.n_train)]
-    lines = [line.split() for line in PUBLISHED.splitlines()]
-    return {line[4]: list(map(float, line[5:])) for line in lines if line[:4] == size}
+    for key in PAPER:
+        if getattr(args, key) != PRESETS["paper"][key]:
+            return {}
+    size = f"{args.n_layer} {args.n_head} {args.n_embd} {args.n_train}"          # n_head None: LSTM
+    errors = {}
+    for line in PUBLISHED.splitlines():
+        row = line.split()
+        if row[:4] == size.split():
+            errors[row[4]] = [float(error) for error in row[5:]]
+    return errors
 
 PHRASES = {"arch": "{}", "n_layer": "{} layers", "n_head": "{} heads", "n_train": "{} sequences"}
 
@@ -587,7 +571,8 @@ def in_words(args, runs):
         value = getattr(args, key)
         varies = len({getattr(run.args, key) for run in runs}) > 1
         if value is not None and (varies or key == "n_layer"):
-            words.append(PHRASES.get(key, key + " {}").format(value or "fresh"))
+            phrase = PHRASES.get(key, key + " {}")
+            words.append(phrase.format(value or "fresh"))
     return ", ".join(words)
 
 def print_errors(runs, results):
@@ -611,23 +596,28 @@ Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth fl
 enough. The paper's models were measured with dropout on; off is what ours compares with.""")
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
-def print_heads(runs, shown, task):
+def print_heads(args, runs=(), shown=()):
     """Figs. 3 and 4 as numbers: each head's best find^j. shown: args, results of first seeds."""
     print("""
 Heads: the find^j that each looks at most, and its normalised inner product with it (undefined hops
 count against it; the construction's first layer looks for characters and for k, at no find^j)""")
-    alignments = {in_words(args, runs): result["alignment"] for args, result in shown}
-    if task.seq_len <= Construction.longest:
-        built = construct(task.max_hops, task.n_chars, task.seq_len)
+    alignments = {in_words(own, runs): result["alignment"] for own, result in shown}
+    if args.seq_len <= Construction.longest:
+        task = HopTask(args.seq_len, args.n_chars, args.max_hops)
+        built = construct(args.max_hops, args.n_chars, args.seq_len)
         alignments["by construction"] = [layer.tolist() for layer in head_alignment(built, task)]
     rows = []
     for name, alignment in alignments.items():
         for i, layer in enumerate(alignment):
-            best = [f"find^{head.index(max(head)) + 1} {max(head):.2f}" for head in layer]
-            rows.append([name, str(i + 1), *best])
+            row = [name, str(i + 1)]
+            for head in layer:
+                most = max(head)
+                row.append(f"find^{head.index(most) + 1} {most:.2f}")
+            rows.append(row)
     n_columns = max(map(len, rows))
-    header = ["model", "layer", *[f"head {i - 1}" for i in range(2, n_columns)]]
-    common.print_table(header, [row + [""] * (n_columns - len(row)) for row in rows], keys=2)
+    rows = [row + [""] * (n_columns - len(row)) for row in rows]
+    heads = [f"head {i + 1}" for i in range(n_columns - 2)]
+    common.print_table(["model", "layer", *heads], rows, keys=2)
 
 def plot_errors(runs, results):
     """Fig. 2: error against the number of hops, a line for each setting, a band over seeds."""
@@ -636,14 +626,16 @@ def plot_errors(runs, results):
     for i, (args, group) in enumerate(common.by_setting(runs, results)):
         errors = np.array([result["errors"] for result in group], dtype=float)   # None becomes nan
         hops = range(errors.shape[1])
-        marker = "osv^Dp"[i % 6]
-        look = dict(marker=marker, linestyle=["-", "--", "-.", ":"][i % 4], color=f"C{i}")
-        axis.plot(hops, np.median(errors, axis=0), label=in_words(args, runs), **look)
+        look = dict(color=f"C{i}", marker="osv^Dp"[i % 6])
+        dashes = ["-", "--", "-.", ":"][i % 4]
+        median = np.median(errors, axis=0)
+        axis.plot(hops, median, linestyle=dashes, label=in_words(args, runs), **look)
         axis.fill_between(hops, errors.min(0), errors.max(0), color=f"C{i}", alpha=0.2)
-        for state, numbers in published(args).items():
-            if state == "off" or "off" not in published(args):
-                axis.plot(SHOWN, numbers, marker, markersize=9, fillstyle="none", color=f"C{i}",
-                          label=f"paper, dropout {state}")
+        paper = published(args)
+        state = "off" if "off" in paper else "on"
+        if paper:
+            look.update(linestyle="none", fillstyle="none", markersize=9)
+            axis.plot(SHOWN, paper[state], label=f"paper, dropout {state}", **look)
     axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="chance")
     axis.set(xlabel="number of hops k", ylabel="error (share of characters)",
              ylim=(-0.02, 0.9), xticks=hops)
@@ -654,13 +646,15 @@ def plot_errors(runs, results):
 def plot_heads(runs, shown):
     """Figs. 3 and 4, deepest model: all heads; attention of the best for find^1, 2, 4, ..."""
     args, result = max(shown, key=lambda pair: pair[0].n_layer)
-    alignment = np.array(result["alignment"])                # (L, H, J)
-    heads = [f"{i // args.n_head + 1}.{i % args.n_head + 1}" for i in range(alignment[..., 0].size)]
-    figure, axes = common.new_figure(1, 1 + args.max_hops.bit_length(), width=3, height=3.6)
+    alignment = np.array(result["alignment"])
+    n_layer, n_head, n_hops = alignment.shape
+    heads = [f"{layer + 1}.{head + 1}" for layer, head in np.ndindex(n_layer, n_head)]
+    figure, axes = common.new_figure(1, 1 + n_hops.bit_length(), width=3, height=3.6)
     figure.suptitle(in_words(args, runs))
     axis = axes[0, 0]
-    image = axis.imshow(np.concatenate(alignment), aspect="auto", vmin=0, vmax=1, cmap="Greys")
-    axis.set_xticks(range(args.max_hops), range(1, args.max_hops + 1))
+    grey = dict(cmap="Greys", vmin=0, vmax=1)
+    image = axis.imshow(np.concatenate(alignment), aspect="auto", **grey)
+    axis.set_xticks(range(n_hops), range(1, n_hops + 1))
     axis.set_yticks(range(len(heads)), heads, fontsize=7)
     axis.set(title="normalised inner product with find^j", xlabel="j", ylabel="layer.head")
     figure.colorbar(image, ax=axis)
@@ -671,10 +665,10 @@ def plot_heads(runs, shown):
     for n, axis in enumerate(axes[0, 1:]):
         j = 2**n
         products = alignment[:, :, j - 1]                    # (L, H)
-        layer, head = divmod(products.argmax(), args.n_head)
+        layer, head = divmod(products.argmax(), n_head)
         positions = find(tokens[:, 1:], j)[0].cpu()
         defined = (positions >= 0).nonzero()[:, 0]
-        axis.imshow(attns[layer][0, head].float().cpu(), cmap="Greys", vmin=0, vmax=1)
+        axis.imshow(attns[layer][0, head].float().cpu(), **grey)
         axis.plot(positions[defined] + 1, defined + 1, "ro", fillstyle="none", label=f"find^{j}")
         axis.set(title=f"attention of {layer + 1}.{head + 1} ({products.max():.2f})",
                  xlabel="position looked at", ylabel="position")
@@ -683,10 +677,10 @@ def plot_heads(runs, shown):
 
 # ---- The command --------------------------------------------------------------------------------
 
-# Modes that train nothing: the flags that they read, with values of their own
+# Modes that train nothing: the flags that they read beside --seed, with values of their own
 MODES = {
-    "construct": dict(seq_len=100, n_chars=4, max_hops=16, n_eval=1_000, seed=[0]),
-    "mpc": dict(seq_len=1_000, n_chars=4, max_hops=16, machines=32, words=320, seed=[0]),
+    "construct": dict(seq_len=100, n_chars=4, max_hops=16, n_eval=1_000),
+    "mpc": dict(seq_len=1_000, n_chars=4, max_hops=16, machines=32, words=320),
 }
 
 def show_construction(args):
@@ -700,29 +694,35 @@ The theorem's depth; its one head, and a width that does not grow with N, are no
     data = torch.Generator(args.device).manual_seed(args.seed[0])
     errors = hop_errors(model, task, args.n_eval, data, everywhere=True).tolist()
     print(f"Errors on {args.n_eval} sequences for each k, undefined hops and all:")
-    common.print_table(["k", "error"], [[str(k), f"{error:g}"] for k, error in enumerate(errors)])
-    print_heads([], [], HopTask(args.seq_len, args.n_chars, args.max_hops))
+    rows = [[str(k), f"{error:g}"] for k, error in enumerate(errors)]
+    common.print_table(["k", "error"], rows)
+    print_heads(args)
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args):
     """--mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find."""
     task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
-    tokens, _ = task.sample(1, torch.Generator().manual_seed(args.seed[0]))
+    data = torch.Generator().manual_seed(args.seed[0])
+    tokens, _ = task.sample(1, data)
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
     X = chars[0].tolist()
-    print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
-    print("rounds, most words held by one, most sent or received by one, a transformer's depth")
     results = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
         try:
             hops, cluster = mpc_hops(X, k, args.machines, args.words, args.n_chars)
-        except RuntimeError as error:
-            common.fail(f"the protocol breaks the limits in {error}; give more --words", 2)
-        expected = [X[p] if p >= 0 else -1 for p in find(chars, k)[0].tolist()]
-        result = dict(k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
-        results.append(dict(result, depth=bit + 2, right=hops == expected))
-    common.print_table(list(results[0]), [list(map(str, row.values())) for row in results])
+        except (RuntimeError, ValueError) as error:
+            common.fail(f"--words {args.words}: {error}", 2)
+        expected = follow(chars, find(chars, k))[0].tolist()
+        results.append(dict(
+            k=k, rounds=cluster.rounds,
+            memory=cluster.memory, load=cluster.load,
+            depth=bit + 2, right=hops == expected,
+        ))
+    print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
+    print("rounds, most words held by one, most sent or received by one, a transformer's depth")
+    rows = [list(map(str, result.values())) for result in results]
+    common.print_table(list(results[0]), rows)
     return results
 
 def parse_args(argv=None):
@@ -739,7 +739,7 @@ def parse_args(argv=None):
         help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
     add("--n-chars", type=common.number(int, 2, 1000), help="characters of the alphabet")
     add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    add("--n-train", nargs="+", type=common.number(int, 0, 10**7), help="0: fresh sequences")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000), help="0: fresh sequences")
     add("--batch-size", type=count, help="sequences a step")
     add("--steps", type=count, help="training steps")
     add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")
@@ -754,14 +754,11 @@ def parse_args(argv=None):
     args = common.parse_args(parser, PRESETS, argv)
     for mode, own in MODES.items():
         if getattr(args, mode):
-            common.refuse_others(parser, args, mode, *own)
+            common.refuse_others(parser, args, mode, "seed", *own)
             if len(args.seed) > 1:
                 parser.error(f"--{mode} takes one --seed")
             for key in set(own) - set(args.given):
                 setattr(args, key, own[key])
-    if args.mpc and args.words >= args.seq_len:
-        parser.error(f"--words {args.words}: a machine could hold the whole input, --seq-len "
-                     f"{args.seq_len}, and two rounds would be enough for anything")
     for n_head in args.n_head:
         if args.n_embd % n_head:
             parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
@@ -780,11 +777,11 @@ def show(runs, results):
     shown = [(args, group[0]) for args, group in groups if "alignment" in group[0]]
     args = runs[0].args
     if shown:
-        print_heads(runs, shown, HopTask(args.seq_len, args.n_chars, args.max_hops))
+        print_heads(args, runs, shown)
     if args.plot:
         plot_errors(runs, results)
-    if args.plot and shown:
-        plot_heads(runs, shown)
+        if shown:
+            plot_heads(runs, shown)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
