@@ -414,6 +414,10 @@ def load(folder, device="cpu"):
     """The task and the trained model of a run's folder, the model in eval mode."""
     return common.load(folder, build, device)
 
+def learning_rate(step_size, d):
+    """Constant over all steps: a step size that is given in units of 1 / sqrt(d) (Algorithm 1)."""
+    return step_size / math.sqrt(d)
+
 def marks(steps):
     """The steps to measure at: some log-spaced, some evenly spaced, the last one."""
     spaced = [*np.geomspace(1, steps, 25), *np.linspace(0, steps, 26)[1:]]
@@ -431,8 +435,8 @@ def train(args, run):
     uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=args.device)
     chosen = OPTIMIZERS[args.optimizer]
     optimizer = chosen.torch_class([
-        {"params": model.W_OV, "lr": args.lr_ov / math.sqrt(V)},
-        {"params": model.W_KQ, "lr": args.lr / math.sqrt(V)},
+        {"params": model.W_OV, "lr": learning_rate(args.lr_ov, V)},
+        {"params": model.W_KQ, "lr": learning_rate(args.lr, V)},
     ])
     start = run.restore(model=model, optimizer=optimizer)
 
