@@ -185,8 +185,7 @@ def read_table(path, n_dims=20):
         for name, cell in zip(header[:-1], row):
             check(is_number(cell), f", column {name}, row {number}: {cell!r} is not a number")
     *columns, labels = zip(*rows)
-    labels = [label.strip() for label in labels]
-    classes, labels = np.unique(labels, return_inverse=True)            # 0 for the first, 1
+    classes, labels = np.unique(np.char.strip(labels), return_inverse=True)
     balanced = len(classes) == 2 and 1 / 3 <= labels.mean() <= 2 / 3
     check(balanced, f", column {header[-1]}: not two classes of which one has at least half of "
                     "the other's rows")
@@ -240,10 +239,9 @@ class Tables:
     """Prompts from real tables, all but the one held out: rows of one table, in random order,
     without repetition. ValueError where the tables do not serve.
 
-    The paper's protocol: ten tables of OpenML, see read_table, the numeric features alone. Each is
-    held out in turn: the model is trained on prompts from 95% of the rows of the nine others (5%
-    are kept for validation), with the cross-entropy of two logits, and tested on prompts from the
-    tenth. `held_out` counts the folder's tables in the order of their numbers.
+    The paper's protocol: each of ten tables is held out in turn; the model is trained on prompts
+    from 95% of the rows of the others (5% are kept for validation) and tested on prompts from it.
+    `held_out` counts the folder's tables in the order of their numbers.
     """
 
     scale = 1
@@ -283,9 +281,10 @@ class Tables:
         """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test
         (the table held out). All dimensions are active."""
         xs, ys, lengths = self.parts[part]
+        n_rows = xs.shape[1]                                            # of the longest table
         table = torch.randint(len(xs), (batch, 1), generator=generator, device=self.device)
-        keys = torch.rand(batch, xs.shape[1], generator=generator, device=self.device)
-        is_row = torch.arange(xs.shape[1], device=self.device) < lengths[table]
+        keys = torch.rand(batch, n_rows, generator=generator, device=self.device)
+        is_row = torch.arange(n_rows, device=self.device) < lengths[table]
         rows = keys.masked_fill(~is_row, -1.0).topk(n_points, dim=1).indices            # distinct
         return xs[table, rows], ys[table, rows].float()
 
@@ -313,8 +312,7 @@ class InContextTransformer(nn.Module):
         self.trunk = torch.compile(type(self).trunk.__get__(self), **options)
 
     def trunk(self, x, return_attn=False):
-        """f: positions, blocks, final norm; x (B, T, C) -> (B, T, C), with return_attn also a list
-        by layer (B, H, T, T)."""
+        """f: positions, blocks, final norm; x (B, T, C) -> the same, or also attention by layer."""
         x = x + self.wpe.weight[:x.shape[1]]
         attns = []
         for block in self.h:
@@ -513,7 +511,8 @@ def lasso(xs, ys, alpha=0.01):
             break
         correlation = target - gram @ w                                 # +-level where in use
         # lowering the level by s adds s * slope to w: the slope of what is not in use is 0
-        system = torch.where(in_use & in_use.mT, gram, torch.eye(d).to(gram))
+        both = in_use & in_use.mT                                       # (N, d, d)
+        system = torch.where(both, gram, torch.eye(d).to(gram))
         slope, _ = torch.linalg.solve_ex(system, correlation.sign() * in_use)
         fall = gram @ slope                                             # of correlation, per s
         # the s at which a coordinate joins, |correlation - s fall| = level - s with either sign, or
@@ -627,8 +626,7 @@ def errors(model, task, xs, ys, loops=1, window=1):
     return torch.cat(parts, 1)
 
 def bootstrap(values, n=1_000, level=0.9):
-    """Mean over rows of values (N, n_points), and the ends of its bootstrap interval: three lists
-    of n_points."""
+    """Of values (N, n_points) the mean over N and its bootstrap interval's ends: three lists."""
     values = values.cpu().double()
     N = len(values)
     draw = torch.Generator().manual_seed(0)
@@ -645,34 +643,33 @@ def shifted_prompts(task, n, n_points, generator):
     d = task.n_dims
     f = TASKS[task.name].f
     degree = 0 if TASKS[task.name].signs_only else 2                    # E y^2 ~ |x|^degree
+
+    def prompts(name, xs, variance=1, factor=1):
+        return name, xs, factor * f(xs, generator), task.scale * variance
+
     xs, _ = task.sample(n, n_points, generator)
-    yield "as trained", xs, f(xs, generator), task.scale
+    yield prompts("as trained", xs)
 
     basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # (B, d, d)
     deviation = 1 / torch.arange(1, d + 1, device=task.device)          # eigenvalues 1 / i^2
     deviation = deviation / deviation.square().mean().sqrt()            # of trace d
-    skewed = xs * deviation @ basis.mT
-    yield "skewed covariance", skewed, f(skewed, generator), task.scale
+    yield prompts("skewed covariance", xs * deviation @ basis.mT)
 
     split = xs.clone()
     split[:, :-1, d // 2:] = 0                                          # half of the space
     split[:, -1, :d // 2] = 0                                           # the query: the other half
-    split = split @ basis.mT
     size = math.sqrt((d - d // 2) / d)                                  # of the query's |x|
-    ys = f(split, generator)
-    yield "query orthogonal to prompt", split, ys, task.scale * size**degree
+    yield prompts("query orthogonal to prompt", split @ basis.mT, size**degree)
 
     for factor in (0.5, 2, 3):
-        ys = f(factor * xs, generator)
-        yield f"x times {factor}", factor * xs, ys, task.scale * factor**degree
+        yield prompts(f"x times {factor}", factor * xs, factor**degree)
     for factor in (0.5, 2, 3):
-        ys = factor * f(xs, generator)
-        yield f"y times {factor}", xs, ys, task.scale * factor**2
+        yield prompts(f"y times {factor}", xs, factor**2, factor)
 
-    ys = f(xs, generator)
+    name, xs, ys, variance = prompts("label noise of variance 1", xs)
     noise = randn(generator, *ys.shape)
     noise[:, -1] = 0                                                    # scored without noise
-    yield "label noise of variance 1", xs, ys + noise, task.scale
+    yield name, xs, ys + noise, variance
 
 def hidden_states(model, xs, ys, loops):
     """What a probe reads after each pass through a block, at the last x and the mean over tokens,
@@ -862,7 +859,8 @@ def plot(runs, by_task):
     for row, of_task in zip(axes, found):
         for axis, (subject, what, corner, x, lines) in zip(row, of_task):
             for style, (name, curves) in zip(STYLES, lines.items()):
-                line, = axis.plot(x, np.median(curves, 0), style, label=name, markersize=4)
+                middle = np.median(curves, 0)
+                line, = axis.plot(x, middle, style, label=name, markersize=4)
                 if name in BASELINES:
                     line.set(color="gray", linewidth=1, markersize=3)
                     continue
