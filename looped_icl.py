@@ -74,15 +74,12 @@ def sparse_linear(xs, generator):
     B, n, d = xs.shape
     w = randn(generator, B, d, 1)
     order = torch.rand(B, d, generator=generator, device=xs.device).argsort(1)
-    mask = torch.zeros(B, d, 1, device=xs.device)
-    mask = mask.scatter(1, order[:, :3, None], 1.0)                     # (B, d, 1)
+    mask = torch.zeros_like(w).scatter(1, order[:, :3, None], 1.0)      # (B, d, 1)
     return (xs @ (w * mask))[..., 0]
 
 def decision_tree(xs, generator):
     """A tree of depth 4: each node branches on the sign of a random coordinate, leaves are N(0, 1).
-
-    Nodes are numbered by level: the children of node k are 2 k + 1 and 2 k + 2.
-    """
+    Nodes are numbered by level."""
     B, n, d = xs.shape
     coordinate = torch.randint(d, (B, 15), generator=generator, device=xs.device)       # nodes 0-14
     leaves = randn(generator, B, 16)                                                    # 15-30
@@ -90,7 +87,7 @@ def decision_tree(xs, generator):
     for _ in range(4):
         asked = coordinate.gather(1, node)                              # (B, n)
         x = xs.gather(2, asked[..., None])[..., 0]                      # (B, n)
-        node = 2 * node + 1 + (x > 0)
+        node = 2 * node + 1 + (x > 0)                                   # k's are 2 k + 1, 2 k + 2
     return leaves.gather(1, node - 15)
 
 def relu_2nn(xs, generator):
@@ -147,6 +144,8 @@ class Prompts:
     """The prompts of one function class. `scale`: the variance of y, without noise, by which
     squared errors are divided."""
 
+    n_out = 1                                                           # the model says y itself
+
     def __init__(self, name, n_dims, device="cpu"):
         self.name = name
         self.n_dims = n_dims
@@ -167,36 +166,34 @@ def is_number(cell):
     except ValueError:
         return False
 
-def read_table(path, n_dims=20, least_rows=1_000, most_rows=10_000):
+def read_table(path, n_dims=20):
     """A CSV with a header, the label in the last column -> features (n, n_dims), standardised and
     padded with zeros in front, labels (n,) in 0, 1. ValueError, with row or column, where it is not
     such a table (OpenML's conditions of the paper)."""
+    def check(good, reason):
+        if not good:
+            raise ValueError(f"{path}{reason}")
+
     with open(path, newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
-    if all(is_number(cell) for cell in header):
-        raise ValueError(f"{path}, row 1: a header with the columns' names is missing")
-    if not 5 <= len(header) - 1 <= n_dims:
-        raise ValueError(f"{path}: {len(header) - 1} features are not in 5 .. {n_dims}")
-    if not least_rows <= len(rows) <= most_rows:
-        raise ValueError(f"{path}: {len(rows)} rows are not in {least_rows} .. {most_rows}")
+    n_features = len(header) - 1
+    check(not all(map(is_number, header)), ", row 1: a header with the columns' names is missing")
+    check(5 <= n_features <= n_dims, f": {n_features} features are not in 5 .. {n_dims}")
+    check(1_000 <= len(rows) <= 10_000, f": {len(rows)} rows are not in 1000 .. 10000")
     for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(row)} values, not {len(header)}")
+        check(len(row) == len(header), f", row {number}: {len(row)} values, not {len(header)}")
         for name, cell in zip(header[:-1], row):
-            if not is_number(cell):
-                raise ValueError(f"{path}, column {name}, row {number}: {cell!r} is not a number")
+            check(is_number(cell), f", column {name}, row {number}: {cell!r} is not a number")
     *columns, labels = zip(*rows)
-    labels = [label.strip() for label in labels]
-    classes = sorted(set(labels))
-    labels = np.array([classes.index(label) for label in labels])
-    if len(classes) != 2 or not 1 / 3 <= labels.mean() <= 2 / 3:
-        raise ValueError(f"{path}, column {header[-1]}: not two classes of which one has at least "
-                         "half of the other's rows")
+    classes, labels = np.unique(np.char.strip(labels), return_inverse=True)
+    balanced = len(classes) == 2 and 1 / 3 <= labels.mean() <= 2 / 3
+    check(balanced, f", column {header[-1]}: not two classes of which one has at least half of "
+                    "the other's rows")
     features = np.array(columns, dtype=float).T                         # (n, features)
     deviation = features.std(0)
-    features = (features - features.mean(0)) / np.where(deviation > 0, deviation, 1)
-    missing = n_dims - features.shape[1]
-    features = np.pad(features, ((0, 0), (missing, 0)))
+    deviation[deviation == 0] = 1
+    features = (features - features.mean(0)) / deviation
+    features = np.pad(features, ((0, 0), (n_dims - n_features, 0)))
     return features.astype(np.float32), labels
 
 def download(url):
@@ -210,18 +207,17 @@ def fetch(number, folder):
     ValueError where it is no dense table with a target."""
     about = json.loads(download(f"https://www.openml.org/api/v1/json/data/{number}"))
     about = about["data_set_description"]
-    # ARFF: a line "@attribute name type" for each column, then @data and the rows
-    head, data = re.split(r"(?im)^@data.*$", download(about["url"]) + "\n@data", maxsplit=1)
-    attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", head)
+    # ARFF: a line "@attribute name type" for each column, then the rows; % begins a comment
+    text = download(about["url"])
+    attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", text)
     names = [name.strip("'\"") for name, kind in attributes]
-    lines = [line for line in data.splitlines() if line.strip() and line[0] not in "%@"]
+    lines = [line for line in text.splitlines() if line.strip() and line[0] not in "%@"]
     rows = list(csv.reader(lines, quotechar="'", skipinitialspace=True))
     target = about.get("default_target_attribute")
     if target not in names or {len(row) for row in rows} != {len(names)}:
         raise ValueError(f"OpenML {number}: not a dense table with one target")
-    left_out = about.get("ignore_attribute") or []                      # one name, or a list
-    left_out = [left_out] if isinstance(left_out, str) else left_out
-    left_out = [*left_out, about.get("row_id_attribute"), target]
+    ignored = about.get("ignore_attribute") or []                       # one name, or a list
+    left_out = [target, about.get("row_id_attribute"), *np.ravel(ignored)]
     keep = []
     for i, (name, kind) in enumerate(attributes):
         if kind.lower() in ("numeric", "real", "integer") and names[i] not in left_out:
@@ -230,9 +226,8 @@ def fetch(number, folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     part = Path(folder) / f"{number}.part"
     with open(part, "w", newline="") as file:
-        writer = csv.writer(file)
         for row in [names, *rows]:
-            writer.writerow([row[i] for i in keep])
+            csv.writer(file).writerow([row[i] for i in keep])
     part.rename(part.with_suffix(".csv"))
 
 def table_number(path):
@@ -244,53 +239,52 @@ class Tables:
     """Prompts from real tables, all but the one held out: rows of one table, in random order,
     without repetition. ValueError where the tables do not serve.
 
-    The paper's protocol: ten tables of OpenML with two classes, the smaller of at least half the
-    larger one's rows, 1,000 to 10,000 rows, at most 20 features, 5 or more of them numeric, nothing
-    missing. Numeric features only, standardised by table, zeros in front up to 20. Each table is
-    held out in turn: the model is trained on prompts from 95% of the rows of the nine others (5%
-    are kept for validation), 100,000 steps of 40 prompts, cross-entropy of two logits, and tested
-    on prompts from the tenth. `held_out` counts the folder's tables in the order of their numbers.
+    The paper's protocol: each of ten tables is held out in turn; the model is trained on prompts
+    from 95% of the rows of the others (5% are kept for validation) and tested on prompts from it.
+    `held_out` counts the folder's tables in the order of their numbers.
     """
 
     scale = 1
+    n_out = 2                                                           # two logits
 
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
-        self.paths = sorted(Path(folder).glob("*.csv"), key=table_number)
-        if held_out >= len(self.paths) or len(self.paths) < 2:
-            raise ValueError(f"{folder} has {len(self.paths)} tables (*.csv): --held-out "
-                             f"{held_out} is none, or leaves none")
-        self.name = self.paths[held_out].stem
+        paths = sorted(Path(folder).glob("*.csv"), key=table_number)
+        if held_out >= len(paths) or len(paths) < 2:
+            raise ValueError(f"{folder} has {len(paths)} tables (*.csv): --held-out {held_out} "
+                             "is none, or leaves none")
+        self.name = paths[held_out].stem
         self.device = device
         order = np.random.default_rng(0)
-        parts = {"train": [], "valid": [], "test": []}
-        for number, path in enumerate(self.paths):
-            xs, ys = read_table(path, n_dims)
+        tables = {"train": [], "valid": [], "test": []}
+        for number, path in enumerate(paths):
+            xs, ys = map(torch.from_numpy, read_table(path, n_dims))
             rows = order.permutation(len(ys))
             train, valid = np.split(rows, [len(rows) * 95 // 100])
             if len(valid) < n_points:
                 raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
                                  f"--n-points {n_points}")
-            own = {"test": rows} if number == held_out else {"train": train, "valid": valid}
-            for part, rows in own.items():
-                table = torch.from_numpy(xs[rows]), torch.from_numpy(ys[rows])
-                parts[part].append(table)
-        self.parts = {part: self.pack(tables) for part, tables in parts.items()}
-
-    def pack(self, tables):
-        """Tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths."""
-        xs, ys = zip(*tables)
-        lengths = torch.tensor([len(y) for y in ys])
-        xs = nn.utils.rnn.pad_sequence(xs, batch_first=True)
-        ys = nn.utils.rnn.pad_sequence(ys, batch_first=True)
-        return [x.to(self.device) for x in (xs, ys, lengths)]
+            if number == held_out:
+                tables["test"].append((xs[rows], ys[rows]))
+            else:
+                tables["train"].append((xs[train], ys[train]))
+                tables["valid"].append((xs[valid], ys[valid]))
+        # tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths
+        self.parts = {}
+        for part, own in tables.items():
+            xs, ys = zip(*own)
+            lengths = torch.tensor([len(y) for y in ys], device=device)
+            xs = nn.utils.rnn.pad_sequence(xs, batch_first=True).to(device)
+            ys = nn.utils.rnn.pad_sequence(ys, batch_first=True).to(device)
+            self.parts[part] = xs, ys, lengths
 
     def sample(self, batch, n_points, generator, active_dims=None, part="train"):
         """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test
         (the table held out). All dimensions are active."""
         xs, ys, lengths = self.parts[part]
+        n_rows = xs.shape[1]                                            # of the longest table
         table = torch.randint(len(xs), (batch, 1), generator=generator, device=self.device)
-        keys = torch.rand(batch, xs.shape[1], generator=generator, device=self.device)
-        is_row = torch.arange(xs.shape[1], device=self.device) < lengths[table]
+        keys = torch.rand(batch, n_rows, generator=generator, device=self.device)
+        is_row = torch.arange(n_rows, device=self.device) < lengths[table]
         rows = keys.masked_fill(~is_row, -1.0).topk(n_points, dim=1).indices            # distinct
         return xs[table, rows], ys[table, rows].float()
 
@@ -298,11 +292,8 @@ class Tables:
 
 class InContextTransformer(nn.Module):
     """A GPT-2 that reads x_1, y_1, x_2, y_2, ... and predicts each y at its x. Looped, its output
-    goes in again.
-
-    Tokens have n_dims numbers, y in the first; positions are 2 n_points + 1, as the authors count
-    them (203). inject: how the prompt enters a loop; n_out 2: two logits.
-    """
+    goes in again. Tokens have n_dims numbers, y in the first; positions are 2 n_points + 1, as the
+    authors count them (203). inject: how the prompt enters a loop; n_out 2: two logits."""
 
     def __init__(self, n_dims, n_points, n_layer, n_head, n_embd, inject="add", n_out=1):
         super().__init__()
@@ -318,12 +309,10 @@ class InContextTransformer(nn.Module):
     def compile(self, **options):
         """torch.compile for one pass through the trunk. The loop stays in Python: its length
         changes in training, and its first passes run without gradient."""
-        trunk = type(self).trunk.__get__(self)
-        self.trunk = torch.compile(trunk, **options)
+        self.trunk = torch.compile(type(self).trunk.__get__(self), **options)
 
     def trunk(self, x, return_attn=False):
-        """f: positions, blocks, final norm; x (B, T, C) -> (B, T, C), with return_attn also a list
-        by layer (B, H, T, T)."""
+        """f: positions, blocks, final norm; x (B, T, C) -> the same, or also attention by layer."""
         x = x + self.wpe.weight[:x.shape[1]]
         attns = []
         for block in self.h:
@@ -338,29 +327,24 @@ class InContextTransformer(nn.Module):
         """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or
         logits (window, B, n, 2); with return_attn also a list by loop and layer (B, H, T, T).
 
-        add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1, z_(i+1) = f(z_i e).
-        With both, the loops before the window run without gradient. none: z_0 = e, z_(i+1) =
-        f(z_i), with the gradient through all loops. One loop is an ordinary transformer.
+        add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1 (0 would hide e),
+        z_(i+1) = f(z_i e). With both, the loops before the window run without gradient. none: z_0 =
+        e, z_(i+1) = f(z_i), the gradient goes through all loops. One loop: a usual transformer.
         """
         d = xs.shape[2]
         ys = F.pad(ys[..., None], (0, d - 1))                           # (B, n, d)
         tokens = torch.stack([xs, ys], 2).flatten(1, 2)                 # (B, 2n, d)
         e = self.read_in(tokens[:, :-1])                                # without the last y
-        if self.inject == "add":
-            z = torch.zeros_like(e)
-        elif self.inject == "multiply":
-            z = torch.ones_like(e)                                      # 0 would hide the prompt
-        else:
-            z = e
+        z = e                                       # what loop 1 reads in any case: 0 + e, 1 e, e
         # none: the prompt enters at the start alone; a read-in cut off from the loss learns nothing
         first_with_gradient = 0 if self.inject == "none" else loops - window
         predictions = []
         attns = []
         for i in range(loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first_with_gradient):
-                if self.inject == "add":
+                if self.inject == "add" and i > 0:
                     z = z + e
-                elif self.inject == "multiply":
+                elif self.inject == "multiply" and i > 0:
                     z = z * e
                 z = self.trunk(z, return_attn)                          # (B, 2n-1, C)
                 if return_attn:
@@ -386,13 +370,8 @@ def build(args):
     else:
         task = Prompts(args.task, args.n_dims, args.device)
     n_layer, _, inject = MODELS[args.model](args)
-    return task, build_model(args, n_layer, inject).to(args.device)
-
-def build_model(args, n_layer, inject="none"):
-    """A model of n_layer layers for a run's task."""
-    n_out = 2 if args.task == "openml" else 1
     shape = args.n_dims, args.n_points, n_layer, args.n_head, args.n_embd
-    return InContextTransformer(*shape, inject, n_out)
+    return task, InContextTransformer(*shape, inject, task.n_out).to(args.device)
 
 def load(folder, device="cpu"):
     """The task and the trained model of a run, the model in eval mode."""
@@ -414,8 +393,7 @@ def learning_rate(step, args):
     """Linear warm-up, then constant, or along a cosine that ends at 0."""
     rate = args.lr * min(1, (step + 1) / max(1, args.warmup))
     if args.schedule == "cosine":
-        done = step / args.steps
-        rate = rate * ((1 + math.cos(math.pi * done)) / 2)
+        rate *= (1 + math.cos(math.pi * (step / args.steps))) / 2
     return rate
 
 def autocast(args):
@@ -458,8 +436,8 @@ def train(args, run):
         return loss.detach()
 
     for step in run.steps(start, args.steps):
-        if stage != curriculum(args, step):
-            stage = curriculum(args, step)                      # new shapes: a new CUDA graph
+        before, stage = stage, curriculum(args, step)
+        if stage != before:                                     # new shapes: a new CUDA graph
             step_once = training_step
             if args.compile:
                 step_once = common.compile_step(training_step, model, data)
@@ -488,70 +466,68 @@ def least_squares(xs, ys):
         out[:, i] = (x[:, i, None] @ w)[:, 0, 0]
     return out.to(ys)
 
+def sum_before(terms):
+    """Sums over the pairs before each x, terms (B, n, ...) -> the same shape."""
+    total = terms.cumsum(1).roll(1, 1)
+    total[:, 0] = 0
+    return total
+
 def averaging(xs, ys):
     """x_i . w with w the mean of x_j y_j over the pairs before, 0 where there are none."""
-    total = (xs * ys[..., None]).cumsum(1)                              # (B, n, d), with x_i itself
-    before = F.pad(total[:, :-1], (0, 0, 1, 0))
+    before = sum_before(xs * ys[..., None])                             # (B, n, d)
     n_before = torch.arange(ys.shape[1], device=ys.device).clamp_min(1)
     return (xs * before).sum(2) / n_before
 
 def nearest_neighbors(xs, ys, n=3):
     """Mean y of the n nearest x's before each x (of all, where they are fewer), 0 for the first."""
     distances = torch.cdist(xs, xs)                                     # (B, i, j)
-    not_before = torch.ones_like(distances[0], dtype=torch.bool).triu()
-    distances = distances.masked_fill(not_before, math.inf)
+    distances = distances + torch.full_like(distances[0], math.inf).triu()     # j >= i: not before
     nearest = distances.topk(min(n, xs.shape[1]), largest=False)
     known = nearest.values.isfinite()                                   # (B, i, n)
     near = ys[:, None].expand_as(distances).gather(2, nearest.indices)
     return (near * known).sum(2) / known.sum(2).clamp_min(1)
-
-def times(matrix, vector):
-    """(N, d, d), (N, d) -> (N, d)."""
-    return (matrix @ vector[..., None])[..., 0]
 
 def lasso(xs, ys, alpha=0.01):
     """The Lasso on the pairs before each x. Warns where the weights that it found are not optimal.
 
     Minimises |y - X w|^2 / (2 i) + alpha |w|_1 over the i pairs, exactly and for all prefixes of
     all prompts at once: the minimum is piecewise linear in alpha, and is followed from w = 0 down
-    to alpha (LARS, Efron et al. 2004). All coordinates in use correlate with the residual as much
-    as `level` says; one joins them where its correlation reaches it, and leaves where its weight
-    passes 0. (Coordinate descent is far from the minimum after 2,000 sweeps on some prompts.)
+    to alpha (LARS, Efron et al. 2004; 2,000 sweeps of coordinate descent end far from it). All
+    coordinates in use correlate with the residual as much as `level` says; one joins them where its
+    correlation reaches it, and leaves where its weight passes 0.
     """
     x, y = xs.cpu().double(), ys.cpu().double()                         # not all devices have it
     B, n, d = x.shape
-    # means over the i pairs before each x: X^T X / i and X^T y / i
-    i = torch.arange(n).clamp_min(1).view(1, -1, 1)
-    gram = x[..., None] * x[..., None, :]                               # (B, n, d, d)
-    gram = gram.cumsum(1)[:, :-1]
-    gram = F.pad(gram, (0, 0, 0, 0, 1, 0)) / i[..., None]
-    target = (x * y[..., None]).cumsum(1)[:, :-1]
-    target = F.pad(target, (0, 0, 1, 0)) / i
-    gram, target = gram.flatten(0, 1), target.flatten(0, 1)             # (N, d, d), (N, d)
+    # means over the i pairs before each of the N x's: X^T X / i and X^T y / i
+    i = torch.arange(n).clamp_min(1).view(-1, 1, 1)
+    gram = sum_before(x[..., None] * x[..., None, :]) / i
+    target = sum_before(x * y[..., None])[..., None] / i
+    gram, target = gram.flatten(0, 1), target.flatten(0, 1)             # (N, d, d), (N, d, 1)
     w = torch.zeros_like(target)
-    level, first = target.abs().max(1, keepdim=True)                    # (N, 1)
+    level, first = target.abs().max(1, keepdim=True)                    # (N, 1, 1)
     in_use = torch.zeros_like(target, dtype=torch.bool).scatter(1, first, level > 0)
     for _ in range(10 * d):
         if (level <= alpha).all():
             break
-        correlation = target - times(gram, w)                           # +-level where in use
+        correlation = target - gram @ w                                 # +-level where in use
         # lowering the level by s adds s * slope to w: the slope of what is not in use is 0
-        both = in_use[:, :, None] & in_use[:, None]
-        system = torch.where(both, gram, torch.eye(d, dtype=gram.dtype))
+        both = in_use & in_use.mT                                       # (N, d, d)
+        system = torch.where(both, gram, torch.eye(d).to(gram))
         slope, _ = torch.linalg.solve_ex(system, correlation.sign() * in_use)
-        fall = times(gram, slope)                                       # of correlation, per s
+        fall = gram @ slope                                             # of correlation, per s
         # the s at which a coordinate joins, |correlation - s fall| = level - s with either sign, or
         # leaves, w + s slope = 0; one that just left is at s = 0, which does not count
         joins = (level - correlation) / (1 - fall)
         joins_below = (level + correlation) / (1 + fall)
-        s = torch.cat([joins, joins_below, -w / slope], 1)              # (N, 3 d)
+        s = torch.cat([joins, joins_below, -w / slope], 1)              # (N, 3 d, 1)
         counts = torch.cat([~in_use, ~in_use, in_use], 1) & (s > 1e-10 * level)
         s, event = torch.where(counts, s, math.inf).min(1, keepdim=True)
         rest = (level - alpha).clamp_min(0)
-        coordinate = event[:, 0] % d
-        changes = F.one_hot(coordinate, d).bool() & (s < rest)          # (N, d)
-        w = w + torch.minimum(s, rest) * slope
-        level = level - torch.minimum(s, rest)
+        coordinate = F.one_hot(event[:, :, 0] % d, d).mT                # (N, d, 1)
+        changes = coordinate.bool() & (s < rest)
+        s = torch.minimum(s, rest)
+        w = w + s * slope
+        level = level - s
         in_use = in_use ^ changes
         w = w * in_use
     else:
@@ -563,10 +539,11 @@ def best_splits(right, y, node, n_nodes):
     """The coordinate at which to split each node, so that the squared error falls most: right
     (B, i, d) is 1 where a pair would go right, y (B, i), node (B, i) -> (B, nodes)."""
     member = F.one_hot(node, n_nodes).to(y.dtype)                       # (B, i, nodes)
+    member_y = member * y[..., None]
     n = member.sum(1)[..., None]                                        # (B, nodes, 1)
-    total = (member * y[..., None]).sum(1)[..., None]
+    total = member_y.sum(1)[..., None]
     n_right = member.mT @ right                                         # (B, nodes, d)
-    total_right = (member * y[..., None]).mT @ right
+    total_right = member_y.mT @ right
     # about their means, the y of n pairs have the squared error sum y^2 - (sum y)^2 / n
     gain = total_right**2 / n_right.clamp_min(1)
     gain = gain + (total - total_right)**2 / (n - n_right).clamp_min(1)
@@ -585,17 +562,15 @@ def greedy_tree(xs, ys, depth=4):
     out = torch.zeros_like(ys)
     right = (xs > 0).to(ys.dtype)                                       # (B, n, d)
     for i in range(1, ys.shape[1]):
-        seen, y = right[:, :i], ys[:, :i]                               # (B, i, d), (B, i)
-        node = torch.zeros_like(y, dtype=torch.long)                    # of each pair, (B, i)
-        query = torch.zeros_like(node[:, :1])                           # of x_i, (B, 1)
+        seen, y = right[:, :i + 1], ys[:, :i]                           # the pairs; seen: last x_i
+        node = torch.zeros_like(seen[..., 0], dtype=torch.long)         # (B, i + 1)
         out[:, i] = y.mean(1)
         for level in range(depth):
-            split = best_splits(seen, y, node, 2**level)                # (B, nodes)
-            asked = split.gather(1, node)[..., None]                    # (B, i, 1)
-            node = 2 * node + seen.gather(2, asked)[..., 0].long()
-            asked = split.gather(1, query)                              # (B, 1)
-            query = 2 * query + right[:, i].gather(1, asked).long()
-            same = (node == query).to(y.dtype)                          # (B, i)
+            split = best_splits(seen[:, :i], y, node[:, :i], 2**level)  # (B, nodes)
+            asked = split.gather(1, node)[..., None]
+            went = seen.gather(2, asked)[..., 0]                        # (B, i + 1)
+            node = 2 * node + went.long()
+            same = (node[:, :i] == node[:, i:]).to(y.dtype)             # (B, i)
             n_same = same.sum(1)
             mean = (same * y).sum(1) / n_same.clamp_min(1)
             out[:, i] = torch.where(n_same > 0, mean, out[:, i])
@@ -615,8 +590,7 @@ def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
         optimizer = torch.optim.Adam([W1, W2], lr=lr)
         for _ in range(steps):
             predictions = ((xs[:, :i] @ W1).relu() @ W2)[..., 0]        # (B, i)
-            error = predictions - ys[:, :i]
-            loss = error.square().mean(1).sum()                         # each prompt on its own
+            loss = (predictions - ys[:, :i]).square().mean(1).sum()     # each prompt on its own
             W1.grad, W2.grad = torch.autograd.grad(loss, [W1, W2])
             optimizer.step()
         hidden_units = (xs[:, i, None] @ W1).relu()                     # (B, 1, hidden)
@@ -633,9 +607,8 @@ BASELINES = {
 }
 
 for name, task in TASKS.items():
-    for baseline in task.baselines:
-        if baseline not in BASELINES:
-            raise ValueError(f"TASKS[{name!r}]: there is no baseline {baseline!r} in BASELINES")
+    if not set(task.baselines) <= set(BASELINES):
+        raise ValueError(f"TASKS[{name!r}]: not all of {task.baselines} are in BASELINES")
 
 # ---- Measurement: the models --------------------------------------------------------------------
 
@@ -653,19 +626,16 @@ def errors(model, task, xs, ys, loops=1, window=1):
     return torch.cat(parts, 1)
 
 def bootstrap(values, n=1_000, level=0.9):
-    """Mean over rows of values (N, n_points), and the ends of its bootstrap interval: three lists
-    of n_points."""
+    """Of values (N, n_points) the mean over N and its bootstrap interval's ends: three lists."""
     values = values.cpu().double()
     N = len(values)
     draw = torch.Generator().manual_seed(0)
-    times_drawn = []
-    for _ in range(n):
-        rows = torch.randint(N, (N,), generator=draw)
-        times_drawn.append(rows.bincount(minlength=N))
-    means = torch.stack(times_drawn).to(values) @ values / N            # (n, n_points)
+    rows = torch.randint(N, (n, N), generator=draw)
+    times_drawn = torch.zeros_like(rows).scatter_add(1, rows, torch.ones_like(rows))
+    means = times_drawn.to(values) @ values / N                         # (n, n_points)
     low = means.quantile((1 - level) / 2, 0)
     high = means.quantile((1 + level) / 2, 0)
-    return [values.mean(0).tolist(), low.tolist(), high.tolist()]
+    return torch.stack([values.mean(0), low, high]).tolist()
 
 def shifted_prompts(task, n, n_points, generator):
     """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of y, by which
@@ -673,34 +643,33 @@ def shifted_prompts(task, n, n_points, generator):
     d = task.n_dims
     f = TASKS[task.name].f
     degree = 0 if TASKS[task.name].signs_only else 2                    # E y^2 ~ |x|^degree
+
+    def prompts(name, xs, variance=1, factor=1):
+        return name, xs, factor * f(xs, generator), task.scale * variance
+
     xs, _ = task.sample(n, n_points, generator)
-    yield "as trained", xs, f(xs, generator), task.scale
+    yield prompts("as trained", xs)
 
     basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # (B, d, d)
     deviation = 1 / torch.arange(1, d + 1, device=task.device)          # eigenvalues 1 / i^2
     deviation = deviation / deviation.square().mean().sqrt()            # of trace d
-    skewed = xs * deviation @ basis.mT
-    yield "skewed covariance", skewed, f(skewed, generator), task.scale
+    yield prompts("skewed covariance", xs * deviation @ basis.mT)
 
-    in_prompt = torch.arange(d, device=task.device) < d // 2            # half of the space
-    split = xs * in_prompt
-    split[:, -1] = xs[:, -1] * ~in_prompt                               # the query: the other half
-    split = split @ basis.mT
+    split = xs.clone()
+    split[:, :-1, d // 2:] = 0                                          # half of the space
+    split[:, -1, :d // 2] = 0                                           # the query: the other half
     size = math.sqrt((d - d // 2) / d)                                  # of the query's |x|
-    ys = f(split, generator)
-    yield "query orthogonal to prompt", split, ys, task.scale * size**degree
+    yield prompts("query orthogonal to prompt", split @ basis.mT, size**degree)
 
     for factor in (0.5, 2, 3):
-        ys = f(factor * xs, generator)
-        yield f"x times {factor}", factor * xs, ys, task.scale * factor**degree
+        yield prompts(f"x times {factor}", factor * xs, factor**degree)
     for factor in (0.5, 2, 3):
-        ys = factor * f(xs, generator)
-        yield f"y times {factor}", xs, ys, task.scale * factor**2
+        yield prompts(f"y times {factor}", xs, factor**2, factor)
 
-    ys = f(xs, generator)
+    name, xs, ys, variance = prompts("label noise of variance 1", xs)
     noise = randn(generator, *ys.shape)
     noise[:, -1] = 0                                                    # scored without noise
-    yield "label noise of variance 1", xs, ys + noise, task.scale
+    yield name, xs, ys + noise, variance
 
 def hidden_states(model, xs, ys, loops):
     """What a probe reads after each pass through a block, at the last x and the mean over tokens,
@@ -708,8 +677,7 @@ def hidden_states(model, xs, ys, loops):
     parts = []
 
     def keep(block, inputs, z):                                         # (250, 2n-1, C)
-        read = torch.cat([z[:, -1], z.mean(1)], 1)                      # (250, 2C)
-        read = read.cpu().double()
+        read = torch.cat([z[:, -1], z.mean(1)], 1).cpu().double()       # (250, 2C)
         parts[-1].append(F.pad(read, (0, 1), value=1.0))
 
     hooks = [block.register_forward_hook(keep) for block in model.h]
@@ -721,14 +689,11 @@ def hidden_states(model, xs, ys, loops):
     return [torch.cat(layer) for layer in zip(*parts)]
 
 @torch.no_grad()
-def probe(model, task, n_points, loops, n=1_000, ridge=1.0):
-    """Sec. 6: what a linear probe reads off the hidden states (at the last x, and their mean) after
-    each loop or layer: X^T y / k, and the least-squares w. Relative squared errors on n prompts of
-    "linear", {name: a list by loop}.
-
-    The probe is fitted in closed form (ridge) on n other prompts; as a control on n prompts that
-    all have w = (1, .., 1): another w is then found only if the states hold it.
-    """
+def probe(model, task, n_points, loops, n=1_000):
+    """Sec. 6: what a linear probe reads off the hidden states after each loop or layer: X^T y / k,
+    and the least-squares w. Relative squared errors on n prompts of "linear", {name: a list by
+    loop}. The probe is fitted in closed form (ridge) on n other prompts; as a control on n prompts
+    that all have w = (1, .., 1): another w is then found only if the states hold it."""
     draw = torch.Generator(task.device).manual_seed(40_000)
 
     def states_and_targets(constant):
@@ -748,12 +713,13 @@ def probe(model, task, n_points, loops, n=1_000, ridge=1.0):
     for fitted, constant in [("", False), (" (control)", True)]:
         states, targets = states_and_targets(constant)
         for name, target in targets.items():
+            wanted = test_targets[name]
             by_loop = found[name + fitted] = []
             for fit, test in zip(states, test_states):
-                penalty = ridge * torch.eye(fit.shape[1]).to(fit)
+                penalty = torch.eye(fit.shape[1]).to(fit)
                 W = torch.linalg.solve(fit.mT @ fit + penalty, fit.mT @ target)
-                missed = (test @ W - test_targets[name]).square().sum()
-                by_loop.append((missed / test_targets[name].square().sum()).item())
+                missed = (test @ W - wanted).square().sum()
+                by_loop.append((missed / wanted.square().sum()).item())
     return found
 
 def measure(args, run):
@@ -764,11 +730,11 @@ def measure(args, run):
     loops = args.eval_loops or passes
     draw = torch.Generator(args.device).manual_seed(20_000)
     xs, ys = task.sample(args.n_eval, args.n_points, draw, part="test")
-    with torch.device("meta"):                                          # counted, not made
-        deep = build_model(args, n_layer=12)
+    n_params = sum(p.numel() for p in model.parameters())
+    n_block = sum(p.numel() for p in model.h[0].parameters())
     results = {
-        "n_params": sum(p.numel() for p in model.parameters()),
-        "n_params_12": sum(p.numel() for p in deep.parameters()),
+        "n_params": n_params,
+        "n_params_12": n_params + (12 - len(model.h)) * n_block,        # with 12 layers
         "curve": bootstrap(errors(model, task, xs, ys, loops)[0]),      # mean, low, high
         "curve_loops": loops,
         "baselines": {},
@@ -816,65 +782,53 @@ def describe(args, results):
     name += {"none": ", no injection", "multiply": ", multiplied"}.get(args.inject, "")
     return f"{name}, {results[0]['table']}" if args.task == "openml" else name
 
-def print_columns(title, corner, columns, rows):
-    """A table: columns {name: some lists or dicts of numbers}, rows {name: index or key}. A cell
-    has the median and the range of these numbers."""
-    print(f"\n{title}")
-    cells = []
-    for label, key in rows.items():
-        cells.append([label])
-        for numbers in columns.values():
-            cells[-1].append(common.spread([own[key] for own in numbers]))
-    common.print_table([corner, *columns], cells)
-
 def panels(task, groups):
-    """What tables and figures show of a task: for each panel the title, what x is, the first x, and
-    {name: curves}. The curves are of all seeds; by examples, of one seed they are its mean and the
-    ends of its 90% interval over test prompts."""
-    by_examples, by_loops, probes = {}, {}, []
+    """What is shown of a task, a list: subject, measure, what x is, its values, {name: curves}. The
+    curves are of all seeds; by examples, of one seed alone: its mean and 90% interval."""
+    by_examples, by_loops, by_input, probes = {}, {}, {}, []
     for name, (args, results) in groups.items():
-        curves = [result["curve"][0] for result in results]
-        curves = results[0]["curve"] if len(results) == 1 else curves
+        first = results[0]
+        curves = [run["curve"][0] for run in results]
+        curves = curves if len(results) > 1 else first["curve"]
         if args.model == "looped":
-            by_examples[f"{name}, {results[0]['curve_loops']} loops"] = curves
+            by_examples[f"{name}, {first['curve_loops']} loops"] = curves
             by_loops[f"{name}, b = {args.loops}"] = [run["by_loops"] for run in results]
+            loops = range(1, 10 * args.loops + 1)
         else:
             by_examples[name] = curves
-        if "probe" in results[0]:
+        if "probe" in first:
             columns = {}
-            for target in results[0]["probe"]:
+            for target, curve in first["probe"].items():
                 columns[target] = [run["probe"][target] for run in results]
-            title = f"{name}: relative error of the probe"
-            probes.append((title, "loop or layer", 1, columns))
-    by_examples |= results[0]["baselines"]
+            passes = range(1, len(curve) + 1)
+            probes.append((name, "relative error of the probe", "loop or layer", passes, columns))
+        if "ood" in first:
+            by_input[name] = [list(run["ood"].values()) for run in results]
+            others = first["ood of least squares"]
+    by_examples |= first["baselines"]
     what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
-    found = [(f"{task}: {what}", "examples", 0, by_examples)]
+    found = [(task, what, "examples", range(args.n_points), by_examples)]
     if by_loops:
-        found.append((f"{task}, all examples: {what}", "loops", 1, by_loops))
-    return found + probes
+        found.append((f"{task}, all examples", what, "loops", loops, by_loops))
+    found += probes
+    if by_input:
+        by_input["least squares"] = [list(others.values())]
+        found.append((task, what, "other inputs", list(others), by_input))
+    return found
 
 def print_panels(task, groups):
-    """A table for each panel, of about 20 rows."""
-    for title, corner, start, columns in panels(task, groups):
-        n = len(next(iter(columns.values()))[0])
-        step = max(1, n // 20)
-        rows = {}
-        for i in range(n):
-            if i in (0, n - 1) or (start + i) % step == 0:
-                rows[str(start + i)] = i
-        print_columns(title, corner, columns, rows)
-
-def print_ood(task, groups):
-    """The error on other inputs than trained on, where --ood asked for it."""
-    columns = {}
-    for name, (args, results) in groups.items():
-        if "ood" in results[0]:
-            columns[name] = [result["ood"] for result in results]
-            theirs = results[0]["ood of least squares"]
-    if columns:
-        columns["least squares"] = [theirs]
-        rows = {name: name for name in theirs}
-        print_columns(f"{task}: squared error / variance of y", "other inputs", columns, rows)
+    """A table for each panel, of about 20 rows. A cell has the median and the range."""
+    for subject, what, corner, xs, columns in panels(task, groups):
+        step = len(xs) // 20
+        rows = []
+        for i, x in enumerate(xs):
+            if step < 2 or x % step == 0 or i in (0, len(xs) - 1):
+                row = [str(x)]
+                for curves in columns.values():
+                    row.append(common.spread([curve[i] for curve in curves]))
+                rows.append(row)
+        print(f"\n{subject}: {what}")
+        common.print_table([corner, *columns], rows)
 
 def print_summary(task, groups):
     """Parameters of each model; on tables the accuracy with all examples, beside the paper's."""
@@ -882,11 +836,12 @@ def print_summary(task, groups):
     header += ["accuracy", "paper"] if task == "openml" else []
     rows = []
     for name, (args, results) in groups.items():
-        share = results[0]["n_params"] / results[0]["n_params_12"]
-        row = [name, f"{results[0]['n_params']:,}", f"{share:.1%}"]
+        first = results[0]
+        share = first["n_params"] / first["n_params_12"]
+        row = [name, f"{first['n_params']:,}", f"{share:.1%}"]
         if task == "openml":
             accuracies = [1 - result["curve"][0][-1] for result in results]
-            published = PUBLISHED.get(results[0]["table"], {})
+            published = PUBLISHED.get(first["table"], {})
             row += [common.spread(accuracies), str(published.get(args.model, "-"))]
         rows.append(row)
     print()
@@ -897,21 +852,21 @@ STYLES = ["-", "--", "-.", ":", "o-", "s--", "^-.", "v:"] * 9           # readab
 def plot(runs, by_task):
     """Fig. 3, error by examples, Fig. 2, error by loops, and the probes, a row for each task. Bands
     are the range of a panel's curves."""
-    found = [panels(task, groups) for task, groups in by_task.items()]
+    found = []
+    for task, groups in by_task.items():
+        found.append([panel for panel in panels(task, groups) if panel[2] != "other inputs"])
     figure, axes = common.new_figure(len(found), max(map(len, found)))
     for row, of_task in zip(axes, found):
-        for axis, (title, corner, start, lines) in zip(row, of_task):
+        for axis, (subject, what, corner, x, lines) in zip(row, of_task):
             for style, (name, curves) in zip(STYLES, lines.items()):
-                x = range(start, start + len(curves[0]))
                 middle = np.median(curves, 0)
-                if name in BASELINES:
-                    axis.plot(x, middle, style, label=name, color="gray", lw=1, markersize=3)
-                    continue
                 line, = axis.plot(x, middle, style, label=name, markersize=4)
+                if name in BASELINES:
+                    line.set(color="gray", linewidth=1, markersize=3)
+                    continue
                 low, high = np.min(curves, 0), np.max(curves, 0)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-            task, _, what = title.rpartition(": ")
-            axis.set(title=task, xlabel=corner, ylabel=what)
+            axis.set(title=subject, xlabel=corner, ylabel=what)
             if corner == "examples":
                 axis.set_ylim(0, 1.5)
             if corner == "loops":
@@ -929,7 +884,6 @@ def show(runs, results):
     print("over test prompts alone (training seeds vary more)")
     for task, groups in by_task.items():
         print_panels(task, groups)
-        print_ood(task, groups)
         print_summary(task, groups)
     if runs[0].args.plot:
         plot(runs, by_task)
@@ -1058,16 +1012,15 @@ def check_task(parser, args, task):
     if task != "openml":
         return
     try:
-        wanted = [] if args.fetch is None else args.fetch or map(int, PUBLISHED)
-        for number in wanted:
-            if not (own.data_dir / f"{number}.csv").exists():
-                fetch(number, own.data_dir)
+        if args.fetch is not None:
+            for number in args.fetch or map(int, PUBLISHED):
+                if not (own.data_dir / f"{number}.csv").exists():
+                    fetch(number, own.data_dir)
+            args.fetch = None                                   # done: no run depends on it
+            args.given.remove("fetch")
         Tables(own.data_dir, max(args.held_out), own.n_dims, own.n_points)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.fetch is not None:
-        args.fetch = None                                       # done: no run depends on it
-        args.given.remove("fetch")
 
 def main(argv=None):
     """The command: trains what the flags ask for, prints the tables, returns the results."""
