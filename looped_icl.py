@@ -796,13 +796,13 @@ def panels(task, groups):
             loops = range(1, 10 * args.loops + 1)
         else:
             by_examples[name] = curves
-        if "probe" in first:
+        if all("probe" in run for run in results):
             columns = {}
             for target, curve in first["probe"].items():
                 columns[target] = [run["probe"][target] for run in results]
             passes = range(1, len(curve) + 1)
             probes.append((name, "relative error of the probe", "loop or layer", passes, columns))
-        if "ood" in first:
+        if all("ood" in run for run in results):
             by_input[name] = [list(run["ood"].values()) for run in results]
             others = first["ood of least squares"]
     by_examples |= first["baselines"]

@@ -761,6 +761,14 @@ def test_seeds_are_one_column_with_their_range(tmp_path, capsys):
     assert len(set(errors)) == 3 and common.spread(errors) in capsys.readouterr().out
 
 
+def test_seeds_of_which_one_was_measured_further_share_a_table(tmp_path, capsys):
+    call_main(looped_icl, *TINY, "--steps", "2", "--ood", "--probe", "--out-dir", tmp_path)
+    capsys.readouterr()
+    results = call_main(looped_icl, *TINY, "--steps", "2", "--seed", "0", "1", "--out-dir", tmp_path)
+    out = capsys.readouterr().out
+    assert "ood" in results[0] and "ood" not in results[1] and "other inputs" not in out and "probe" not in out
+
+
 def test_models_without_loops_are_trained_once_whatever_the_injection(tmp_path):
     args = looped_icl.parse_args([*BOTH, "--model", "looped", "standard", "tied", "--inject", "add", "none"])
     runs = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
