@@ -363,6 +363,73 @@ MODELS = {
     "tied": lambda args: (1, args.n_layer, "none"),
 }
 
+# ---- Training (Sec. 5) --------------------------------------------------------------------------
+
+SWEEP = ["task", "model", "inject", "held_out", "seed"]
+MEASURED = ["n_eval", "eval_loops", "ood", "probe"]             # training does not depend on them
+
+# None: the task's own, see TASKS
+QUICK = {
+    "task": ["linear"], "model": ["looped"],
+    "inject": ["add"], "held_out": [0],
+    "n_layer": 12, "n_head": 4, "n_embd": 64,
+    "n_dims": 3, "n_points": 8,
+    "loops": 8, "window": 6, "loops_every": 100,
+    "dims_start": 1, "points_start": 8,
+    "points_step": 2, "curriculum_every": 200,
+    "steps": 3_000, "batch_size": 64, "lr": 3e-3,
+    "warmup": 200, "schedule": "cosine",
+    "eval_every": 250, "n_eval": 1_280, "eval_loops": None,
+    "ood": False, "probe": False,
+    "data_dir": None, "fetch": None,
+}
+MEDIUM = {
+    **QUICK,
+    "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
+    "n_dims": 5, "n_points": 11, "points_start": 11,
+    "loops": 12, "window": 9, "curriculum_every": 500,
+    "steps": 6_000, "lr": 2e-3, "eval_every": 500,
+}
+PAPER = {
+    **QUICK,
+    "n_head": 8, "n_embd": 256,
+    "n_dims": 20, "n_points": None,
+    "loops": None, "window": None, "loops_every": 500,
+    "dims_start": 5, "points_start": None,
+    "points_step": None, "curriculum_every": 5_000,
+    "steps": None, "batch_size": None, "lr": 1e-4,
+    "warmup": 0, "schedule": "constant",
+    "eval_every": 2_500,
+}
+PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
+
+def resolve(args):
+    """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
+    task = TASKS[args.task]
+    for name in vars(task):
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, getattr(task, name))
+    if MODELS[args.model](args)[2] == "none" and "lr" not in getattr(args, "given", []):
+        args.lr = min(args.lr, 1e-3)                            # at 3e-3 none of these learns well
+    if args.task == "openml" and args.data_dir is None:
+        args.data_dir = Path("tables")
+    dims_grow = not task.signs_only and args.dims_start < args.n_dims
+    points_grow = args.points_start < args.n_points
+    without_effect = [
+        (args.model == "looped", ["n_layer"]),
+        (args.model != "looped", ["inject", "loops", "window", "loops_every", "eval_loops"]),
+        (args.task == "openml", ["ood", "probe"]),
+        (args.task != "openml", ["data_dir", "fetch", "held_out"]),
+        (task.signs_only, ["dims_start"]),
+        (not points_grow, ["points_step"]),
+        (not dims_grow and not points_grow, ["curriculum_every"]),
+        (args.loops == args.window, ["loops_every"]),
+    ]
+    for unused, names in without_effect:
+        for name in names:
+            if unused:
+                setattr(args, name, None)
+
 def build(args):
     """The task (its prompts) and the model of a run."""
     if args.task == "openml":
@@ -376,8 +443,6 @@ def build(args):
 def load(folder, device="cpu"):
     """The task and the trained model of a run, the model in eval mode."""
     return common.load(folder, build, device)
-
-# ---- Training (Sec. 5) --------------------------------------------------------------------------
 
 def curriculum(args, step):
     """Active dimensions, points and loops at a step: each grows at intervals to its full size."""
@@ -889,71 +954,6 @@ def show(runs, results):
         plot(runs, by_task)
 
 # ---- The command --------------------------------------------------------------------------------
-
-SWEEP = ["task", "model", "inject", "held_out", "seed"]
-MEASURED = ["n_eval", "eval_loops", "ood", "probe"]             # training does not depend on them
-
-# None: the task's own, see TASKS
-QUICK = {
-    "task": ["linear"], "model": ["looped"],
-    "inject": ["add"], "held_out": [0],
-    "n_layer": 12, "n_head": 4, "n_embd": 64,
-    "n_dims": 3, "n_points": 8,
-    "loops": 8, "window": 6, "loops_every": 100,
-    "dims_start": 1, "points_start": 8,
-    "points_step": 2, "curriculum_every": 200,
-    "steps": 3_000, "batch_size": 64, "lr": 3e-3,
-    "warmup": 200, "schedule": "cosine",
-    "eval_every": 250, "n_eval": 1_280, "eval_loops": None,
-    "ood": False, "probe": False,
-    "data_dir": None, "fetch": None,
-}
-MEDIUM = {
-    **QUICK,
-    "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
-    "n_dims": 5, "n_points": 11, "points_start": 11,
-    "loops": 12, "window": 9, "curriculum_every": 500,
-    "steps": 6_000, "lr": 2e-3, "eval_every": 500,
-}
-PAPER = {
-    **QUICK,
-    "n_head": 8, "n_embd": 256,
-    "n_dims": 20, "n_points": None,
-    "loops": None, "window": None, "loops_every": 500,
-    "dims_start": 5, "points_start": None,
-    "points_step": None, "curriculum_every": 5_000,
-    "steps": None, "batch_size": None, "lr": 1e-4,
-    "warmup": 0, "schedule": "constant",
-    "eval_every": 2_500,
-}
-PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
-
-def resolve(args):
-    """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
-    task = TASKS[args.task]
-    for name in vars(task):
-        if name in args and getattr(args, name) is None:
-            setattr(args, name, getattr(task, name))
-    if MODELS[args.model](args)[2] == "none" and "lr" not in getattr(args, "given", []):
-        args.lr = min(args.lr, 1e-3)                            # at 3e-3 none of these learns well
-    if args.task == "openml" and args.data_dir is None:
-        args.data_dir = Path("tables")
-    dims_grow = not task.signs_only and args.dims_start < args.n_dims
-    points_grow = args.points_start < args.n_points
-    without_effect = [
-        (args.model == "looped", ["n_layer"]),
-        (args.model != "looped", ["inject", "loops", "window", "loops_every", "eval_loops"]),
-        (args.task == "openml", ["ood", "probe"]),
-        (args.task != "openml", ["data_dir", "fetch", "held_out"]),
-        (task.signs_only, ["dims_start"]),
-        (not points_grow, ["points_step"]),
-        (not dims_grow and not points_grow, ["curriculum_every"]),
-        (args.loops == args.window, ["loops_every"]),
-    ]
-    for unused, names in without_effect:
-        for name in names:
-            if unused:
-                setattr(args, name, None)
 
 def parse_args(argv=None):
     """The command line. What cannot be run ends here, before anything is written."""

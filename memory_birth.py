@@ -381,6 +381,40 @@ MODELS = {
     },
 }
 
+OPEN = dict(                                                 # the model's own, see MODELS
+    seq_len=None, batch_size=None, steps=None,
+    lr=None, weight_decay=None, eval_every=None,
+    self_loops=None,
+)
+BOTH = dict(
+    OPEN, model=["simple"],
+    n_layer=[2], n_head=4, n_embd=128,
+    n_triggers=5, outputs=["uniform"],
+    text=None, vocab_size=None,
+    three_steps=False, step_logits=None,
+)
+FIG_3 = dict(
+    BOTH, loss=["in-context"],
+    triggers=["fixed"], use_wf=False,
+)
+PANELS = ["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]
+PRESETS = {
+    "quick": dict(FIG_3, freeze=["none"]),
+    "medium": dict(FIG_3, freeze=PANELS),
+    "paper": dict(
+        BOTH, loss=["all"],
+        triggers=["random"], use_wf=True,
+        freeze=["none"],
+    ),
+}
+# --three-steps: the flags that it reads, with values of their own
+THREE_STEPS = dict(
+    n_triggers=2, vocab_size=24, seq_len=32,
+    n_embd=136, batch_size=128_000,
+    step_logits=[1.0, 5.0, 20.0], seed=[0],
+)
+SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
+
 def resolve(args):
     """Completes a run's settings: what a preset leaves to the model, None for what it has not."""
     for key, value in MODELS[args.model][args.preset].items():
@@ -599,7 +633,6 @@ COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="acc
                attn_match="attn match")
 WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
              outputs="{} outputs", freeze="frozen: {}")
-SWEEP = [*WORDS, "seed"]
 PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
 
 def in_words(args, runs):
@@ -718,39 +751,6 @@ def plot_attention(runs, length=32):
     common.save_figure(figure, runs, "attention")
 
 # ---- The command --------------------------------------------------------------------------------
-
-OPEN = dict(                                                 # the model's own, see MODELS
-    seq_len=None, batch_size=None, steps=None,
-    lr=None, weight_decay=None, eval_every=None,
-    self_loops=None,
-)
-BOTH = dict(
-    OPEN, model=["simple"],
-    n_layer=[2], n_head=4, n_embd=128,
-    n_triggers=5, outputs=["uniform"],
-    text=None, vocab_size=None,
-    three_steps=False, step_logits=None,
-)
-FIG_3 = dict(
-    BOTH, loss=["in-context"],
-    triggers=["fixed"], use_wf=False,
-)
-PANELS = ["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]
-PRESETS = {
-    "quick": dict(FIG_3, freeze=["none"]),
-    "medium": dict(FIG_3, freeze=PANELS),
-    "paper": dict(
-        BOTH, loss=["all"],
-        triggers=["random"], use_wf=True,
-        freeze=["none"],
-    ),
-}
-# --three-steps: the flags that it reads, with values of their own
-THREE_STEPS = dict(
-    n_triggers=2, vocab_size=24, seq_len=32,
-    n_embd=136, batch_size=128_000,
-    step_logits=[1.0, 5.0, 20.0], seed=[0],
-)
 
 def freeze_text(text):
     """argparse type: what parse_freeze reads."""

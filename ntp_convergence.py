@@ -386,6 +386,24 @@ OPTIMIZERS = {
     "adam": Optimizer(torch.optim.Adam, False, lr_ov=0.05, lr=0.05),
 }
 
+QUICK = dict(
+    optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"],
+    weights=["random"], sentences=None, vocab_size=20, n_sentences=200, seq_len=5,
+    steps_ov=2_000, steps=20_000, lr_ov=None, lr=None,
+)
+PRESETS = {"quick": QUICK, "medium": {**QUICK, "seed": list(range(10))}, "paper": QUICK}
+SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
+
+def resolve(args):
+    """Completes a run's settings: step sizes are the optimizer's; None: has no effect on it."""
+    chosen = OPTIMIZERS[args.optimizer]
+    args.lr_ov = chosen.lr_ov if args.lr_ov is None else args.lr_ov
+    args.lr = chosen.lr if args.lr is None else args.lr
+    if args.stages == "joint":
+        args.steps_ov = None
+    if args.sentences:
+        args.order = args.vocab_size = args.n_sentences = args.seq_len = None
+
 def get_dataset(args):
     """A run's dataset, and its true orders (None for a file). ValueError, OSError: none."""
     if args.sentences:
@@ -739,24 +757,6 @@ def plot(runs):
     common.save_figure(figure, runs, "fig2")
 
 # ---- The command --------------------------------------------------------------------------------
-
-QUICK = dict(
-    optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"],
-    weights=["random"], sentences=None, vocab_size=20, n_sentences=200, seq_len=5,
-    steps_ov=2_000, steps=20_000, lr_ov=None, lr=None,
-)
-PRESETS = {"quick": QUICK, "medium": {**QUICK, "seed": list(range(10))}, "paper": QUICK}
-SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
-
-def resolve(args):
-    """Completes a run's settings: step sizes are the optimizer's; None: has no effect on it."""
-    chosen = OPTIMIZERS[args.optimizer]
-    args.lr_ov = chosen.lr_ov if args.lr_ov is None else args.lr_ov
-    args.lr = chosen.lr if args.lr is None else args.lr
-    if args.stages == "joint":
-        args.steps_ov = None
-    if args.sentences:
-        args.order = args.vocab_size = args.n_sentences = args.seq_len = None
 
 def parse_args(argv=None):
     """The command line."""
