@@ -361,7 +361,7 @@ MODELS = {
         "quick": dict(
             SIMPLE, self_loops=False,
             seq_len=32, batch_size=128, steps=1_000,
-            lr=0.1, eval_every=5,                            # slower: the order is seen more clearly
+            lr=0.1, eval_every=5,                            # slow enough to see the order
         ),
         "medium": dict(
             SIMPLE, self_loops=False,
