@@ -319,17 +319,14 @@ class Parens(HashedTask):
         chance = torch.rand(batch, 1, generator=generator, device=self.device)
         return 1 - chance.clamp_min(2**-20).log2().ceil().long()
 
-    def positions(self, n, length, generator):
-        """n random positions in each string, (B, n); length (B, 1)."""
-        chance = torch.rand(len(length), n, generator=generator, device=self.device)
-        return (chance * length).long()
-
     def swap(self, is_close, length, generator):
         """Tries a geometric number of random pairs of positions, one after the other, and swaps
-        those whose first is left of the second."""
-        n_tries = self.geometric(len(is_close), generator)                   # (B, 1)
+        those whose first is left of the second. length (B, 1)."""
+        B = len(is_close)
+        n_tries = self.geometric(B, generator)                               # (B, 1)
         for n in range(21):
-            pair = self.positions(2, length, generator)                      # (B, 2): i, j
+            chance = torch.rand(B, 2, generator=generator, device=self.device)
+            pair = (chance * length).long()                                  # (B, 2): i, j
             swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
             from_left = pair[:, :1] < pair[:, 1:]                            # (B, 1): i < j
             is_close = torch.where((n < n_tries) & from_left, swapped, is_close)
@@ -338,9 +335,10 @@ class Parens(HashedTask):
     def flip(self, is_close, length, generator):
         """Flips a geometric number of random positions, or, with probability 2/3, twice as many."""
         B = len(is_close)
-        twice = torch.rand(B, 1, generator=generator, device=self.device) < 2 / 3
+        draw = dict(generator=generator, device=self.device)
+        twice = torch.rand(B, 1, **draw) < 2 / 3
         n_flips = self.geometric(B, generator) * (1 + twice.long())          # (B, 1), at most 42
-        position = self.positions(42, length, generator)                     # (B, 42)
+        position = (torch.rand(B, 42, **draw) * length).long()               # (B, 42)
         counts = (torch.arange(42, device=self.device) < n_flips).long()     # only the first ones
         times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, counts)
         return is_close ^ (times % 2 == 1)                   # flipped twice is as it was
@@ -704,10 +702,8 @@ def resolve(args):
     for key, value in {**task.usual, **getattr(task, args.preset)}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if task.size_flag != "size":
-        args.size = None
-    if task.size_flag != "target_width":
-        args.target_width = None
+    for flag in {"size", "target_width"} - {task.size_flag}:
+        setattr(args, flag, None)
     if not task.needs_text:
         args.text = None
     if args.model != "transformer":
@@ -802,12 +798,11 @@ def train(args, run):
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    step_once = training_step
     if args.compile:
-        step_once = common.compile_step(training_step, model, data)
+        training_step = common.compile_step(training_step, model, data)
     for step in run.steps(start, args.steps):
         lr.fill_(learning_rate(step, args))
-        loss = step_once()
+        loss = training_step()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             model.eval()                                     # without dropout
             tokens, scored = task.test_set
@@ -833,8 +828,7 @@ def evaluate(model, task, tokens, scored):
     return dict(loss=loss / n, accuracy=right / n)
 
 def explained_variance(hidden, top=10):
-    """Share of the variance of hidden (N, d) in its top principal components, and in its top
-    neurons (Tables 4, 5)."""
+    """Shares of the variance of hidden (N, d) in its top components and neurons (Tables 4, 5)."""
     covariance = hidden.cpu().double().T.cov(correction=0)   # (d, d)
     shares = []
     for variances in (torch.linalg.eigvalsh(covariance), covariance.diagonal()):
@@ -900,10 +894,9 @@ def write_prose(model, task, seed, n_words=60):
 def measure(args, run):
     """The scores on the whole test set, and what else applies to a run, from its checkpoint."""
     task, model = load(run.folder, args.device)
-    n_trained = sum(parameter.numel() for parameter in train_only(model, args.train))
     found = evaluate(model, task, *task.test_set)
-    found["n_trained"] = n_trained
-    if MODELS[args.model] is Transformer:
+    found["n_trained"] = n_numbers(train_only(model, args.train))
+    if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]
         # Up to where the last answer is predicted: no padding
@@ -915,7 +908,7 @@ def measure(args, run):
     if args.task == "needle" and args.model == "transformer":
         attns = model(tokens[:, :-1], return_attn=True)[1]
         found["attention"] = find_needles(attns, tokens, scored)
-    if args.task == "modadd" and MODELS[args.model] is Transformer:
+    if args.task == "modadd" and isinstance(model, Transformer):
         found["circuit"] = circuit(model, task)
     if args.task == "imitate":
         found["target"] = task.describe()
@@ -948,26 +941,24 @@ def published(args):
     return task.published.get(column_of(args), "") if same_size else ""
 
 def print_scores(runs, results):
-    """Table 1's layout: a row a task, a column a setting; the paper's number beneath where the
-    setting is the paper's."""
-    cells, paper = {}, {}
-    for args, group in common.by_setting(runs, results):
-        place = row_of(args), column_of(args)
-        cells[place] = common.spread([result[TASKS[args.task].metric] for result in group])
-        if args.task == "memorize":
-            cells[place] += ", " + common.spread([bits(args, result) for result in group])
-        paper[place] = published(args)
-    rows = list(dict.fromkeys(row for row, column in cells))
-    columns = list(dict.fromkeys(column for row, column in cells))
-    table = []
-    for row in rows:
-        table.append([row, *[cells.get((row, column), "") for column in columns]])
-        numbers = [paper.get((row, column), "") for column in columns]
-        if any(numbers):
-            table.append(["paper", *numbers])
+    """Table 1's layout: a row a task, a column a setting; beneath, the paper's numbers."""
+    columns = list(dict.fromkeys(column_of(run.args) for run in runs))
     header = ["task"]
     for column in columns:
         header.append(" ".join(map(str, column)).removeprefix("transformer "))
+    ours, papers = {}, {}                                    # row -> its cells
+    for args, group in common.by_setting(runs, results):
+        cell = common.spread([result[TASKS[args.task].metric] for result in group])
+        if args.task == "memorize":
+            cell += ", " + common.spread([bits(args, result) for result in group])
+        for cells, text in [(ours, cell), (papers, published(args))]:
+            row = cells.setdefault(row_of(args), [""] * len(columns))
+            row[columns.index(column_of(args))] = text
+    table = []
+    for name, cells in ours.items():
+        table.append([name, *cells])
+        if any(papers[name]):
+            table.append(["paper", *papers[name]])
     print("\nAccuracy on sequences that training never learns from, median [range] over seeds")
     print("(lm: loss, imitate: KL, in nats; memorize: of what is trained, and bits a parameter)")
     common.print_table(header, table)
@@ -976,6 +967,10 @@ def bits(args, result):
     """Table 3: log2 n bits for each of the n x n pairs that is recalled, a trained parameter."""
     recalled = args.size**2 * result["accuracy"]
     return math.log2(args.size) * recalled / result["n_trained"]
+
+def n_numbers(parameters):
+    """How many numbers some parameters hold together."""
+    return sum(parameter.numel() for parameter in parameters)
 
 FINDINGS = {
     "components": "Variance in the top 10 principal components: after the embedding, each layer",
@@ -1010,15 +1005,15 @@ def print_parameters(runs):
     for run in runs:
         args = run.args
         model = build(args)[1]
-        sizes = Counter(all=sum(parameter.numel() for parameter in model.parameters()))
-        for name, parameter in model.named_parameters():
-            sizes[name.split(".")[0]] += parameter.numel()
-        sizes["trained"] = sum(parameter.numel() for parameter in train_only(model, args.train))
-        parts = {part: sizes[part] for part in ("wte", "wpe", "lm_head", "all", "trained")}
-        key = [row_of(args), args.model, str(args.n_embd), args.train]
-        rows.append(key + [f"{n:,}" for n in parts.values()])
-        results.append(dict(task=args.task, model=args.model, n_embd=args.n_embd,
-            train=args.train, **parts))
+        sizes = dict.fromkeys(["wte", "wpe", "lm_head"], 0)
+        for name in sizes.keys() & dict(model.named_children()):
+            sizes[name] = n_numbers(model.get_submodule(name).parameters())
+        sizes["all"] = n_numbers(model.parameters())
+        sizes["trained"] = n_numbers(train_only(model, args.train))
+        setting = {key: getattr(args, key) for key in ("task", "model", "n_embd", "train")}
+        results.append({**setting, **sizes})
+        about = [row_of(args), args.model, str(args.n_embd), args.train]
+        rows.append(about + [f"{n:,}" for n in sizes.values()])
     header = ["task", "model", "width", "train", "E_token", "E_pos", "U", "all", "trained"]
     common.print_table(header, rows)
     return results
@@ -1038,8 +1033,8 @@ def plot_widths(runs, results):
     Lines are medians over seeds, in a band from the worst to the best; hollow marks are published.
     """
     tasks = {}                                               # task -> [(args, results)]
-    for args, group in common.by_setting(runs, results):
-        tasks.setdefault(args.task, []).append((args, group))
+    for pair in common.by_setting(runs, results):
+        tasks.setdefault(pair[0].task, []).append(pair)
     columns = min(2, len(tasks))
     figure, axes = common.new_figure(math.ceil(len(tasks) / columns), columns)
     for axis in axes.flat[len(tasks):]:
@@ -1079,15 +1074,11 @@ def plot_task(axis, task, groups):
     axis.set_ylabel(f"test {unit}")
     axis.legend(fontsize=8)
 
-def token_names(tokens):
-    """Needle's tokens in words: markers m0 .., values, the query of m0 ?m0."""
-    names = []
-    for token in tokens:
-        if token < 128:
-            names.append(str(token))
-        else:
-            names.append(f"m{token - 128}" if token < 158 else f"?m{token - 158}")
-    return names
+def token_name(token):
+    """One of needle's tokens in words: a value 5, a marker m0, its query ?m0."""
+    if token < 128:
+        return str(token)
+    return f"m{token - 128}" if token < 158 else f"?m{token - 158}"
 
 @torch.no_grad()
 def plot_attention(run):
@@ -1098,7 +1089,7 @@ def plot_attention(run):
     longest = torch.where(query <= 16, query, 0).argmax()    # of those whose names can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
     _, attns = model(prompt[None], return_attn=True)
-    names = token_names(prompt.tolist())
+    names = list(map(token_name, prompt.tolist()))
     n_layer, n_head = len(attns), attns[0].shape[1]
     figure, axes = common.new_figure(n_layer, n_head, width=3, height=3)
     for layer, head in itertools.product(range(n_layer), range(n_head)):
@@ -1127,16 +1118,13 @@ def plot_circle(run):
     common.save_figure(figure, [run], f"circle of {run.args.train} {run.args.n_embd}")
 
 def plot(runs, results):
-    """The figures of a sweep: the widths; Figs. 2 and 3 of each needle and modadd transformer, of
-    its first seed."""
+    """The width figure; of the first seed's transformers Fig. 2 (needle) and Fig. 3 (modadd)."""
     plot_widths(runs, results)
+    draw = {"needle": plot_attention, "modadd": plot_circle}
     for run in runs:
         args = run.args
-        if args.model == "transformer" and args.seed == runs[0].args.seed:
-            if args.task == "needle":
-                plot_attention(run)
-            if args.task == "modadd":
-                plot_circle(run)
+        if args.model == "transformer" and args.seed == runs[0].args.seed and args.task in draw:
+            draw[args.task](run)
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -1184,17 +1172,17 @@ def parse_args(argv=None):
     return args
 
 def check(args):
-    """ValueError for a run that cannot be: of its task's size, or of its number of heads."""
+    """Ends the program for a run that cannot be: of its number of heads, size or text."""
     if args.n_head and args.n_embd % args.n_head:
-        raise ValueError(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
+        common.fail(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}", 2)
     try:
         make_task(args)
     except ValueError as error:
-        raise ValueError(f"--{TASKS[args.task].size_flag.replace('_', '-')}: {error}") from None
+        common.fail(f"--{TASKS[args.task].size_flag.replace('_', '-')}: {error}", 2)
     except OSError as error:
         if args.text:
-            raise ValueError(f"--text: {error}") from None
-        raise ValueError(f"TinyStories did not come: {error}; give --text FILE") from None
+            common.fail(f"--text: {error}", 2)
+        common.fail(f"TinyStories did not come: {error}; give --text FILE", 2)
 
 def show(runs, results):
     """The tables of a sweep, and with --plot its figures."""
@@ -1207,18 +1195,13 @@ def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
     args = parse_args(argv)
     table1, params = args.table1, args.params
-    args.given = [flag for flag in args.given if flag not in ("table1", "params")]
     args.table1 = args.params = False                        # they name runs: no run's setting
     runs = common.sweep(args, SWEEP, resolve)
     if table1:
         runs = [run for run in runs if column_of(run.args) in TABLE1]
     for i, run in enumerate(runs):
+        check(run.args)
         run.number = f"{i + 1}/{len(runs)}"
-    try:
-        for run in runs:
-            check(run.args)
-    except ValueError as error:
-        common.fail(str(error), 2)
     if params:
         return print_parameters(runs)
     return common.complete(runs, train, measure, show)
