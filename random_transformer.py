@@ -100,7 +100,7 @@ class Task:
 
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        return tokens.new_zeros(len(tokens), dtype=torch.bool)
 
     def losses(self, logits, targets, tokens):
         """The loss of each answer in nats, (B, Q): cross-entropy.
@@ -117,8 +117,8 @@ class Task:
 class HashedTask(Task):
     """A task that holds out a twentieth of all sequences, told by a hash of their tokens.
 
-    It draws short sequences again and again: of a test set drawn like them, training would have
-    seen most, and without a list of 4,000 draws, training would lack every short one.
+    It draws short sequences again and again: training would have seen most of a test set that is
+    drawn like them. If it left out a list of 4,000 draws, it would lack every short one.
     """
     PRIME = 1_000_003
 
@@ -168,7 +168,8 @@ class Modadd(Lookup):
         self.chance = 1 / p
         a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
         self.table = torch.stack([a, b, (a + b) % p], dim=1).to(device)      # (p^2, 3)
-        order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0)).to(device)
+        draw = torch.Generator().manual_seed(0)
+        order = torch.randperm(p * p, generator=draw).to(device)
         test_rows, self.train_rows = self.table[order].tensor_split([p * p // 20])
         self.test_set = self.scored_from(test_rows, 2)
 
@@ -191,12 +192,13 @@ class Memorize(Lookup):
         self.vocab_size = 2 * n
         self.chance = 1 / n
         x, y = torch.cartesian_prod(torch.arange(n), torch.arange(n, 2 * n)).T
-        z = torch.randint(n, (n * n,), generator=torch.Generator().manual_seed(0))
+        draw = torch.Generator().manual_seed(0)
+        z = torch.randint(n, (n * n,), generator=draw)
         self.train_rows = torch.stack([x, y, z], dim=1).to(device)
         self.test_set = self.scored_from(self.train_rows, 2)
 
 class Needle(HashedTask):
-    """Associative recall: k ~ U[1, size] pairs of a marker and a value, a marker's query, its value.
+    """Associative recall: k ~ U[1, size] pairs of marker and value, then a marker's query, a value.
 
     Markers 128..157, distinct and shuffled; values 1..127; the query is the marker + 30; 0 pads.
     """
@@ -367,7 +369,9 @@ class Parens(HashedTask):
         is_balanced = (depth.amin(1) >= 0) & (depth[:, -1] == 0)
         label = 1 + is_balanced.long()[:, None]                              # (B, 1)
         brackets = torch.where(inside, 1 + is_close.long(), 0)
-        tokens = F.pad(brackets, (0, 2)).scatter(1, length, 3).scatter(1, length + 1, label)
+        tokens = F.pad(brackets, (0, 2))                                     # (B, N + 2)
+        tokens.scatter_(1, length, 3)
+        tokens.scatter_(1, length + 1, label)
         return tokens, position == length + 1
 
 class Imitate(Task):
@@ -562,7 +566,10 @@ class Attention(common.CausalSelfAttention):
         W, b = self.c_attn.weight, self.c_attn.bias
         q = F.linear(pick(x, at), W[:C], b[:C])              # (B, Q, C)
         k, v = F.linear(x, W[C:], b[C:]).split(C, dim=-1)    # (B, T, C) each
-        q, k, v = [y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v)]
+
+        def heads(y):
+            return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        q, k, v = heads(q), heads(k), heads(v)               # (B, H, Q or T, C/H)
         is_future = torch.arange(x.shape[1], device=x.device) > at[..., None]          # (B, Q, T)
         scores = q @ k.mT / math.sqrt(q.shape[-1])           # (B, H, Q, T)
         attn = scores.masked_fill(is_future[:, None], -math.inf).softmax(-1)
@@ -668,7 +675,7 @@ TRAINABLE = {
 }
 
 def train_only(model, which):
-    """Freezes all parameters but those that `which`, a key of TRAINABLE, names; lists the others."""
+    """Freezes all but the parts that TRAINABLE[which] names, and returns their parameters."""
     for name, part in model.named_children():
         part.requires_grad_(name in TRAINABLE[which])
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -688,7 +695,6 @@ PRESETS = {
         train=["embeddings", "full"], n_embd=[1024, 16],
         target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512], warmup=500, eval_every=500),
 }
-LR_LSTM = 5e-3
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
 for item in TASKS.items():
@@ -698,7 +704,7 @@ def resolve(args):
     """Completes a run's settings by the task's own; None for what has no effect on it."""
     task = TASKS[args.task]
     if args.lr is None and args.model == "lstm":
-        args.lr = LR_LSTM
+        args.lr = 5e-3
     for key, value in {**task.usual, **getattr(task, args.preset)}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -986,8 +992,9 @@ def print_findings(runs, results):
         rows = []
         for run, result in zip(runs, results):
             if key in result:
-                about = [row_of(run.args), *map(str, column_of(run.args)), str(run.args.seed)]
-                rows.append(about + ["  ".join(f"{x:.2f}" for x in result[key])])
+                about = row_of(run.args), *column_of(run.args), run.args.seed
+                numbers = "  ".join(f"{x:.2f}" for x in result[key])
+                rows.append([*map(str, about), numbers])
         if rows:
             print(f"\n{title}")
             common.print_table(["task", "model", "trained", "width", "seed", ""], rows)
@@ -1005,9 +1012,10 @@ def print_parameters(runs):
     for run in runs:
         args = run.args
         model = build(args)[1]
-        sizes = dict.fromkeys(["wte", "wpe", "lm_head"], 0)
-        for name in sizes.keys() & dict(model.named_children()):
-            sizes[name] = n_numbers(model.get_submodule(name).parameters())
+        sizes = {}
+        for name in ("wte", "wpe", "lm_head"):
+            part = getattr(model, name, nn.Module())         # a recurrent network has no wpe
+            sizes[name] = n_numbers(part.parameters())
         sizes["all"] = n_numbers(model.parameters())
         sizes["trained"] = n_numbers(train_only(model, args.train))
         setting = {key: getattr(args, key) for key in ("task", "model", "n_embd", "train")}
@@ -1120,11 +1128,13 @@ def plot_circle(run):
 def plot(runs, results):
     """The width figure; of the first seed's transformers Fig. 2 (needle) and Fig. 3 (modadd)."""
     plot_widths(runs, results)
-    draw = {"needle": plot_attention, "modadd": plot_circle}
     for run in runs:
         args = run.args
-        if args.model == "transformer" and args.seed == runs[0].args.seed and args.task in draw:
-            draw[args.task](run)
+        if args.model == "transformer" and args.seed == runs[0].args.seed:
+            if args.task == "needle":
+                plot_attention(run)
+            if args.task == "modadd":
+                plot_circle(run)
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -1166,9 +1176,9 @@ def parse_args(argv=None):
         for flag in ("model", "train", "n_embd"):
             if flag in args.given:
                 parser.error(f"--{flag} has no effect on --table1: leave it out".replace("_", "-"))
-        args.model = ["transformer", "lstm"]
-        args.train = ["embeddings", "full"]
-        args.n_embd = [1024, 16]
+        # All that its columns name; main leaves out what is no column, such as a narrow LSTM
+        columns = [list(dict.fromkeys(names)) for names in zip(*TABLE1)]
+        args.model, args.train, args.n_embd = columns
     return args
 
 def check(args):
