@@ -75,8 +75,7 @@ class Task:
     At most n_answers are scored in a sequence, and T - 1 <= block_size tokens are fed. ValueError
     where there is no task of that size. A task states, in its class, all that is named in STATED.
     """
-    STATED = ["sizes", "vocab_size", "block_size", "sample", "published", "quick", "medium",
-        "paper"]
+    STATED = "sizes vocab_size block_size sample published quick medium paper".split()
 
     n_answers = 1
     chance = None                                            # the accuracy of guessing
@@ -462,8 +461,7 @@ class LM(Task):
         if len(self.test_ids) <= self.block_size:
             enough = 20 * (self.block_size + 1)
             raise ValueError(f"lm: {len(ids):,} words of text are too few, {enough:,} would do")
-        draw = torch.Generator(device).manual_seed(0)
-        self.test_set = self.windows(self.test_ids, 200, draw)
+        self.test_set = self.windows(self.test_ids, 200, torch.Generator(device).manual_seed(0))
 
     def ids(self, path):
         """A text as numbers (n,) int32: each word's place in self.words, 0 where it has none."""
@@ -772,11 +770,11 @@ def make_optimizer(task, trained, lr, args):
     """AdamW. On the language model, biases and norms do not decay (the released code)."""
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    groups = [
-        dict(params=matrices, weight_decay=args.weight_decay),
-        dict(params=vectors, weight_decay=args.weight_decay if task.decays_vectors else 0.0),
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=lr.is_cuda)
+    groups = [dict(params=matrices), dict(params=vectors)]
+    if not task.decays_vectors:
+        groups[1]["weight_decay"] = 0.0
+    usual = dict(lr=lr, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, **usual, fused=True, capturable=lr.is_cuda)
 
 def train(args, run):
     """One run of the sweep; goes on from its checkpoint where there is one."""
@@ -853,7 +851,8 @@ def find_needles(attns, tokens, scored):
     to_marker = attns[0][:, :, values, values - 1].transpose(1, 2)           # (B, values, H)
     to_marker = to_marker[values < query[:, None]].mean(0)                   # (H,)
     asked = tokens[rows, query] - 30                                         # (B,)
-    value = (tokens[:, :-1] == asked[:, None]).int().argmax(1) + 1           # (B,): its position
+    is_asked = tokens[:, :-1] == asked[:, None]                              # (B, T): its marker
+    value = is_asked.int().argmax(1) + 1                                     # (B,): after it
     to_value = attns[-1][rows, :, query, value].mean(0)                      # (H,)
     return [to_marker.max().item(), to_value.max().item()]
 
@@ -880,8 +879,7 @@ def circuit(model, task):
     logits = model(task.table[:, :2])[:, -1]                 # (p^2, V), a row a pair
     right = logits.gather(1, task.table[:, 2:]).view(p, p)
     a = torch.arange(p)
-    distance = a[:, None]
-    by_distance = right[a, (a - distance) % p]               # row d: all pairs a, a - d
+    by_distance = right[a, (a - a[:, None]) % p]             # row d: all pairs a, a - d
     spread = by_distance.std(1, correction=0).mean() / right.std(correction=0)
     return [symmetricity.item(), spread.item()]
 
@@ -1100,8 +1098,7 @@ def plot_attention(run):
     names = list(map(token_name, prompt.tolist()))
     n_layer, n_head = len(attns), attns[0].shape[1]
     figure, axes = common.new_figure(n_layer, n_head, width=3, height=3)
-    for layer, head in itertools.product(range(n_layer), range(n_head)):
-        axis = axes[layer, head]
+    for (layer, head), axis in np.ndenumerate(axes):
         axis.imshow(attns[layer][0, head], cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -1118,11 +1115,12 @@ def plot_circle(run):
     components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
     x, y = (points @ components.T).T
     figure, axes = common.new_figure(width=4.6, height=4)
-    dots = axes[0, 0].scatter(x, y, s=12, c=range(task.vocab_size), cmap="hsv")
+    axis = axes[0, 0]
+    dots = axis.scatter(x, y, s=12, c=range(task.vocab_size), cmap="hsv")
     figure.colorbar(dots, label="number")
-    axes[0, 0].set_title(f"{IN_WORDS[run.args.train]}, width {run.args.n_embd}", fontsize=9)
-    axes[0, 0].set_xlabel("principal component 1")
-    axes[0, 0].set_ylabel("principal component 2")
+    axis.set_title(f"{IN_WORDS[run.args.train]}, width {run.args.n_embd}", fontsize=9)
+    axis.set_xlabel("principal component 1")
+    axis.set_ylabel("principal component 2")
     common.save_figure(figure, [run], f"circle of {run.args.train} {run.args.n_embd}")
 
 def plot(runs, results):
@@ -1143,12 +1141,11 @@ def parse_args(argv=None):
     parser = common.make_parser(main)
     add = parser.add_argument
     count = common.positive_int
-    width = common.number(int, 1, 10**5)
     add("--task", nargs="+", choices=list(TASKS), help="tasks")
     add("--model", nargs="+", choices=list(MODELS), help="linear: attention is a sum of values")
     add("--train", nargs="+", choices=list(TRAINABLE),
         help="what is trained; embeddings: the paper's random transformer")
-    add("--n-embd", nargs="+", type=width, help="widths")
+    add("--n-embd", nargs="+", type=common.number(int, 1, 10**5), help="widths")
     add("--n-layer", type=common.number(int, 1, 100),
         help="layers of a transformer (2; imitate 3, lm 4)")
     add("--n-head", type=count, help="heads a layer (4; lm 8)")
@@ -1190,9 +1187,8 @@ def check(args):
     except ValueError as error:
         common.fail(f"--{TASKS[args.task].size_flag.replace('_', '-')}: {error}", 2)
     except OSError as error:
-        if args.text:
-            common.fail(f"--text: {error}", 2)
-        common.fail(f"TinyStories did not come: {error}; give --text FILE", 2)
+        without = f"TinyStories did not come: {error}; give --text FILE"
+        common.fail(f"--text: {error}" if args.text else without, 2)
 
 def show(runs, results):
     """The tables of a sweep, and with --plot its figures."""
