@@ -63,18 +63,19 @@ TABLE1 = [("transformer", "embeddings", 1024), ("transformer", "embeddings", 16)
 
 def table1(*medians, fails):
     """A task's published accuracies by column: of Table 1, and what fails in Table 2."""
-    return {**dict(zip(TABLE1, medians)), **{("transformer", x, 1024): "fails" for x in fails}}
+    numbers = dict(zip(TABLE1, medians))
+    for part in fails:
+        numbers["transformer", part, 1024] = "fails"
+    return numbers
 
 class Task:
-    """A distribution of sequences of which some tokens are answers: on those alone the model is
-    trained and tested.
+    """A distribution of sequences; the model is trained and tested on some tokens, the answers.
 
     sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true where a token is an answer.
     At most n_answers are scored in a sequence, and T - 1 <= block_size tokens are fed. ValueError
     where there is no task of that size. A task states, in its class, all that is named in STATED.
     """
-    STATED = ["sizes", "vocab_size", "block_size", "sample", "published", "quick", "medium",
-        "paper"]
+    STATED = "sizes vocab_size block_size sample published quick medium paper".split()
 
     n_answers = 1
     chance = None                                            # the accuracy of guessing
@@ -84,11 +85,12 @@ class Task:
     decays_vectors = True                                    # weight decay of biases and norms, too
     usual = dict(n_layer=2, n_head=4, dropout=0.0, weight_decay=1e-3)   # where a preset is silent
 
-    def __init__(self, size, device):
-        if size not in self.sizes:
+    def __init__(self, size=None, device="cpu"):
+        self.size = self.paper["size"] if size is None else size
+        self.device = device
+        if self.size not in self.sizes:
             name = type(self).__name__.lower()
             raise ValueError(f"{name}: {size} is not in {self.sizes[0]} .. {self.sizes[-1]}")
-        self.device = device
 
     @functools.cached_property
     def test_set(self):
@@ -97,7 +99,7 @@ class Task:
 
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        return tokens.new_zeros(len(tokens), dtype=torch.bool)
 
     def losses(self, logits, targets, tokens):
         """The loss of each answer in nats, (B, Q): cross-entropy.
@@ -114,15 +116,12 @@ class Task:
 class HashedTask(Task):
     """A task that holds out a twentieth of all sequences, told by a hash of their tokens.
 
-    It draws its sequences afresh, and so draws the short ones again and again: of a test set drawn
-    like them, training would have seen most. Here training learns from nineteen of twenty
-    sequences, the test has the others alone, and nobody keeps a list of either. (A list of 4,000
-    draws, kept out of training, would take every short sequence from it: the test would then ask
-    for other lengths than training had.)
+    It draws short sequences again and again: training would have seen most of a test set that is
+    drawn like them. If it left out a list of 4,000 draws, it would lack every short one.
     """
     PRIME = 1_000_003
 
-    def __init__(self, size, device):
+    def __init__(self, size=None, device="cpu"):
         super().__init__(size, device)
         draw = torch.Generator().manual_seed(0)
         self.hash_weights = torch.randint(self.PRIME, (1_000,), generator=draw).to(device)
@@ -136,17 +135,16 @@ class HashedTask(Task):
     def test_set(self):
         """The fixed test set: tokens, scored. The first 4,000 sequences drawn that are held out."""
         draw = torch.Generator(self.device).manual_seed(10**9)
-        all_tokens, all_scored, n = [], [], 0
-        while n < 4_000:
+        all_tokens, all_scored = [], []
+        while sum(map(len, all_tokens)) < 4_000:
             tokens, scored = self.sample(20_000, draw)
             held_out = self.held_out(tokens)
             all_tokens.append(tokens[held_out])
             all_scored.append(scored[held_out])
-            n += len(all_tokens[-1])
         return torch.cat(all_tokens)[:4_000], torch.cat(all_scored)[:4_000]
 
 class Lookup(Task):
-    """Sequences x, y, z, of which z is the answer: rows of a table (n, 3)."""
+    """Sequences x, y, z, of which z is the answer: the rows of train_rows (n, 3)."""
     block_size = 5
 
     def sample(self, batch, generator):
@@ -154,38 +152,31 @@ class Lookup(Task):
         rows = torch.randint(n_rows, (batch,), generator=generator, device=self.device)
         return self.scored_from(self.train_rows[rows], 2)
 
-    @functools.cached_property
-    def test_set(self):
-        return self.scored_from(self.test_rows, 2)
-
 class Modadd(Lookup):
     """a, b, (a + b) mod p. Of all p^2 pairs a fixed 5% are held out for the test."""
     sizes = range(5, 2_000)
-    vocab_size = None                                        # p, of the instance
+    vocab_size = None                                        # p, the size
     quick = dict(size=59, steps=600, batch_size=1_500, lr=5e-3)
     medium = quick
     paper = dict(size=199, steps=50_000, batch_size=4_000, lr=1e-3)          # 5,000 epochs
     published = table1("1.000", "0.013", "1.000", "0.972", "1.000", fails=["unembed", "embed"])
 
-    def __init__(self, p=199, device="cpu"):
-        super().__init__(p, device)
-        self.p = p
-        self.vocab_size = p
+    def __init__(self, size=None, device="cpu"):
+        super().__init__(size, device)
+        p = self.vocab_size = self.size
         self.chance = 1 / p
-        numbers = torch.arange(p)
-        a, b = torch.cartesian_prod(numbers, numbers).T
+        a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
         self.table = torch.stack([a, b, (a + b) % p], dim=1).to(device)      # (p^2, 3)
-        order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
-        shuffled = self.table[order.to(device)]
-        self.test_rows, self.train_rows = shuffled.tensor_split([p * p // 20])
+        draw = torch.Generator().manual_seed(0)
+        order = torch.randperm(p * p, generator=draw).to(device)
+        test_rows, self.train_rows = self.table[order].tensor_split([p * p // 20])
+        self.test_set = self.scored_from(test_rows, 2)
 
 class Memorize(Lookup):
-    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n.
-
-    What is trained is what is tested.
-    """
+    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n. The test is what is
+    trained."""
     sizes = range(5, 2_000)
-    vocab_size = None                                        # 2 n, of the instance
+    vocab_size = None                                        # 2 n
     quick = dict(size=64, steps=2_000, batch_size=512, lr=5e-3)
     medium = quick
     paper = dict(size=512, steps=168_000, batch_size=2**15, lr=1e-3, weight_decay=1e-4)
@@ -194,18 +185,19 @@ class Memorize(Lookup):
         ("transformer", "full", 128): "2.88 bits",
     }
 
-    def __init__(self, n=512, device="cpu"):
-        super().__init__(n, device)
+    def __init__(self, size=None, device="cpu"):
+        super().__init__(size, device)
+        n = self.size
         self.vocab_size = 2 * n
         self.chance = 1 / n
         x, y = torch.cartesian_prod(torch.arange(n), torch.arange(n, 2 * n)).T
-        z = torch.randint(n, (n * n,), generator=torch.Generator().manual_seed(0))
+        draw = torch.Generator().manual_seed(0)
+        z = torch.randint(n, (n * n,), generator=draw)
         self.train_rows = torch.stack([x, y, z], dim=1).to(device)
-        self.test_rows = self.train_rows
+        self.test_set = self.scored_from(self.train_rows, 2)
 
 class Needle(HashedTask):
-    """Associative recall: k ~ U[1, n_pairs] pairs of a marker and a value, then one marker's query
-    and its value.
+    """Associative recall: k ~ U[1, size] pairs of marker and value, then a marker's query, a value.
 
     Markers 128..157, distinct and shuffled; values 1..127; the query is the marker + 30; 0 pads.
     """
@@ -218,12 +210,8 @@ class Needle(HashedTask):
     paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
     published = table1("1.000", "0.075", "1.000", "0.120", "0.995", fails=["unembed"])
 
-    def __init__(self, n_pairs=30, device="cpu"):
-        super().__init__(n_pairs, device)
-        self.n_pairs = n_pairs
-
     def sample(self, batch, generator):
-        n = self.n_pairs
+        n = self.size
         draw = dict(generator=generator, device=self.device)
         k = torch.randint(1, n + 1, (batch, 1), **draw)
         markers = 128 + torch.rand(batch, 30, **draw).argsort(1)[:, :n]      # (B, n)
@@ -237,15 +225,13 @@ class Needle(HashedTask):
         return tokens, position == 2 * k + 1
 
 class Addition(HashedTask):
-    """a + b = sum, then a stop; operands uniform over numbers of n_digits digits, all digits lowest
-    first.
+    """a + b = sum, then a stop; a and b uniform over numbers of `size` digits, lowest digit first.
 
-    Digits 0-9, + 10, = 11, pad 12, digits of the sum 20-29, stop 30. Answers: every digit of the
-    sum, and the stop.
+    Digits 0-9, + 10, = 11, pad 12; the answers: digits of the sum 20-29, stop 30.
     """
     sizes = range(1, 18)
     vocab_size = 31
-    block_size = None                                        # of the instance
+    block_size = None                                        # by the size
     chance = 0.1                                             # a digit
     quick = dict(size=3, steps=2_000, batch_size=128, lr=5e-3)
     medium = quick
@@ -253,15 +239,14 @@ class Addition(HashedTask):
     published = table1("1.000", "0.266", "1.000", "0.675", "0.530",
         fails=["unembed", "token_unembed"])
 
-    def __init__(self, n_digits=10, device="cpu"):
-        super().__init__(n_digits, device)
-        self.n_digits = n_digits
-        self.block_size = 3 * n_digits + 10
-        self.n_answers = n_digits + 2
-        self.powers = 10 ** torch.arange(n_digits, device=device)
+    def __init__(self, size=None, device="cpu"):
+        super().__init__(size, device)
+        self.block_size = 3 * self.size + 10
+        self.n_answers = self.size + 2
+        self.powers = 10 ** torch.arange(self.size, device=device)
 
     def sample(self, batch, generator):
-        n = self.n_digits
+        n = self.size
         draw = dict(generator=generator, device=self.device)
         digits = torch.randint(10, (2, batch, n), **draw)
         digits[..., -1] = torch.randint(1, 10, (2, batch), **draw)           # the first is not 0
@@ -278,13 +263,11 @@ class Addition(HashedTask):
         return tokens, scored & (tokens != 12)
 
 class Parens(HashedTask):
-    """Up to 2 max_pairs brackets, "?", and a label: 2 where they are balanced, else 1. 0 ends, "("
-    is 1, ")" 2, "?" 3.
+    """Up to 2 size brackets, "(" 1 and ")" 2, then "?" 3, and a label: 2 for balanced, else 1.
 
     A third are uniformly random strings, the rest random balanced ones, of which half are left as
     they are. All others get both, one or none (1/4 each) of two mutations, swaps and flips. All
-    strings of up to 8 brackets are for training: of so few (two of one bracket) none follows from
-    the others.
+    strings of up to 8 brackets are for training: of so few, none follows from the others.
     """
     sizes = range(5, 40)
     vocab_size = 4
@@ -295,16 +278,12 @@ class Parens(HashedTask):
     paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
     published = table1("1.000", "0.873", "0.923", "1.000", "1.000", fails=["unembed"])
 
-    def __init__(self, max_pairs=30, device="cpu"):
-        super().__init__(max_pairs, device)
-        self.max_pairs = max_pairs
-
     def held_out(self, tokens):
         has_nine_brackets = (tokens[:, :9] != 3).all(1)      # "?" comes later
         return super().held_out(tokens) & has_nine_brackets
 
     def balanced(self, pairs, generator):
-        """Random balanced strings g(pairs) for (B,) -> is_close (B, 2 max_pairs), true at each ")".
+        """Random balanced strings g(pairs) for (B,) -> is_close (B, 2 self.size), true at each ")".
 
         g(1) = "()", and g(t) is "(" g(t-1) ")" or g(u) g(t-u) with u ~ U[1, t-1], each with
         probability 1/2. All parts of all strings grow at once. `size` holds, where a part g(t)
@@ -316,13 +295,13 @@ class Parens(HashedTask):
             ( ) ( ( )  )   size . . . . . .     is_close at 1, 4 and 5
         """
         B = len(pairs)
-        N = 2 * self.max_pairs + 2
+        N = 2 * self.size + 2
         nowhere = N - 1                                      # a place that is cut off in the end
         start = torch.arange(N, device=self.device).expand(B, N)
         is_close = torch.zeros(B, N, dtype=torch.bool, device=self.device)
         size = torch.zeros_like(start)
         size[:, 0] = pairs
-        for _ in range(self.max_pairs):                      # a part g(t) is done in t rounds
+        for _ in range(self.size):                           # a part g(t) is done in t rounds
             coin, u = torch.rand(2, B, N, generator=generator, device=self.device)
             wraps = (size == 1) | ((size > 1) & (coin < 0.5))
             splits = (size > 0) & ~wraps
@@ -341,17 +320,14 @@ class Parens(HashedTask):
         chance = torch.rand(batch, 1, generator=generator, device=self.device)
         return 1 - chance.clamp_min(2**-20).log2().ceil().long()
 
-    def positions(self, n, length, generator):
-        """n random positions in each string, (B, n); length (B, 1)."""
-        chance = torch.rand(len(length), n, generator=generator, device=self.device)
-        return (chance * length).long()
-
     def swap(self, is_close, length, generator):
         """Tries a geometric number of random pairs of positions, one after the other, and swaps
-        those whose first is left of the second. So 35% of the long strings stay as they are."""
-        n_tries = self.geometric(len(is_close), generator)                   # (B, 1)
+        those whose first is left of the second. length (B, 1)."""
+        B = len(is_close)
+        n_tries = self.geometric(B, generator)                               # (B, 1)
         for n in range(21):
-            pair = self.positions(2, length, generator)                      # (B, 2): i, j
+            chance = torch.rand(B, 2, generator=generator, device=self.device)
+            pair = (chance * length).long()                                  # (B, 2): i, j
             swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
             from_left = pair[:, :1] < pair[:, 1:]                            # (B, 1): i < j
             is_close = torch.where((n < n_tries) & from_left, swapped, is_close)
@@ -360,20 +336,21 @@ class Parens(HashedTask):
     def flip(self, is_close, length, generator):
         """Flips a geometric number of random positions, or, with probability 2/3, twice as many."""
         B = len(is_close)
-        twice = torch.rand(B, 1, generator=generator, device=self.device) < 2 / 3
+        draw = dict(generator=generator, device=self.device)
+        twice = torch.rand(B, 1, **draw) < 2 / 3
         n_flips = self.geometric(B, generator) * (1 + twice.long())          # (B, 1), at most 42
-        position = self.positions(42, length, generator)                     # (B, 42)
+        position = (torch.rand(B, 42, **draw) * length).long()               # (B, 42)
         counts = (torch.arange(42, device=self.device) < n_flips).long()     # only the first ones
         times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, counts)
         return is_close ^ (times % 2 == 1)                   # flipped twice is as it was
 
     def sample(self, batch, generator):
-        N = 2 * self.max_pairs
+        N = 2 * self.size
         draw = dict(generator=generator, device=self.device)
 
         def chance(probability):
             return torch.rand(batch, 1, **draw) < probability
-        pairs = torch.randint(1, self.max_pairs + 1, (batch,), **draw)
+        pairs = torch.randint(1, self.size + 1, (batch,), **draw)
         is_random = chance(1 / 3)                                            # (B, 1)
         random_length = torch.randint(1, N + 1, (batch, 1), **draw)
         length = torch.where(is_random, random_length, 2 * pairs[:, None])   # (B, 1)
@@ -391,14 +368,16 @@ class Parens(HashedTask):
         is_balanced = (depth.amin(1) >= 0) & (depth[:, -1] == 0)
         label = 1 + is_balanced.long()[:, None]                              # (B, 1)
         brackets = torch.where(inside, 1 + is_close.long(), 0)
-        tokens = F.pad(brackets, (0, 2)).scatter(1, length, 3).scatter(1, length + 1, label)
+        tokens = F.pad(brackets, (0, 2))                                     # (B, N + 2)
+        tokens.scatter_(1, length, 3)
+        tokens.scatter_(1, length + 1, label)
         return tokens, position == length + 1
 
 class Imitate(Task):
-    """40 random tokens; the answer is a random transformer's distribution over the next, so its
-    token is a mere 0.
+    """40 random tokens; the answer, whose token is a mere 0, is a random transformer's distribution
+    over the next one.
 
-    The target has 3 layers and 2 heads; its query, key and value weights are GPT-2's x10, its MLP
+    This target has 3 layers and 2 heads; its query, key and value weights are GPT-2's x10, its MLP
     output weights x20, its unembedding has standard deviation 2 / sqrt(width).
     """
     sizes = range(2, 2_000, 2)
@@ -449,14 +428,13 @@ class Imitate(Task):
         return [entropy.item(), kl.item()]
 
 class LM(Task):
-    """Language modelling: text as words and punctuation marks, the vocab_size - 1 most frequent and
-    an unknown (id 0).
+    """Windows of a text's words and punctuation marks: the size - 1 most frequent, an unknown 0.
 
-    Training windows begin anywhere in the training text; the test's 200 come from TinyStories' own
-    validation split, or, of another text, from its last 5%, which is not trained on.
+    The test's 200 windows come from TinyStories' own validation split, or, of another text, from
+    its last 5%, which is not trained on.
     """
     sizes = range(2, 10**6)
-    vocab_size = None                                        # of the instance
+    vocab_size = None                                        # the size, or less for a small text
     block_size = 512
     n_answers = 512
     metric = "loss"
@@ -469,15 +447,27 @@ class LM(Task):
     # The paper does not say its depth: 2.64 probably belongs to 4 layers
     published = {("transformer", "embeddings", 512): "2.64"}
 
-    def __init__(self, vocab_size=10_000, text=None, device="cpu"):
-        super().__init__(vocab_size, device)
-        train_ids, test_ids, self.words = read_text(vocab_size, text)
-        self.vocab_size = len(self.words)                    # a small text may have fewer words
-        self.train_ids = torch.from_numpy(train_ids).to(device)
-        self.test_ids = torch.from_numpy(test_ids).to(device)
-        if len(test_ids) <= self.block_size:
-            n_words, enough = len(train_ids) + len(test_ids), 20 * (self.block_size + 1)
-            raise ValueError(f"lm: {n_words:,} words of text are too few, {enough:,} would do")
+    def __init__(self, size=None, text=None, device="cpu"):
+        super().__init__(size, device)
+        path = text or tinystories("train")
+        most_common = Counter(words_of(path)).most_common(self.size - 1)
+        self.words = ["<unknown>", *[word for word, _ in most_common]]
+        self.vocab_size = len(self.words)
+        ids = self.ids(path)
+        if text:
+            self.train_ids, self.test_ids = ids.tensor_split([len(ids) * 95 // 100])
+        else:
+            self.train_ids, self.test_ids = ids, self.ids(tinystories("valid"))
+        if len(self.test_ids) <= self.block_size:
+            enough = 20 * (self.block_size + 1)
+            raise ValueError(f"lm: {len(ids):,} words of text are too few, {enough:,} would do")
+        self.test_set = self.windows(self.test_ids, 200, torch.Generator(device).manual_seed(0))
+
+    def ids(self, path):
+        """A text as numbers (n,) int32: each word's place in self.words, 0 where it has none."""
+        index = {word: i for i, word in enumerate(self.words)}
+        ids = np.fromiter((index.get(word, 0) for word in words_of(path)), np.int32)
+        return torch.from_numpy(ids).to(self.device)
 
     def windows(self, ids, batch, generator):
         """Windows of 513 words that begin anywhere in ids: (B, 513)."""
@@ -489,35 +479,11 @@ class LM(Task):
     def sample(self, batch, generator):
         return self.windows(self.train_ids, batch, generator)
 
-    @functools.cached_property
-    def test_set(self):
-        draw = torch.Generator(self.device).manual_seed(0)
-        return self.windows(self.test_ids, 200, draw)
-
 def words_of(path):
     """The words and punctuation marks of a text file, one after the other."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             yield from re.findall(r"<\|endoftext\|>|\w+(?:'\w+)*|[^\w\s]", line)
-
-def word_ids(path, vocabulary):
-    """The text as numbers (n,) int32: each word's place in the vocabulary, 0 where it has none."""
-    index = {word: i for i, word in enumerate(vocabulary)}
-    return np.fromiter((index.get(word, 0) for word in words_of(path)), np.int32)
-
-def read_text(vocab_size, path=None):
-    """A text as numbers: ids to train on (n,), ids to test on (m,), words, whose i-th is id i's.
-
-    Without a path, TinyStories, whose validation split is a file of its own.
-    """
-    train_path = path or tinystories("train")
-    most_common = Counter(words_of(train_path)).most_common(vocab_size - 1)
-    vocabulary = ["<unknown>", *(word for word, _ in most_common)]
-    ids = word_ids(train_path, vocabulary)
-    if path is None:
-        return ids, word_ids(tinystories("valid"), vocabulary), vocabulary
-    cut = len(ids) * 95 // 100
-    return ids[:cut], ids[cut:], vocabulary
 
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/TinyStories-{}.txt"
 
@@ -536,9 +502,15 @@ def tinystories(split):
     digest, size = re.search(r"sha256:(\w+)\s+size (\d+)", pointer).groups()
     size = int(size)
     cache.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".part"), "ab+") as part:
-        if part.tell() < size:
-            download(TINYSTORIES.format("resolve", split), part, size)
+    with open(path.with_suffix(".part"), "ab") as part:
+        have = part.tell()
+        if have < size:
+            bar = tqdm(desc="TinyStories", initial=have, total=size, unit="B", unit_scale=True)
+            url = TINYSTORIES.format("resolve", split)
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+            with bar, urllib.request.urlopen(request, timeout=60) as response:
+                while data := response.read(2**20):
+                    bar.update(part.write(data))
         part.flush()
         if part.tell() < size:
             at = f"{part.tell():,} of {size:,} bytes"
@@ -547,15 +519,6 @@ def tinystories(split):
             part.truncate(0)
             raise OSError(f"its SHA-256 is not {digest}; the same command starts anew")
     return path.with_suffix(".part").rename(path)
-
-def download(url, part, size):
-    """Appends to an open file what it lacks of the url's `size` bytes."""
-    have = part.tell()
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-    bar = tqdm(desc="TinyStories", initial=have, total=size, unit="B", unit_scale=True)
-    with bar, urllib.request.urlopen(request, timeout=60) as response:
-        while data := response.read(2**20):
-            bar.update(part.write(data))
 
 TASKS = {
     "modadd": Modadd,
@@ -572,28 +535,31 @@ def check_task(name, task):
     for what in Task.STATED:
         if not hasattr(task, what):
             raise TypeError(f"task {name} does not state {what}")
-    for preset in PRESETS:
-        needed = {"steps", "batch_size", "lr"}
-        if task.size_flag == "size":
-            needed.add("size")
-        missing = needed - set(getattr(task, preset))
-        if missing:
-            raise TypeError(f"task {name}, preset {preset}: no {', '.join(sorted(missing))}")
+    for preset, flags in PRESETS.items():
+        stated = {**flags, **getattr(task, preset)}
+        for key in (task.size_flag, "steps", "batch_size", "lr"):
+            if stated.get(key) is None:
+                raise TypeError(f"task {name}, preset {preset}: no {key}")
 
 # ---- The model ----------------------------------------------------------------------------------
 
+# Of the last block nobody needs more than the positions `at` where an answer is predicted. To leave
+# out the others halves the time of a step of two layers and one answer.
+
 def pick(x, at):
-    """What stands at some positions of each row: x (B, T, C), at (B, Q) -> (B, Q, C)."""
-    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+    """x (B, T, C) at the positions at (B, Q) alone, or everywhere for None -> (B, Q or T, C)."""
+    return x if at is None else x.take_along_dim(at[..., None], dim=1)
 
 class Attention(common.CausalSelfAttention):
-    """GPT-2's attention, whose forward is common's; at some positions alone it is `at`."""
+    """GPT-2's attention: common's everywhere, written out here for some positions alone."""
 
-    def at(self, x, at):
-        """forward(x) at the positions at (B, Q) alone: x (B, T, C) -> (B, Q, C).
+    def forward(self, x, return_attn=False, at=None):
+        """x (B, T, C) -> y (B, T, C), with return_attn also the attention weights (B, H, T, T).
 
-        Only those positions ask a query; keys and values are needed everywhere.
+        Or y (B, Q, C) at the positions at (B, Q): they alone ask a query, of all keys and values.
         """
+        if at is None:
+            return super().forward(x, return_attn)
         C = x.shape[-1]
         W, b = self.c_attn.weight, self.c_attn.bias
         q = F.linear(pick(x, at), W[:C], b[:C])              # (B, Q, C)
@@ -610,23 +576,17 @@ class Attention(common.CausalSelfAttention):
         return F.dropout(y, self.dropout, self.training)     # (B, Q, C)
 
 class SumOfValues(common.CausalSelfAttention):
-    """Linear attention in its simplest form: the sum of the values so far (App. E, Table 9, as far
-    as we know). Their mean measured the same."""
+    """Linear attention: the sum of the values so far (App. E, as far as we know)."""
 
     def __init__(self, n_embd, dropout=0.0):
         super().__init__(n_embd, 1, dropout)
         self.c_attn = nn.Linear(n_embd, n_embd)              # values alone
 
-    def forward(self, x, return_attn=False):
-        """x (B, T, C) -> (B, T, C); with return_attn also None, as there are no weights."""
-        y = self.c_proj(self.c_attn(x).cumsum(1))
+    def forward(self, x, return_attn=False, at=None):
+        """As Attention's; in place of the weights None, as there are none."""
+        y = self.c_proj(pick(self.c_attn(x).cumsum(1), at))
         y = F.dropout(y, self.dropout, self.training)
         return (y, None) if return_attn else y
-
-    def at(self, x, at):
-        """forward(x) at the positions at (B, Q) alone: x (B, T, C) -> (B, Q, C)."""
-        y = self.c_proj(pick(self.c_attn(x).cumsum(1), at))
-        return F.dropout(y, self.dropout, self.training)
 
 class Block(nn.Module):
     """A pre-norm GPT-2 block: x + attention(norm(x)), then x + MLP(norm(x))."""
@@ -641,21 +601,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = common.MLP(n_embd, dropout)
 
-    def forward(self, x, return_attn=False):
-        """x (B, T, C) -> x (B, T, C), with return_attn also the attention weights (B, H, T, T)."""
-        y = self.attn(self.ln_1(x), return_attn)
-        y, attn = y if return_attn else (y, None)
-        x = x + y
-        x = x + self.mlp(self.ln_2(x))
-        return (x, attn) if return_attn else x
-
-    def at(self, x, at):
-        """forward(x) at the positions at (B, Q) alone: x (B, T, C) -> (B, Q, C).
-
-        Of the last block nobody needs more than the positions where an answer is predicted. It
-        halves the time of a step of two layers and one answer.
-        """
-        x = pick(x, at) + self.attn.at(self.ln_1(x), at)
+    def forward(self, x, at=None):
+        """x (B, T, C) -> (B, T, C), or (B, Q, C) at the positions at (B, Q) alone."""
+        x = pick(x, at) + self.attn(self.ln_1(x), at=at)
         return x + self.mlp(self.ln_2(x))
 
 class Transformer(nn.Module):
@@ -673,29 +621,30 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         common.gpt2_init_(self, n_layer)
 
-    def embed(self, tokens):
-        return self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])         # (B, T, C)
-
     def forward(self, tokens, at=None, return_attn=False):
         """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions at (B, Q) alone.
 
         With return_attn also a list of each layer's attention weights, (B, H, T, T).
         """
-        x = self.embed(tokens)
+        states = self.hidden_states(tokens, at)
+        logits = self.lm_head(self.ln_f(states[-1]))
+        if not return_attn:
+            return logits
         attns = []
-        for block in self.h[:-1] if at is not None else self.h:
-            x, attn = block(x, True) if return_attn else (block(x), None)
-            attns.append(attn)
-        if at is not None:
-            x = self.h[-1].at(x, at)
-        logits = self.lm_head(self.ln_f(x))
-        return (logits, attns) if return_attn else logits
+        for block, x in zip(self.h, states):
+            attns.append(block.attn(block.ln_1(x), return_attn=True)[1])
+        return logits, attns
 
-    def hidden_states(self, tokens):
-        """tokens (B, T) -> the states after the embedding and after each layer, (B, T, C) each."""
-        states = [self.embed(tokens)]
+    def hidden_states(self, tokens, at=None):
+        """tokens (B, T) -> the states after the embedding and after each layer, (B, T, C) each.
+
+        The last is (B, Q, C), at the positions at (B, Q) alone, where they are given.
+        """
+        x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])
+        states = [x]
         for block in self.h:
-            states.append(block(states[-1]))
+            x = block(x, at if block is self.h[-1] else None)
+            states.append(x)
         return states
 
 class Recurrent(nn.Module):
@@ -710,7 +659,7 @@ class Recurrent(nn.Module):
     def forward(self, tokens, at=None):
         """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions at (B, Q) alone."""
         h, _ = self.rnn(self.wte(tokens))
-        return self.lm_head(h if at is None else pick(h, at))
+        return self.lm_head(pick(h, at))
 
 MODELS = {"transformer": Transformer, "linear": Transformer, "lstm": nn.LSTM, "rnn": nn.RNN}
 
@@ -724,15 +673,10 @@ TRAINABLE = {
 }
 
 def train_only(model, which):
-    """Freezes all parameters but those that `which`, a key of TRAINABLE, names. Returns the list of
-    those to train."""
-    trained = []
-    for name, parameter in model.named_parameters():
-        module = name.split(".")[0]
-        parameter.requires_grad_(module in TRAINABLE[which])
-        if parameter.requires_grad:
-            trained.append(parameter)
-    return trained
+    """Freezes all but the parts that TRAINABLE[which] names, and returns their parameters."""
+    for name, part in model.named_children():
+        part.requires_grad_(name in TRAINABLE[which])
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 # ---- Training (App. D.3) ------------------------------------------------------------------------
 
@@ -749,7 +693,6 @@ PRESETS = {
         train=["embeddings", "full"], n_embd=[1024, 16],
         target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512], warmup=500, eval_every=500),
 }
-LR_LSTM = 5e-3
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
 for item in TASKS.items():
@@ -759,14 +702,12 @@ def resolve(args):
     """Completes a run's settings by the task's own; None for what has no effect on it."""
     task = TASKS[args.task]
     if args.lr is None and args.model == "lstm":
-        args.lr = LR_LSTM
+        args.lr = 5e-3
     for key, value in {**task.usual, **getattr(task, args.preset)}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if task.size_flag != "size":
-        args.size = None
-    if task.size_flag != "target_width":
-        args.target_width = None
+    for flag in {"size", "target_width"} - {task.size_flag}:
+        setattr(args, flag, None)
     if not task.needs_text:
         args.text = None
     if args.model != "transformer":
@@ -829,11 +770,11 @@ def make_optimizer(task, trained, lr, args):
     """AdamW. On the language model, biases and norms do not decay (the released code)."""
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    groups = [
-        dict(params=matrices, weight_decay=args.weight_decay),
-        dict(params=vectors, weight_decay=args.weight_decay if task.decays_vectors else 0.0),
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=lr.is_cuda)
+    groups = [dict(params=matrices), dict(params=vectors)]
+    if not task.decays_vectors:
+        groups[1]["weight_decay"] = 0.0
+    usual = dict(lr=lr, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, **usual, fused=True, capturable=lr.is_cuda)
 
 def train(args, run):
     """One run of the sweep; goes on from its checkpoint where there is one."""
@@ -861,12 +802,11 @@ def train(args, run):
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    step_once = training_step
     if args.compile:
-        step_once = common.compile_step(training_step, model, data)
+        training_step = common.compile_step(training_step, model, data)
     for step in run.steps(start, args.steps):
         lr.fill_(learning_rate(step, args))
-        loss = step_once()
+        loss = training_step()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             model.eval()                                     # without dropout
             tokens, scored = task.test_set
@@ -892,8 +832,7 @@ def evaluate(model, task, tokens, scored):
     return dict(loss=loss / n, accuracy=right / n)
 
 def explained_variance(hidden, top=10):
-    """Share of the variance of hidden (N, d) in its top principal components, and in its top
-    neurons (Tables 4, 5)."""
+    """Shares of the variance of hidden (N, d) in its top components and neurons (Tables 4, 5)."""
     covariance = hidden.cpu().double().T.cov(correction=0)   # (d, d)
     shares = []
     for variances in (torch.linalg.eigvalsh(covariance), covariance.diagonal()):
@@ -912,7 +851,8 @@ def find_needles(attns, tokens, scored):
     to_marker = attns[0][:, :, values, values - 1].transpose(1, 2)           # (B, values, H)
     to_marker = to_marker[values < query[:, None]].mean(0)                   # (H,)
     asked = tokens[rows, query] - 30                                         # (B,)
-    value = (tokens[:, :-1] == asked[:, None]).int().argmax(1) + 1           # (B,): its position
+    is_asked = tokens[:, :-1] == asked[:, None]                              # (B, T): its marker
+    value = is_asked.int().argmax(1) + 1                                     # (B,): after it
     to_value = attns[-1][rows, :, query, value].mean(0)                      # (H,)
     return [to_marker.max().item(), to_value.max().item()]
 
@@ -923,7 +863,8 @@ def circuit(model, task):
     of b; the second the spread of the right answer's logit among pairs of equal a - b, relative to
     its spread among all pairs. A pizza has 1 and 0, a clock 0 and 1.
     """
-    p, device = task.p, task.table.device
+    p = task.vocab_size
+    device = task.table.device
     draw = torch.Generator().manual_seed(0)
     tokens = task.table[torch.randperm(p * p, generator=draw)[:500]]         # (500, 3)
     some = torch.randint(p, (500,), generator=draw)[:len(tokens), None].to(device)
@@ -938,8 +879,7 @@ def circuit(model, task):
     logits = model(task.table[:, :2])[:, -1]                 # (p^2, V), a row a pair
     right = logits.gather(1, task.table[:, 2:]).view(p, p)
     a = torch.arange(p)
-    distance = a[:, None]
-    by_distance = right[a, (a - distance) % p]               # row d: all pairs a, a - d
+    by_distance = right[a, (a - a[:, None]) % p]             # row d: all pairs a, a - d
     spread = by_distance.std(1, correction=0).mean() / right.std(correction=0)
     return [symmetricity.item(), spread.item()]
 
@@ -958,10 +898,9 @@ def write_prose(model, task, seed, n_words=60):
 def measure(args, run):
     """The scores on the whole test set, and what else applies to a run, from its checkpoint."""
     task, model = load(run.folder, args.device)
-    n_trained = sum(parameter.numel() for parameter in train_only(model, args.train))
     found = evaluate(model, task, *task.test_set)
-    found["n_trained"] = n_trained
-    if MODELS[args.model] is Transformer:
+    found["n_trained"] = n_numbers(train_only(model, args.train))
+    if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]
         # Up to where the last answer is predicted: no padding
@@ -973,7 +912,7 @@ def measure(args, run):
     if args.task == "needle" and args.model == "transformer":
         attns = model(tokens[:, :-1], return_attn=True)[1]
         found["attention"] = find_needles(attns, tokens, scored)
-    if args.task == "modadd" and MODELS[args.model] is Transformer:
+    if args.task == "modadd" and isinstance(model, Transformer):
         found["circuit"] = circuit(model, task)
     if args.task == "imitate":
         found["target"] = task.describe()
@@ -1006,26 +945,24 @@ def published(args):
     return task.published.get(column_of(args), "") if same_size else ""
 
 def print_scores(runs, results):
-    """Table 1's layout: a row a task, a column a setting; the paper's number beneath where the
-    setting is the paper's."""
-    cells, paper = {}, {}
-    for args, group in common.by_setting(runs, results):
-        place = row_of(args), column_of(args)
-        cells[place] = common.spread([result[TASKS[args.task].metric] for result in group])
-        if args.task == "memorize":
-            cells[place] += ", " + common.spread([bits(args, result) for result in group])
-        paper[place] = published(args)
-    rows = list(dict.fromkeys(row for row, column in cells))
-    columns = list(dict.fromkeys(column for row, column in cells))
-    table = []
-    for row in rows:
-        table.append([row, *[cells.get((row, column), "") for column in columns]])
-        numbers = [paper.get((row, column), "") for column in columns]
-        if any(numbers):
-            table.append(["paper", *numbers])
+    """Table 1's layout: a row a task, a column a setting; beneath, the paper's numbers."""
+    columns = list(dict.fromkeys(column_of(run.args) for run in runs))
     header = ["task"]
     for column in columns:
         header.append(" ".join(map(str, column)).removeprefix("transformer "))
+    ours, papers = {}, {}                                    # row -> its cells
+    for args, group in common.by_setting(runs, results):
+        cell = common.spread([result[TASKS[args.task].metric] for result in group])
+        if args.task == "memorize":
+            cell += ", " + common.spread([bits(args, result) for result in group])
+        for cells, text in [(ours, cell), (papers, published(args))]:
+            row = cells.setdefault(row_of(args), [""] * len(columns))
+            row[columns.index(column_of(args))] = text
+    table = []
+    for name, cells in ours.items():
+        table.append([name, *cells])
+        if any(papers[name]):
+            table.append(["paper", *papers[name]])
     print("\nAccuracy on sequences that training never learns from, median [range] over seeds")
     print("(lm: loss, imitate: KL, in nats; memorize: of what is trained, and bits a parameter)")
     common.print_table(header, table)
@@ -1034,6 +971,10 @@ def bits(args, result):
     """Table 3: log2 n bits for each of the n x n pairs that is recalled, a trained parameter."""
     recalled = args.size**2 * result["accuracy"]
     return math.log2(args.size) * recalled / result["n_trained"]
+
+def n_numbers(parameters):
+    """How many numbers some parameters hold together."""
+    return sum(parameter.numel() for parameter in parameters)
 
 FINDINGS = {
     "components": "Variance in the top 10 principal components: after the embedding, each layer",
@@ -1049,8 +990,9 @@ def print_findings(runs, results):
         rows = []
         for run, result in zip(runs, results):
             if key in result:
-                about = [row_of(run.args), *map(str, column_of(run.args)), str(run.args.seed)]
-                rows.append(about + ["  ".join(f"{x:.2f}" for x in result[key])])
+                about = row_of(run.args), *column_of(run.args), run.args.seed
+                numbers = "  ".join(f"{x:.2f}" for x in result[key])
+                rows.append([*map(str, about), numbers])
         if rows:
             print(f"\n{title}")
             common.print_table(["task", "model", "trained", "width", "seed", ""], rows)
@@ -1068,15 +1010,16 @@ def print_parameters(runs):
     for run in runs:
         args = run.args
         model = build(args)[1]
-        sizes = Counter(all=sum(parameter.numel() for parameter in model.parameters()))
-        for name, parameter in model.named_parameters():
-            sizes[name.split(".")[0]] += parameter.numel()
-        sizes["trained"] = sum(parameter.numel() for parameter in train_only(model, args.train))
-        parts = {part: sizes[part] for part in ("wte", "wpe", "lm_head", "all", "trained")}
-        key = [row_of(args), args.model, str(args.n_embd), args.train]
-        rows.append(key + [f"{n:,}" for n in parts.values()])
-        results.append(dict(task=args.task, model=args.model, n_embd=args.n_embd,
-            train=args.train, **parts))
+        sizes = {}
+        for name in ("wte", "wpe", "lm_head"):
+            part = getattr(model, name, nn.Module())         # a recurrent network has no wpe
+            sizes[name] = n_numbers(part.parameters())
+        sizes["all"] = n_numbers(model.parameters())
+        sizes["trained"] = n_numbers(train_only(model, args.train))
+        setting = {key: getattr(args, key) for key in ("task", "model", "n_embd", "train")}
+        results.append({**setting, **sizes})
+        about = [row_of(args), args.model, str(args.n_embd), args.train]
+        rows.append(about + [f"{n:,}" for n in sizes.values()])
     header = ["task", "model", "width", "train", "E_token", "E_pos", "U", "all", "trained"]
     common.print_table(header, rows)
     return results
@@ -1096,8 +1039,8 @@ def plot_widths(runs, results):
     Lines are medians over seeds, in a band from the worst to the best; hollow marks are published.
     """
     tasks = {}                                               # task -> [(args, results)]
-    for args, group in common.by_setting(runs, results):
-        tasks.setdefault(args.task, []).append((args, group))
+    for pair in common.by_setting(runs, results):
+        tasks.setdefault(pair[0].task, []).append(pair)
     columns = min(2, len(tasks))
     figure, axes = common.new_figure(math.ceil(len(tasks) / columns), columns)
     for axis in axes.flat[len(tasks):]:
@@ -1137,15 +1080,11 @@ def plot_task(axis, task, groups):
     axis.set_ylabel(f"test {unit}")
     axis.legend(fontsize=8)
 
-def token_names(tokens):
-    """Needle's tokens in words: markers m0 .., values, the query of m0 ?m0."""
-    names = []
-    for token in tokens:
-        if token < 128:
-            names.append(str(token))
-        else:
-            names.append(f"m{token - 128}" if token < 158 else f"?m{token - 158}")
-    return names
+def token_name(token):
+    """One of needle's tokens in words: a value 5, a marker m0, its query ?m0."""
+    if token < 128:
+        return str(token)
+    return f"m{token - 128}" if token < 158 else f"?m{token - 158}"
 
 @torch.no_grad()
 def plot_attention(run):
@@ -1156,11 +1095,10 @@ def plot_attention(run):
     longest = torch.where(query <= 16, query, 0).argmax()    # of those whose names can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
     _, attns = model(prompt[None], return_attn=True)
-    names = token_names(prompt.tolist())
+    names = list(map(token_name, prompt.tolist()))
     n_layer, n_head = len(attns), attns[0].shape[1]
     figure, axes = common.new_figure(n_layer, n_head, width=3, height=3)
-    for layer, head in itertools.product(range(n_layer), range(n_head)):
-        axis = axes[layer, head]
+    for (layer, head), axis in np.ndenumerate(axes):
         axis.imshow(attns[layer][0, head], cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -1177,16 +1115,16 @@ def plot_circle(run):
     components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
     x, y = (points @ components.T).T
     figure, axes = common.new_figure(width=4.6, height=4)
-    dots = axes[0, 0].scatter(x, y, s=12, c=range(task.p), cmap="hsv")
+    axis = axes[0, 0]
+    dots = axis.scatter(x, y, s=12, c=range(task.vocab_size), cmap="hsv")
     figure.colorbar(dots, label="number")
-    axes[0, 0].set_title(f"{IN_WORDS[run.args.train]}, width {run.args.n_embd}", fontsize=9)
-    axes[0, 0].set_xlabel("principal component 1")
-    axes[0, 0].set_ylabel("principal component 2")
+    axis.set_title(f"{IN_WORDS[run.args.train]}, width {run.args.n_embd}", fontsize=9)
+    axis.set_xlabel("principal component 1")
+    axis.set_ylabel("principal component 2")
     common.save_figure(figure, [run], f"circle of {run.args.train} {run.args.n_embd}")
 
 def plot(runs, results):
-    """The figures of a sweep: the widths; Figs. 2 and 3 of each needle and modadd transformer, of
-    its first seed."""
+    """The width figure; of the first seed's transformers Fig. 2 (needle) and Fig. 3 (modadd)."""
     plot_widths(runs, results)
     for run in runs:
         args = run.args
@@ -1203,12 +1141,11 @@ def parse_args(argv=None):
     parser = common.make_parser(main)
     add = parser.add_argument
     count = common.positive_int
-    width = common.number(int, 1, 10**5)
     add("--task", nargs="+", choices=list(TASKS), help="tasks")
     add("--model", nargs="+", choices=list(MODELS), help="linear: attention is a sum of values")
     add("--train", nargs="+", choices=list(TRAINABLE),
         help="what is trained; embeddings: the paper's random transformer")
-    add("--n-embd", nargs="+", type=width, help="widths")
+    add("--n-embd", nargs="+", type=common.number(int, 1, 10**5), help="widths")
     add("--n-layer", type=common.number(int, 1, 100),
         help="layers of a transformer (2; imitate 3, lm 4)")
     add("--n-head", type=count, help="heads a layer (4; lm 8)")
@@ -1236,23 +1173,22 @@ def parse_args(argv=None):
         for flag in ("model", "train", "n_embd"):
             if flag in args.given:
                 parser.error(f"--{flag} has no effect on --table1: leave it out".replace("_", "-"))
-        args.model = ["transformer", "lstm"]
-        args.train = ["embeddings", "full"]
-        args.n_embd = [1024, 16]
+        # All that its columns name; main leaves out what is no column, such as a narrow LSTM
+        columns = [list(dict.fromkeys(names)) for names in zip(*TABLE1)]
+        args.model, args.train, args.n_embd = columns
     return args
 
 def check(args):
-    """ValueError for a run that cannot be: of its task's size, or of its number of heads."""
+    """Ends the program for a run that cannot be: of its number of heads, size or text."""
     if args.n_head and args.n_embd % args.n_head:
-        raise ValueError(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
+        common.fail(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}", 2)
     try:
         make_task(args)
     except ValueError as error:
-        raise ValueError(f"--{TASKS[args.task].size_flag.replace('_', '-')}: {error}") from None
+        common.fail(f"--{TASKS[args.task].size_flag.replace('_', '-')}: {error}", 2)
     except OSError as error:
-        if args.text:
-            raise ValueError(f"--text: {error}") from None
-        raise ValueError(f"TinyStories did not come: {error}; give --text FILE") from None
+        without = f"TinyStories did not come: {error}; give --text FILE"
+        common.fail(f"--text: {error}" if args.text else without, 2)
 
 def show(runs, results):
     """The tables of a sweep, and with --plot its figures."""
@@ -1265,18 +1201,13 @@ def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
     args = parse_args(argv)
     table1, params = args.table1, args.params
-    args.given = [flag for flag in args.given if flag not in ("table1", "params")]
     args.table1 = args.params = False                        # they name runs: no run's setting
     runs = common.sweep(args, SWEEP, resolve)
     if table1:
         runs = [run for run in runs if column_of(run.args) in TABLE1]
     for i, run in enumerate(runs):
+        check(run.args)
         run.number = f"{i + 1}/{len(runs)}"
-    try:
-        for run in runs:
-            check(run.args)
-    except ValueError as error:
-        common.fail(str(error), 2)
     if params:
         return print_parameters(runs)
     return common.complete(runs, train, measure, show)
