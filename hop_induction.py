@@ -771,7 +771,7 @@ def parse_args(argv=None):
         if args.construct:
             construct(args.max_hops, args.n_chars, args.seq_len)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--seq-len {args.seq_len}, --max-hops {args.max_hops}: {error}")
     return args
 
 def show(runs, results):

@@ -495,37 +495,6 @@ def test_construct_and_mpc_return_their_tables(tmp_path, capsys):
     assert "--words" in capsys.readouterr().err
 
 
-BAD = [
-    ["--n-layer", "0"], ["--n-layer", "-1"], ["--n-layer", "2.5"], ["--n-layer"], ["--n-layer", "x"], ["--n-layer", "101"],
-    ["--n-head", "0"], ["--n-head", "3"], ["--n-head", "4", "5"], ["--n-embd", "10"], ["--n-embd", "0"], ["--n-embd", "nan"],
-    ["--dropout", "1"], ["--dropout", "-0.1"], ["--dropout", "nan"], ["--dropout", "much"],
-    ["--seq-len", "3"], ["--seq-len", "11"], ["--seq-len", "-5"], ["--seq-len", "1e3"],
-    ["--n-chars", "1"], ["--n-chars", "0"], ["--max-hops", "0"], ["--max-hops", "29"], ["--max-hops", "-1"],
-    ["--n-train", "-1"], ["--n-train", "0.5"], ["--n-train", "100000000"], ["--batch-size", "0"], ["--batch-size", "-32"],
-    ["--steps", "0"], ["--steps", "-1"], ["--warmup", "0"], ["--warmup", "-3"],
-    ["--lr", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "1e308"], ["--weight-decay", "-1"],
-    ["--weight-decay", "nan"], ["--n-eval", "0"], ["--eval-every", "0"], ["--seed", "-1"], ["--seed", str(2**63)],
-    ["--seed", "x"], ["--arch", "rnn"], ["--arch"], ["--preset", "huge"], ["--device", "cuda:99"], ["--device", "tpu"],
-    ["--dtype", "float64"], ["--layers", "2"], ["--n-lay", "2"], ["extra"],
-    ["--machines", "4"], ["--words", "100"], ["--arch", "lstm", "--n-head", "2"],
-    ["--construct", "--plot"], ["--construct", "--mpc"], ["--construct", "--steps", "5"], ["--construct", "--out-dir", "x"],
-    ["--construct", "--seed", "0", "1"], ["--construct", "--words", "9"], ["--construct", "--seq-len", "19"],
-    ["--construct", "--seq-len", "501"], ["--mpc", "--words", "1000"], ["--mpc", "--seq-len", "300"], ["--mpc", "--lr", "1"],
-    ["--mpc", "--n-eval", "5"], ["--mpc", "--machines", "0"], ["--mpc", "--n-layer", "3"], ["--mpc", "--arch", "lstm"],
-]
-
-
-@pytest.mark.parametrize("flags", BAD, ids=" ".join)
-def test_impossible_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, flags):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)           # matplotlib
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        call_main(hop_induction, *flags)
-    line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "error: " in line and len(line) > 30
-    assert not list(tmp_path.iterdir())
-
-
 def test_help_shows_the_presets_values(capsys):
     for preset, seq_len in ("quick", 32), ("paper", 100):
         with pytest.raises(SystemExit):

@@ -751,49 +751,6 @@ def test_parameters_are_counted_without_training(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-BAD = {
-    # a run that cannot be
-    "--n-embd 10": "not divisible", "--n-embd 16 18": "--n-embd 18 is not divisible", "--n-head 5": "not divisible",
-    "--size 40": "parens: 40 is not in 5 .. 39", "--size 4": "parens: 4 is not in", "--task needle --size 31": "1 .. 30",
-    "--task addition --size 18": "1 .. 17", "--task modadd --size 4": "modadd: 4", "--task memorize --size 2000": "memorize",
-    "--task modadd parens --size 41": "parens: 41", "--task imitate --target-width 5": "--target-width: imitate: 5",
-    "--task imitate --target-width 2000": "imitate: 2000", "--task lm --size 1 --text TEXT": "lm: 1 is not in",
-    "--task lm --text no_such_file": "no_such_file", "--task lm --text FOLDER": "directory", "--task lm --text SHORT": "too few",
-    # what has no effect
-    "--target-width 8": "--target-width has no effect", "--text TEXT": "--text has no effect",
-    "--task imitate --size 5": "--size has no effect", "--model lstm --n-layer 3": "--n-layer has no effect",
-    "--model rnn --n-head 2": "--n-head has no effect", "--model linear --n-head 2": "--n-head has no effect",
-    "--table1 --model lstm": "--model has no effect", "--table1 --n-embd 4": "--n-embd has no effect",
-    "--table1 --train full": "--train has no effect", "--params --steps 5": "--steps has no effect",
-    "--params --seed 1": "--seed has no effect", "--params --plot": "--plot has no effect", "--params --lr 0.1": "--lr has no",
-    "--params --overwrite": "--overwrite has no effect", "--params --batch-size 3": "--batch-size has no effect",
-    # values
-    "--batch-size 0": "0 is not from 1", "--batch-size x": "invalid int", "--steps 0": "0 is not from 1", "--steps 1.5": "invalid int",
-    "--steps -3": "-3 is not from 1", "--lr 0": "--lr", "--lr -1": "--lr", "--lr nan": "--lr", "--lr inf": "--lr", "--lr 1e308": "--lr",
-    "--weight-decay -1": "--weight-decay", "--weight-decay nan": "--weight-decay", "--dropout 1": "--dropout", "--dropout -0.1": "--dropout",
-    "--dropout nan": "--dropout", "--warmup 0": "--warmup", "--warmup x": "--warmup", "--seed -1": "--seed", "--seed 1.5": "--seed",
-    "--seed 9223372036854775808": "--seed", "--n-layer 0": "--n-layer", "--n-layer 1000": "--n-layer", "--n-head 0": "--n-head",
-    "--n-embd 0": "--n-embd", "--n-embd 1000000": "--n-embd", "--size 0": "--size", "--size x": "--size",
-    "--task imitate --target-width 0": "--target-width", "--train nothing": "invalid choice", "--task nothing": "invalid choice",
-    "--model gru": "invalid choice", "--preset huge": "invalid choice", "--task": "expected at least one", "--seed": "expected at least",
-    "--n-embd": "expected at least one", "--text": "expected one", "--lr-lstm 0.1": "unrecognized", "--eval-every 0": "--eval-every",
-    "--dtype float64": "invalid choice", "--device tpu": "--device", "--device cuda:99": "--device", "parens": "unrecognized",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_impossible_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, flags):
-    for name, text in [("TEXT", "one two three. " * 4_000), ("SHORT", "one two.")]:
-        (tmp_path / name).write_text(text)
-    (tmp_path / "FOLDER").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        call_main(random_transformer, *flags.split())
-    line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and BAD[flags] in line
-    assert not (tmp_path / "out").exists()
-
-
 def test_without_a_network_lm_names_text(tmp_path, capsys, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
