@@ -516,9 +516,11 @@ def attempt(run, train, measure):
     Run.in_step = False
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run.folder / ".lock", "w")
+        lock = open(run.folder / ".lock", "a+")
         if fcntl:                                            # held until the file is closed
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        print(f"process {os.getpid()}", file=lock, flush=True)
         trained = not run.args.overwrite and run.read("results.json") is not None
         again = []
         if trained:
@@ -541,7 +543,8 @@ def attempt(run, train, measure):
     except BrokenPipeError:
         raise                                                # nobody reads the output: command()
     except BlockingIOError:
-        reason = "another process is at work on it; the same command reads it later"
+        holder = (run.folder / ".lock").read_text().strip()
+        reason = f"{holder} is at work on it; the same command reads it later"
     except RunError as error:
         reason = str(error)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:

@@ -411,12 +411,14 @@ def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        print("process 123", file=lock, flush=True)
         with pytest.raises(SystemExit) as stop:
             toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1"])
     captured = capsys.readouterr()
-    assert stop.value.code == 1 and "another process is at work on it" in captured.err
+    assert stop.value.code == 1 and "process 123 is at work on it" in captured.err
     assert [path.name for path in folder.iterdir()] == [".lock"]
     assert (tmp_path / "toy" / "quick,seed=1" / "results.json").exists()
+    assert (tmp_path / "toy" / "quick,seed=1" / ".lock").read_text() == f"process {os.getpid()}\n"
 
 
 # ---- As commands ----------------------------------------------------------------------------------------------------
