@@ -374,11 +374,11 @@ QUICK = {
     "inject": ["add"], "held_out": [0],
     "n_layer": 12, "n_head": 4, "n_embd": 64,
     "n_dims": 3, "n_points": 8,
-    "loops": 8, "window": 6, "loops_every": 200,
+    "loops": 8, "window": 6, "loops_every": 100,
     "dims_start": 1, "points_start": 8,
-    "points_step": 2, "curriculum_every": 400,
-    "steps": 6_000, "batch_size": 32, "lr": 3e-3,
-    "warmup": 400, "schedule": "cosine",
+    "points_step": 2, "curriculum_every": 200,
+    "steps": 4_000, "batch_size": 64, "lr": 3e-3,
+    "warmup": 200, "schedule": "cosine",
     "eval_every": 500, "n_eval": 1_280, "eval_loops": None,
     "ood": False, "probe": False,
     "data_dir": None, "fetch": None,
@@ -388,7 +388,6 @@ MEDIUM = {
     "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
     "n_dims": 5, "n_points": 11, "points_start": 11,
     "loops": 12, "window": 9, "curriculum_every": 500,
-    "loops_every": 100, "warmup": 200, "batch_size": 64,
     "steps": 6_000, "lr": 2e-3, "eval_every": 500,
 }
 PAPER = {
