@@ -543,9 +543,6 @@ def check_task(name, task):
 
 # ---- The model ----------------------------------------------------------------------------------
 
-# Of the last block nobody needs more than the positions `at` where an answer is predicted. To leave
-# out the others halves the time of a step of two layers and one answer.
-
 def pick(x, at):
     """x (B, T, C) at the positions at (B, Q) alone, or everywhere for None -> (B, Q or T, C)."""
     return x if at is None else x.take_along_dim(at[..., None], dim=1)
@@ -601,8 +598,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = common.MLP(n_embd, dropout)
 
-    def forward(self, x, at=None):
-        """x (B, T, C) -> (B, T, C), or (B, Q, C) at the positions at (B, Q) alone."""
+    def forward(self, x):
+        """x (B, T, C) -> x (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+    def at(self, x, at):
+        """forward(x) at the positions at (B, Q) alone, or everywhere for None: (B, Q or T, C).
+
+        Of the last block nobody needs more than the positions where an answer is predicted. It
+        halves the time of a step of two layers and one answer.
+        """
         x = pick(x, at) + self.attn(self.ln_1(x), at=at)
         return x + self.mlp(self.ln_2(x))
 
@@ -642,10 +648,10 @@ class Transformer(nn.Module):
         """
         x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])
         states = [x]
-        for block in self.h:
-            x = block(x, at if block is self.h[-1] else None)
+        for block in self.h[:-1]:
+            x = block(x)
             states.append(x)
-        return states
+        return [*states, self.h[-1].at(x, at)]
 
 class Recurrent(nn.Module):
     """An embedding, two recurrent layers (nn.LSTM or nn.RNN), and an unembedding with a bias."""
