@@ -372,7 +372,8 @@ MEASURED = ["n_eval", "eval_loops", "ood", "probe"]             # training does 
 QUICK = {
     "task": ["linear"], "model": ["looped"],
     "inject": ["add"], "held_out": [0],
-    "n_layer": 12, "n_head": 4, "n_embd": 64,
+    "n_layer": 12,
+    "n_head": 4, "n_embd": 64,
     "n_dims": 3, "n_points": 8,
     "loops": 8, "window": 6, "loops_every": 100,
     "dims_start": 1, "points_start": 8,
@@ -386,9 +387,11 @@ QUICK = {
 MEDIUM = {
     **QUICK,
     "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
-    "n_dims": 5, "n_points": 11, "points_start": 11,
-    "loops": 12, "window": 9, "curriculum_every": 500,
-    "steps": 6_000, "lr": 2e-3, "eval_every": 500,
+    "n_dims": 5,
+    "n_points": 11, "points_start": 11,
+    "loops": 12, "window": 9,
+    "curriculum_every": 500, "steps": 6_000,
+    "lr": 2e-3, "eval_every": 500,
 }
 PAPER = {
     **QUICK,

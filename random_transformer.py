@@ -686,18 +686,25 @@ def train_only(model, which):
 
 # ---- Training (App. D.3) ------------------------------------------------------------------------
 
-# None: the task's own, in its class
-OPEN = dict(size=None, n_layer=None, n_head=None, dropout=None, text=None, steps=None,
-    batch_size=None, lr=None, weight_decay=None)
+# What a preset leaves open (size, steps, batch, learning rate, ...) is the task's own, in its class
+FOUR = ["modadd", "needle", "addition", "parens"]
 PRESETS = {
-    "quick": dict(OPEN, task=["parens"], model=["transformer"], train=["embeddings", "full"],
-        n_embd=[128, 16], target_width=[16], warmup=100, eval_every=100),
-    "medium": dict(OPEN, task=["modadd", "needle", "addition", "parens"], model=["transformer"],
-        train=["embeddings"], n_embd=[16, 32, 64, 128, 256], target_width=[16], warmup=100,
-        eval_every=500),
-    "paper": dict(OPEN, task=["modadd", "needle", "addition", "parens"], model=["transformer"],
+    "quick": dict(
+        task=["parens"], model=["transformer"],
+        train=["embeddings", "full"], n_embd=[128, 16],
+        target_width=[16], warmup=100, eval_every=100,
+    ),
+    "medium": dict(
+        task=FOUR, model=["transformer"],
+        train=["embeddings"], n_embd=[16, 32, 64, 128, 256],
+        target_width=[16], warmup=100, eval_every=500,
+    ),
+    "paper": dict(
+        task=FOUR, model=["transformer"],
         train=["embeddings", "full"], n_embd=[1024, 16],
-        target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512], warmup=500, eval_every=500),
+        target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
+        warmup=500, eval_every=500,
+    ),
 }
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
