@@ -377,8 +377,8 @@ QUICK = {
     "n_dims": 3, "n_points": 8,
     "loops": 8, "window": 6, "loops_every": 100,
     "dims_start": 1, "points_start": 8,
-    "points_step": 2, "curriculum_every": 200,
-    "steps": 4_000, "batch_size": 64, "lr": 3e-3,
+    "points_step": 2, "curriculum_every": 500,
+    "steps": 3_500, "batch_size": 64, "lr": 3e-3,
     "warmup": 200, "schedule": "cosine",
     "eval_every": 500, "n_eval": 1_280, "eval_loops": None,
     "ood": False, "probe": False,
@@ -389,8 +389,7 @@ MEDIUM = {
     "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
     "n_dims": 5,
     "n_points": 11, "points_start": 11,
-    "loops": 12, "window": 9,
-    "curriculum_every": 500, "steps": 6_000,
+    "loops": 12, "window": 9, "steps": 6_000,
     "lr": 2e-3, "eval_every": 500,
 }
 PAPER = {
