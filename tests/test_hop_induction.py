@@ -522,12 +522,13 @@ def test_cuda_graph_and_bfloat16(tmp_path):
 
 
 @pytest.mark.slow
-def test_hops_double_with_each_layer(tmp_path):
+@pytest.mark.parametrize("seed", [10, 13])
+def test_hops_double_with_each_layer(tmp_path, seed):
     # one thread: the exact course of a short training depends on their number
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        results = call_main(hop_induction, "--device", "cpu", "--seed", 10, "--out-dir", tmp_path)
+        results = call_main(hop_induction, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     finally:
         torch.set_num_threads(threads)
     two, three, four = [hop_induction.solved(result["errors"]) for result in results]
