@@ -14,7 +14,7 @@ import torch
 import common
 import memory_birth
 from memory_birth import BigramTask, FullTransformer, SimpleTransformer
-from test_common import call_main, cut_and_continued, metrics_of, results_of
+from test_common import call_main, cut_and_continued, metrics_of
 
 SCRIPT = Path(memory_birth.__file__)
 TINY = ["--device", "cpu", "--seq-len", "16", "--n-embd", "16", "--batch-size", "32", "--steps", "60", "--eval-every", "10"]
@@ -547,7 +547,7 @@ def test_the_memories_are_born_in_the_order_that_the_docstring_states(tmp_path, 
 
 @pytest.mark.slow
 def test_self_loops_teach_wk2_first(tmp_path):
-    first = quick(tmp_path, "--self-loops", "--seq-len", 64, "--steps", 100, "--seed", 1)["first"]
+    first = quick(tmp_path, "--self-loops", "--seq-len", 64, "--lr", 0.2, "--steps", 100, "--seed", 1)["first"]
     assert first["wk2"] < first["wo2"] < first["accuracy"]
 
 
@@ -561,7 +561,7 @@ def test_three_steps_in_the_theorems_setting():
 
 @pytest.mark.slow
 def test_nothing_is_learned_in_context_while_wo2_is_frozen(tmp_path):
-    result = quick(tmp_path, "--steps", 500, "--freeze", "wo2:300", "--seed", 10)
+    result = quick(tmp_path, "--lr", 0.2, "--steps", 500, "--freeze", "wo2:300", "--seed", 10)
     lines = metrics_of(Path(result["folder"]))
     assert all(line["accuracy"] < 0.1 for line in lines if line["step"] <= 300)
     assert result["accuracy"] > 0.9
