@@ -151,6 +151,21 @@ def test_pick_device():
             common.pick_device(name)
 
 
+def test_a_cpu_keeps_freed_memory_where_glibc_can(monkeypatch):
+    calls = []
+
+    class Glibc:
+        def mallopt(self, parameter, value):
+            calls.append(parameter)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Glibc())
+    assert common.pick_device("cpu") == torch.device("cpu") and calls == [-1, -2, -3]
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())                    # another C library
+    assert common.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert common.pick_device("cpu") == torch.device("cpu") and len(calls) == 3
+
+
 def test_auto_takes_the_first_device_that_the_script_can_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
