@@ -39,3 +39,12 @@ def no_float64_on_device():
     """Within the test, float64 exists only for tensors that have been moved with .cpu()."""
     with Float64OnlyOnCPU():
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """Within the test, torch has one CPU thread: the exact course of a short training depends on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -523,13 +523,7 @@ def test_cuda_graph_and_bfloat16(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [10, 13])
-def test_hops_double_with_each_layer(tmp_path, seed):
-    # one thread: the exact course of a short training depends on their number
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        results = call_main(hop_induction, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
-    finally:
-        torch.set_num_threads(threads)
+def test_hops_double_with_each_layer(tmp_path, one_thread, seed):
+    results = call_main(hop_induction, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     two, three, four = [hop_induction.solved(result["errors"]) for result in results]
     assert two == 1 and three in (2, 3) and four >= 4

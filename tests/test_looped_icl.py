@@ -794,7 +794,7 @@ def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [10, 11])
-def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, seed):
+def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thread, seed):
     results, = call_main(looped_icl, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     last = {name: curve[0][-1] for name, curve in results["baselines"].items()}
     b, by_loops = results["curve_loops"], results["by_loops"]
