@@ -128,7 +128,7 @@ def pick_device(name, kinds=("cuda", "mps", "cpu")):
     return torch.device("cuda", int(index) if index else rank % counts["cuda"])
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed: large tensors then need no new pages, a fifth of a step."""
+    """Tells glibc to keep what is freed: to get new pages takes up to a fifth of a step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
