@@ -402,7 +402,7 @@ def test_there_are_enough():
     assert len(list(inputs())) >= 200
 
 
-@pytest.mark.parametrize("script, line", inputs())
+@pytest.mark.parametrize("script, line", list(inputs()))
 def test_a_bad_input_is_one_line_and_writes_nothing(script, line, tmp_path, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "matplotlib" or find_spec(name, *rest))
