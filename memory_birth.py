@@ -28,8 +28,9 @@ there is anything to output. The quick preset leaves them out, --preset paper ha
     Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:
     python memory_birth.py --three-steps
 
-To lift: BigramTask needs torch, and PAIRS below (with NumPy) or a text; SimpleTransformer, probes
-and evaluate need torch alone; FullTransformer needs common's Block.
+To lift: BigramTask takes LARGE and count_pairs along, and for its default text CHARS, PAIRS and
+shakespeare_pairs (NumPy); SimpleTransformer takes attend; probes the three functions above it;
+evaluate chunk_size. These need torch alone; FullTransformer needs common's Block.
 """
 import argparse
 import base64
@@ -49,7 +50,7 @@ import common
 
 CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
-# draw % n is uniform up to n / LARGE, 2e-4 at most; mps has no larger random integers
+# draw % n is uniform up to n / LARGE, 8e-5 for Tiny Shakespeare; mps has no larger integers
 LARGE = 2**31 - 1
 
 def shakespeare_pairs():
@@ -111,15 +112,16 @@ class BigramTask:
         self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(device)            # pi_b (V, V)
         self.fixed = self.unigram.topk(k).indices                                # (K,)
 
-        # To draw from pi_b: all successors in one list, sorted by the character before, so that
-        # those of a are successors[start[a]], width[a] of them. V entries at the end stand for
-        # themselves; a trigger becomes a character with one successor, o_k, by pointing there.
+        # To draw from pi_b: all successors in one list, sorted by the character before. Those of a
+        # are successors[start[a] : start[a] + width[a]]. Example: "abaac" has a -> a, b, c, b -> a,
+        # so a: [a, b, c], b: [a]. Behind them each character v stands once more, at own_entry + v:
+        # a trigger with output o has start = own_entry + o and width = 1.
         everyone = torch.arange(V)
         listed = everyone.repeat(V).repeat_interleave(pairs.flatten())
         self.successors = torch.cat([listed, everyone]).to(device)
         self.width = pairs.sum(1).to(device)                                     # (V,)
         self.start = self.width.cumsum(0) - self.width                           # (V,)
-        self.total = len(listed)
+        self.own_entry = len(listed)
 
         # To draw o_k: weights summed up along each row; o_k is the first column above a draw
         weights = pairs if outputs == "bigram" else torch.ones_like(pairs)
@@ -130,7 +132,8 @@ class BigramTask:
         self.outputs_upto = weights.cumsum(1).to(device)                         # (V, V)
 
     def sample(self, batch, generator):
-        """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0."""
+        """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0. The
+        generator is one of the task's device."""
         B, T, V, K = batch, self.seq_len, self.vocab_size, self.k
         how = dict(generator=generator, device=self.device)
         if self.triggers == "fixed":
@@ -142,7 +145,7 @@ class BigramTask:
         draw = torch.randint(LARGE, (B, K, 1), **how) % upto[:, :, -1:]
         o = torch.searchsorted(upto, draw, right=True).squeeze(2)                # (B, K)
         # each sequence's own tables, in which the triggers have one successor
-        start = self.start.expand(B, V).scatter(1, q, self.total + o)            # (B, V)
+        start = self.start.expand(B, V).scatter(1, q, self.own_entry + o)        # (B, V)
         width = self.width.expand(B, V).scatter(1, q, 1)
 
         draw = torch.randint(LARGE, (T + 1, B), **how)
@@ -206,16 +209,19 @@ class SimpleTransformer(nn.Module):
         #     h = x + softmax(x (W_K1 / sqrt_d) x^T + mask) x W_OV1^T
         #     g = h + softmax(h (W_K2 / sqrt_d) h^T + mask) h W_OV2^T
         #     logits = (g + g W_F^T) W_U^T
-        # Faster, and the same: maps are multiplied with each other while they are small. W x_t is
-        # (W W_E)(z_t) + W p_t, a product for each character and not for each token, and W_U comes
-        # before the second layer's attention: g W_U^T = h W_U^T + attention (h (W_U W_OV2)^T).
+        # Faster, and the same: matrices are multiplied with each other first. W x_t is
+        # (W W_E)(z_t) + W p_t, a product for each character and not for each token. W_U, with W_F
+        # in it, comes before the second attention, whose values then have V < d columns:
+        # g W_U^T = h W_U^T + attention (h (W_U W_OV2)^T).
         x = self.embed(tokens)                                                   # (B, T, d)
         key = self.embed(tokens, self.W_K1 / sqrt_d)
         y, attn1 = attend(x, key, self.embed(tokens, W_OV1), mask)
         h = x + y
-        W_U = self.W_U if self.W_F is None else self.W_U + self.W_U @ self.W_F   # (V, d)
-        y, attn2 = attend(h @ (self.W_K2 / sqrt_d), h, h @ (W_U @ W_OV2).mT, mask)
-        logits = h @ W_U.mT + y                                                  # (B, T, V)
+        unembed = self.W_U                                                       # (V, d)
+        if self.W_F is not None:
+            unembed = unembed + self.W_U @ self.W_F
+        y, attn2 = attend(h @ (self.W_K2 / sqrt_d), h, h @ (unembed @ W_OV2).mT, mask)
+        logits = h @ unembed.mT + y                                              # (B, T, V)
         if not return_attn:
             return logits
         return logits, [attn1.unsqueeze(1), attn2.unsqueeze(1)]
@@ -331,7 +337,7 @@ def three_steps(args, seed, case):
         for drawn in range(0, args.batch_size, 4096):
             tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
             scored = occurrence >= 2
-            some = scored.any(1)                             # a third of them has no repeat
+            some = scored.any(1)                             # the others have no repeat to learn
             for z, at in zip(tokens[some].split(256), scored[some].split(256)):
                 logits = model(z[:, :-1])[at]
                 loss = F.cross_entropy(logits, z[:, 1:][at], reduction="sum")
@@ -347,7 +353,7 @@ def three_steps(args, seed, case):
 # Names on the command line and in the tables
 MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
 
-# What a preset leaves to the model. The full model's learning rate is our choice.
+# A model's own settings; None: it has no such thing. The full model's learning rate is our choice.
 SIMPLE = dict(
     lr=0.2, weight_decay=1e-4,
     n_layer=None, n_head=None,
@@ -416,17 +422,20 @@ THREE_STEPS = dict(
 SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
 
 def resolve(args):
-    """Completes a run's settings: what a preset leaves to the model, None for what it has not."""
+    """Completes a run's settings with its model's own (MODELS)."""
     for key, value in MODELS[args.model][args.preset].items():
-        if value is None or getattr(args, key) is None:
+        no_effect = value is None                            # on this model
+        left_open = getattr(args, key) is None               # by the preset and the command line
+        if no_effect or left_open:
             setattr(args, key, value)
     args.three_steps = None
-    args.step_logits = None
+    args.step_logits = None                                  # given without --three-steps: refused
 
 def build_task(args, outputs):
     """The task of a run, with outputs "uniform" or "bigram"."""
-    return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, args.text,
-                      args.device, args.self_loops, args.vocab_size)
+    how = dict(text=args.text, device=args.device)
+    how.update(self_loops=args.self_loops, vocab_size=args.vocab_size)
+    return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, **how)
 
 def build(args):
     """The task and the model of a run."""
@@ -453,7 +462,7 @@ def learning_rate(step, args):
     return args.lr
 
 def parse_freeze(text):
-    """"wk1:300+wk2:300" -> {"wk1": 300, "wk2": 300}: names, and until when they stay frozen."""
+    """E.g. wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: until when each stays frozen."""
     if text in (None, "none"):
         return {}
     pairs = [item.split(":") for item in text.split("+")]
@@ -483,24 +492,24 @@ def train(args, run):
                 logits = model(z[:, :-1])                                        # (chunk, T, V)
             targets = z[:, 1:].flatten()
             losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
-            loss = losses @ w.flatten()
-            loss.backward()
+            (losses @ w.flatten()).backward()                # adds up the gradients of the chunks
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()                                 # the last chunk's
 
     # A matrix that is frozen until step 300 has no gradient before it, and the optimizer passes it
-    # over. At step 0, and again at step 300, each is told whether it is to have one.
+    # over. At the first step, also of a resumed run, and again at step 300, each is told.
     frozen_until = parse_freeze(args.freeze)
+    step_once = training_step
     for step in run.steps(start, args.steps):
         if step == 0:
             run.log(0, **snapshot(args, model, task))
         if step == start or step in frozen_until.values():
             for name, until in frozen_until.items():
                 getattr(model, MATRICES[name]).requires_grad_(step >= until)
-            compiled = common.compile_step(training_step, model, data) if args.compile else None
+            if args.compile:                                 # other gradients: a new CUDA graph
+                step_once = common.compile_step(training_step, model, data)
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        (compiled or training_step)()
+        step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             run.log(step + 1, **snapshot(args, model, task))
             run.save(step + 1)
@@ -520,7 +529,8 @@ def key_scores(model):
 
 @torch.no_grad()
 def recall_wk1(model, first=None):
-    """Share of positions 1 <= t < first (None: all) with argmax_s p_t . W_K1 p_s = t - 1."""
+    """Share of positions 1 <= t < first with argmax_s p_t . W_K1 p_s = t - 1, over s < first, too.
+    None: all positions."""
     P = model.P[:first]
     found = (P @ model.W_K1 @ P.mT).argmax(1)
     previous = torch.arange(len(P) - 1, device=P.device)
@@ -580,7 +590,8 @@ def evaluate(model, task, n=256, seed=10_000):
         top1 = attns[0].argmax(-1).transpose(0, 1)
         top2 = attns[-1].argmax(-1).transpose(0, 1)
         previous = top1 == torch.arange(-1, z.shape[1] - 1, device=z.device)
-        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(top2)              # the token before
+        # is the token before the position looked at the same as the query's?
+        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(top2)              # (H, B, T)
         match = before.gather(2, top2) == z
         batches.append(dict(
             loss_all=losses.flatten(),
@@ -593,6 +604,8 @@ def evaluate(model, task, n=256, seed=10_000):
     numbers = {}
     for name in batches[0]:
         values = torch.cat([batch[name] for batch in batches], -1)
+        if name == "accuracy" and len(values) == 0:
+            raise ValueError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
         numbers[name] = values.mean(-1).max().item()         # the best head
     if len(attns) == 1:
         numbers["attn_match"] = None                         # one layer has no second
@@ -606,7 +619,7 @@ def snapshot(args, model, task):
         metrics.update(probes(model, task), wk1_64=recall_wk1(model, 64))
     model.train()
     loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
-    return dict(loss=loss, accuracy=metrics.pop("accuracy"), **metrics)
+    return {"loss": loss, "accuracy": metrics["accuracy"], **metrics}            # run.log shows two
 
 # What the summary dates: the first step at which it is at least a half
 FIRSTS = ["wo2", "wk2", "wk1_64", "accuracy"]
@@ -620,7 +633,9 @@ def measure(args, run):
         results[f"accuracy_{outputs}"] = other["accuracy"]
     course = run.read("metrics.jsonl")
     results["first"] = {}
-    for name in [name for name in FIRSTS if name in results]:
+    for name in FIRSTS:
+        if name not in results:                              # the full model has no memories
+            continue
         reached = [line["step"] for line in course if line[name] >= 0.5]
         results["first"][name] = reached[0] if reached else None
     return results
@@ -634,6 +649,8 @@ COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="acc
 WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
              outputs="{} outputs", freeze="frozen: {}")
 PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
+# --preset paper with these flags is still the paper's setting
+NOT_THE_MODEL = {"model", "n_layer", "seed", "compile", *common.NOT_TRAINED}
 
 def in_words(args, runs):
     """A run's setting, as far as it differs from that of other runs."""
@@ -683,8 +700,9 @@ def print_summary(runs, results):
         end = [in_words(args, runs)]
         for key in ends:
             end.append(common.spread([result[key] for result in group]))
-        own = args.preset == "paper" and PAPER.get(args.n_layer)
-        end_rows.append(end + [str(own or "-")])
+        as_published = args.preset == "paper" and NOT_THE_MODEL.issuperset(args.given)
+        published = PAPER.get(args.n_layer, "-") if as_published else "-"
+        end_rows.append(end + [str(published)])
         first = [in_words(args, runs)]
         for key in FIRSTS:
             steps = [result["first"].get(key) for result in group]
@@ -703,7 +721,8 @@ def plot_curves(runs):
     panels = [["loss_global", "loss_in_context"],
               ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]]
     for (args, group), row in zip(settings, axes):
-        steps = [line["step"] for line in group[0]]
+        # the steps at which all seeds were evaluated
+        steps = set.intersection(*[{line["step"] for line in course} for course in group])
         for names, axis in zip(panels, row):
             for i, name in enumerate(names):
                 same = name == "wk1_64" and args.seq_len <= 64               # as wk1
@@ -711,10 +730,10 @@ def plot_curves(runs):
                     continue
                 seeds = []
                 for course in group:
-                    seeds.append([line[name] for line in course])
+                    seeds.append([line[name] for line in course if line["step"] in steps])
                 style = dict(linestyle="-", marker="+xos."[i], markevery=0.08, markersize=5)
-                axis.plot(steps, np.median(seeds, 0), label=COLUMNS[name], **style)
-                axis.fill_between(steps, np.min(seeds, 0), np.max(seeds, 0), alpha=0.2)
+                axis.plot(sorted(steps), np.median(seeds, 0), label=COLUMNS[name], **style)
+                axis.fill_between(sorted(steps), np.min(seeds, 0), np.max(seeds, 0), alpha=0.2)
             for step in parse_freeze(args.freeze).values():
                 axis.axvline(step, color="black", linewidth=0.6)
             axis.set(xscale="log", xlabel="step", title=in_words(args, runs))
@@ -759,6 +778,7 @@ def freeze_text(text):
         raise ValueError
     return text
 
+# argparse puts this name between "invalid" and "value: 'x'"
 freeze_text.__name__ = "wk1:300+wk2:300 (names wk1, wk2, wo2, wf), or none:"
 
 def parse_args(argv=None):
@@ -803,13 +823,17 @@ def parse_args(argv=None):
         parser.error("--vocab-size gives uniform bigrams, --text its own: leave one out")
     if "full" in args.model and args.n_embd % args.n_head:
         parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
-    trained = {"wk1", "wk2", "wo2"} | ({"wf"} if args.use_wf else set())
+    trained = set(MATRICES)
+    if not args.use_wf:
+        trained.remove("wf")
     for text in args.freeze:
         until = parse_freeze(text)
         if not set(until) <= trained:
             parser.error(f"--freeze {text} needs --use-wf")
         if all(until.get(name, 0) > 0 for name in trained):
             parser.error(f"--freeze {text}: nothing is left to train at the start")
+    # Each task that a run or its measurement needs is built once, for its errors. They do not depend
+    # on which triggers are drawn.
     for model in args.model:
         own = argparse.Namespace(**{**vars(args), "model": model, "triggers": "fixed"})
         resolve(own)

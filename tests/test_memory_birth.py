@@ -522,6 +522,31 @@ def test_the_figures_are_drawn_one_file_a_sweep(tmp_path):
     assert len(figures) == 4 and all(name.startswith(("attention,quick", "curves,quick")) for name in figures)
 
 
+def test_seeds_that_were_evaluated_at_different_steps_share_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = [flag for flag in TINY if flag not in ("--eval-every", "10")]
+    call_main(memory_birth, *flags, "--steps", 12, "--eval-every", 3, "--seed", 0, "--out-dir", tmp_path)
+    call_main(memory_birth, *flags, "--steps", 12, "--eval-every", 2, "--seed", 0, 1, "--plot", "--out-dir", tmp_path)
+    assert list((tmp_path / "memory_birth").glob("curves*.png"))
+
+
+def test_a_run_in_which_no_trigger_comes_twice_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_main(memory_birth, "--vocab-size", 1000, "--n-triggers", 1, "--seq-len", 4, "--steps", 1, "--out-dir", tmp_path)
+    assert stop.value.code == 1 and "a larger --seq-len" in capsys.readouterr().err
+
+
+def test_the_papers_accuracy_stands_beside_its_own_setting_only(tmp_path, capsys):
+    def shown(*flags):
+        argv = ["--preset", "paper", "--model", "full", "--device", "cpu", "--out-dir", str(tmp_path), *flags]
+        runs = common.sweep(memory_birth.parse_args(argv), memory_birth.SWEEP, memory_birth.resolve)
+        names = "loss_global loss_in_context accuracy_uniform accuracy_bigram".split()
+        memory_birth.print_summary(runs, [dict.fromkeys(names, 0.5) | {"first": {}}])
+        return "0.99" in capsys.readouterr().out
+
+    assert shown() and shown("--eval-every", "7") and not shown("--seq-len", "32")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_and_bfloat16(tmp_path):
     done = call(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")
