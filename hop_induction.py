@@ -7,11 +7,11 @@ layers are enough (Theorem 4.2), as each layer can double the number of hops. Tr
 obey the same threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
 
 What to look for: the largest number of hops that each depth solves (last column). By Theorem 4.2
-two, three and four layers can solve 1, 3 and 7. The quick preset's short training gets to 1, 3, and
-4 to 6, on two seeds of ten that are late to 3 (see RESULTS.md). Most heads align with find^1.
+two, three and four layers can solve 1, 3 and 7. The quick preset's short training gets to 1, 3 (2
+on three seeds of ten) and 4 to 6 (3 on two; see RESULTS.md). Most heads align with find^1.
 
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
-    python hop_induction.py --preset medium --plot       longer sequences, five times the steps
+    python hop_induction.py --preset medium --plot       twice as long, twice as wide, in an hour
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
     python hop_induction.py --construct                  Theorem 4.2, written down, not trained
     python hop_induction.py --mpc                        Fig. 1, machines that exchange words
@@ -23,8 +23,9 @@ two, three and four layers can solve 1, 3 and 7. The quick preset's short traini
     python hop_induction.py --preset paper --n-layer 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
 
-To lift: find, HopTask, Construction, Cluster and mpc_hops need torch alone; HopTransformer needs
-common's Block; head_alignment takes any model that returns its attention.
+To lift: HopTask needs find and follow, Construction needs HopTask, all need torch alone; Cluster
+and mpc_hops need find_first and look_up, not torch; HopTransformer needs common's Block and
+gpt2_init_. hop_errors takes any model in eval mode, head_alignment one that returns attention.
 """
 import collections
 import math
@@ -49,7 +50,7 @@ def find(chars, k, max_hops=None):
     chars (B, N); k, the number of hops, is an int or (B,). find^1(i) = 1 + max{j < i : X_j = X_i},
     the position after the last occurrence of the same character before i; find^k is find^1 of
     find^(k-1), find^0(i) = i (Sec. 4). Found by doubling, as the transformer does: f, f f, ...
-    A bound max_hops on k saves doublings.
+    A bound max_hops on k saves doublings; a k above it comes out wrong, without an error.
     """
     N = chars.shape[1]
     # find^1: a stable sort puts equal characters side by side, in the order of their positions:
@@ -72,13 +73,16 @@ class HopTask:
 
     Of seq_len positions counted by the paper, seq_len - 1 are fed. Ids: 0 .. max_hops the number of
     hops, then the characters, `undefined` (no k-th hop) and `blank` (the target at the k token); in
-    the paper's setting the authors' ids, in their vocabulary of 30. ValueError for no such task.
+    the paper's setting the authors' ids, in their vocabulary of 30. ValueError where no sequence of
+    that length has max_hops hops.
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
-        # the most hops are in abab..., where find^k(i) = i - k, defined from 1 on
+        # abab... has the most hops: there find^k(i) = i - k, which must be 1 or more, and the last
+        # of seq_len - 2 characters is at i = seq_len - 3
         if n_chars < 2 or not 1 <= max_hops <= seq_len - 4:
-            raise ValueError(f"no seq_len {seq_len} of n_chars {n_chars} has max_hops {max_hops}")
+            raise ValueError(f"no seq_len {seq_len} of n_chars {n_chars} has max_hops {max_hops}: "
+                             "that takes a seq_len of max_hops + 4, and n_chars of 2")
         self.seq_len = seq_len
         self.n_chars = n_chars
         self.max_hops = max_hops
@@ -90,7 +94,8 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, seq_len-1). hops: None (uniform in 0..max_hops), an int, or (B,)."""
+        """tokens, targets (B, seq_len-1), by a generator of the task's device. hops: None (uniform
+        in 0..max_hops), an int, or (B,)."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
             hops = torch.randint(self.max_hops + 1, (batch,), **on)
@@ -128,19 +133,21 @@ class HopTransformer(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])      # (B, N, d)
         attns = []
         for block in self.h:
-            x = block(x, return_attn)
             if return_attn:
-                x, attn = x
+                x, attn = block(x, return_attn=True)
                 attns.append(attn)
+            else:
+                x = block(x)
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
 class HopLSTM(nn.Module):
-    """A two-layer LSTM with about as many parameters as HopTransformer with these arguments."""
+    """A two-layer LSTM with about as many parameters as HopTransformer with these arguments, up to
+    a width of 2,040."""
 
     def __init__(self, n_layer, n_head, n_embd, vocab_size, block_size, dropout=0.0):
         super().__init__()
-        like = HopTransformer(n_layer, n_head, n_embd, vocab_size, block_size)
+        like = HopTransformer(n_layer, 1, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
         # two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
         d = torch.arange(8, 2048, 8)
@@ -170,7 +177,8 @@ class Construction(nn.Module):
     from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
     positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of
     i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is
-    above `longest`: scores up to 60 seq_len^2 have to be exact in float32.
+    above `longest`: scores up to 30 seq_len^2 have to be exact in float32. For the same reason it
+    needs torch.set_float32_matmul_precision("highest") on CUDA: TF32 is not exact.
     """
 
     longest = 500
@@ -186,12 +194,14 @@ class Construction(nn.Module):
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
         # A feature is (size, d), rows of the identity: target.T @ source copies source to target,
-        # and a vector is a sum of features. Those of layer l + 1: k_l, bit l of k at the k token;
-        # b_l, the same everywhere; new_l, the character c_l at f_l(i); f_(l+1); c_(l+1).
-        sizes = [1, 1, 1, 1, N, 1, C] + [1, 1, C, 1, C] * n_bits
+        # and a vector is a sum of features. Level l: f_l, c_l; k_l, bit l of k at the k token; b_l,
+        # the same everywhere (layer 1 writes it); new_l, the character c_l at f_l(i). Layer l + 2
+        # reads level l and writes new_l, f_(l+1) and c_(l+1).
+        level = [1, C, 1, 1, C]                              # f_l, c_l, k_l, b_l, new_l
+        sizes = [1, 1, 1, 1, N] + level * n_bits + [1, C]    # the last f and c have no k, b, new
         d = self.n_embd = sum(sizes)
         one, pos, pos2, is_k, where, *others = torch.eye(d).split(sizes)
-        f, c, k, b, new = [others[i::5] for i in range(5)]   # f_0 c_0 k_0 b_0 new_0 f_1 c_1 ...
+        f, c, k, b, new = [others[i::5] for i in range(5)]   # lists by level
         # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
         hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
         bits = (hops >> torch.arange(n_bits) & 1).float()    # (max_hops + 1, n_bits)
@@ -251,7 +261,7 @@ class Construction(nn.Module):
         logits = x @ self.lm_head.mT
         return (logits, attns) if return_attn else logits
 
-construct = Construction                                     # a model like the trained ones
+construct = Construction                                     # the name that others call it by
 
 # ---- Parallel machines: the other half of the title (Fig. 1, Sec. 2) ----------------------------
 
@@ -289,11 +299,15 @@ class Cluster:
 
 def mpc_hops(X, k, q, s, n_chars=4):
     """hop_k of a list of characters X by q machines of s words: that list, -1 where undefined, and
-    the Cluster. RuntimeError where a limit is broken; ValueError where a machine could hold the
-    whole input: then two rounds are enough for anything. Machine i // m holds position i: its
-    character X, the pointer f, at first find^1, and the pointer r, which starts at i and ends at
-    find^k. One round finds f. Then two rounds for each bit of k move r along f where the bit is
-    one, and square f; two more fetch X."""
+    the Cluster.
+
+    Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
+    pointer r, which starts at i and ends at find^k. One round finds f. Then two rounds for each bit
+    of k move r along f where the bit is one, and square f; two more fetch X.
+
+    RuntimeError where a limit is broken; ValueError where a machine could hold the whole input:
+    then two rounds are enough for anything.
+    """
     if s >= len(X):
         raise ValueError(f"a machine of {s} words could hold the whole input of {len(X)}")
     m = math.ceil(len(X) / q)
@@ -311,10 +325,10 @@ def mpc_hops(X, k, q, s, n_chars=4):
         look_up(cluster, m, arrays)
         k >>= 1
     look_up(cluster, m, {"r": "X"})
-    hops = []
+    answers = []
     for own in cluster.words:
-        hops += own["r"].values()
-    return hops, cluster
+        answers += own["r"].values()
+    return answers, cluster
 
 def find_first(cluster, n_chars):
     """One round that writes find^1 to f: each machine tells all later ones, for each character, the
@@ -355,22 +369,22 @@ def look_up(cluster, m, arrays):
 
 # ---- Training (Tables 1, 2) ---------------------------------------------------------------------
 
-SMALL = dict(
+SHARED = dict(                                               # what a preset does not set again
     arch=["transformer"], n_layer=[2, 3, 4], n_head=[4],
     n_embd=64, dropout=0.0, n_chars=4, max_hops=8,
     n_train=[0], batch_size=64, weight_decay=0.01, n_eval=1_000,
 )
 PRESETS = {
     "quick": dict(
-        SMALL, seq_len=32, steps=2_400, eval_every=200,
+        SHARED, seq_len=32, steps=2_400, eval_every=200,
         warmup=400, lr=3e-3, beta2=0.98,
     ),
     "medium": dict(
-        SMALL, seq_len=48, steps=12_000, eval_every=500,
-        warmup=500, lr=2e-3, beta2=0.98,
+        SHARED, seq_len=64, n_embd=128, steps=8_000,
+        warmup=500, lr=2e-3, beta2=0.98, eval_every=500,
     ),
     "paper": dict(
-        SMALL, seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6],
+        SHARED, seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6],
         n_embd=128, dropout=0.1, batch_size=32, steps=100_000,
         warmup=1_000, lr=1e-4, beta2=0.999, eval_every=2_000,
     ),
@@ -386,8 +400,7 @@ def resolve(args):
 def build(args):
     """The task and the model of a run."""
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
-    n_head = args.n_head or 1                                # an LSTM counts parameters with it
-    sizes = args.n_layer, n_head, args.n_embd, task.vocab_size, task.block_size
+    sizes = args.n_layer, args.n_head, args.n_embd, task.vocab_size, task.block_size
     model = ARCHS[args.arch](*sizes, args.dropout)
     return task, model.to(args.device)
 
@@ -415,7 +428,9 @@ def train(args, run):
         fixed = torch.stack(task.sample(args.n_train, data)) # (2, n_train, N)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
+    # the rows of `fixed` that the next step takes; moved in place, which a CUDA graph repeats
     cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
+    device = torch.device(args.device).type
 
     def training_step():
         if args.n_train:
@@ -424,7 +439,7 @@ def train(args, run):
             cursor.add_(args.batch_size)
         else:
             tokens, targets = task.sample(args.batch_size, data)                 # (B, N)
-        with torch.autocast(lr.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             logits = model(tokens)                           # (B, N, V)
         # every position counts, the undefined ones and the k token, too
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -449,11 +464,14 @@ def train(args, run):
 
 # ---- Measurement --------------------------------------------------------------------------------
 
+# Evaluation has seeds of its own, from 10,000 on, far from those that a run is given.
+
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
     """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the share of
     wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or everywhere;
-    nan where there is none. With return_se also standard errors over sequences."""
+    nan where there is none. With return_se also standard errors over sequences. model: in eval
+    mode."""
     wrong = []
     scored = []
     for k in range(task.max_hops + 1):
@@ -481,9 +499,9 @@ def head_alignment(model, task, n=10):
     data = torch.Generator(task.device).manual_seed(20_000)
     tokens, _ = task.sample(n, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)               # (n, H, N, N) by layer
-    hops = [find(tokens[:, 1:], j) for j in range(1, task.max_hops + 1)]
+    found = [find(tokens[:, 1:], j) for j in range(1, task.max_hops + 1)]
     # among tokens, where 0, the k token, stands for undefined: no hop leads there
-    positions = torch.stack(hops, dim=1) + 1                 # (n, J, N - 1)
+    positions = torch.stack(found, dim=1) + 1                # (n, J, N - 1)
     positions = F.pad(positions, (1, 0))                     # (n, J, N)
     matrices = F.one_hot(positions, tokens.shape[1]).float() # (n, J, N, N)
     matrices[..., 0] = 0
@@ -520,7 +538,8 @@ def measure(args, run):
 # ---- Tables and figures -------------------------------------------------------------------------
 
 # What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
-PAPER = "dropout seq_len n_chars max_hops batch_size steps warmup lr beta2 weight_decay".split()
+SAME_AS_PAPER = ["dropout", "seq_len", "n_chars", "max_hops", "batch_size", "steps", "warmup",
+                 "lr", "beta2", "weight_decay"]
 # The authors' checkpoints at 100,000 steps, errors by k: on, as released, with the dropout of
 # training; off, without it, which is what ours compares with (measured by us, 600 sequences a k).
 # Six layers of d = 128 trained on a schedule of 200,000 steps: their rate was at half its peak.
@@ -552,14 +571,15 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
 
 def published(args):
     """The paper's errors at SHOWN, by the state of dropout; none where the setting is another."""
-    for key in PAPER:
+    for key in SAME_AS_PAPER:
         if getattr(args, key) != PRESETS["paper"][key]:
             return {}
-    size = f"{args.n_layer} {args.n_head} {args.n_embd} {args.n_train}"          # n_head None: LSTM
+    size = [args.n_layer, args.n_head, args.n_embd, args.n_train]
+    size = [str(number) for number in size]                  # an LSTM's n_head, None, is in no row
     errors = {}
     for line in PUBLISHED.splitlines():
         row = line.split()
-        if row[:4] == size.split():
+        if row[:4] == size:
             errors[row[4]] = [float(error) for error in row[5:]]
     return errors
 
@@ -568,17 +588,22 @@ PHRASES = {"arch": "{}", "n_layer": "{} layers", "n_head": "{} heads", "n_train"
 def in_words(args, runs):
     """What the sweep of runs varies, beside the seed, in words: "4 layers, 8 heads"."""
     words = []
-    for key in SWEEP[:-1]:
+    for key in SWEEP:
         value = getattr(args, key)
         varies = len({getattr(run.args, key) for run in runs}) > 1
-        if value is not None and (varies or key == "n_layer"):
+        if key == "seed" or value is None:
+            continue
+        if key == "n_train" and value == 0:
+            value = "fresh"
+        if varies or key == "n_layer":
             phrase = PHRASES.get(key, key + " {}")
-            words.append(phrase.format(value or "fresh"))
+            words.append(phrase.format(value))
     return ", ".join(words)
 
 def print_errors(runs, results):
     """Fig. 2: a row a setting, error by number of hops (median and range over seeds)."""
     max_hops = runs[0].args.max_hops
+    n_eval = runs[0].args.n_eval
     hops = SHOWN if max_hops == 16 else range(1, max_hops + 1)
     rows = []
     ses = [0]
@@ -592,9 +617,12 @@ def print_errors(runs, results):
         for state, errors in published(args).items():
             rows.append([f"paper, dropout {state}", "", *[f"{error:.3f}" for error in errors], ""])
     print(f"""
-Error by number of hops k on {args.n_eval} sequences each, standard errors up to {max(ses):.3f}.
-Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
-enough. The paper's models were measured with dropout on; off is what ours compares with.""")
+Error by number of hops k on {n_eval} sequences each, standard errors up to {max(ses):.3f}. Solved:
+the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is enough.""")
+    if any(published(run.args) for run in runs):
+        print("paper: measured with dropout on; off, without it, is what ours compares with")
+    if any(run.args.arch == "lstm" for run in runs):
+        print("An LSTM has two layers, and the parameters of a transformer of the depth named.")
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
 def print_heads(args, runs=(), shown=()):
@@ -624,17 +652,18 @@ def plot_errors(runs, results):
     """Fig. 2: error against the number of hops, a line for each setting, a band over seeds."""
     figure, axes = common.new_figure(width=7, height=4.5)
     axis = axes[0, 0]
-    for i, (args, group) in enumerate(common.by_setting(runs, results)):
+    args = runs[0].args
+    hops = range(args.max_hops + 1)
+    for i, (own, group) in enumerate(common.by_setting(runs, results)):
         errors = np.array([result["errors"] for result in group], dtype=float)   # None becomes nan
-        hops = range(errors.shape[1])
         look = dict(color=f"C{i}", marker="osv^Dp"[i % 6])
         dashes = ["-", "--", "-.", ":"][i % 4]
         median = np.median(errors, axis=0)
-        axis.plot(hops, median, linestyle=dashes, label=in_words(args, runs), **look)
+        axis.plot(hops, median, linestyle=dashes, label=in_words(own, runs), **look)
         axis.fill_between(hops, errors.min(0), errors.max(0), color=f"C{i}", alpha=0.2)
-        paper = published(args)
-        state = "off" if "off" in paper else "on"
+        paper = published(own)
         if paper:
+            state = "off" if "off" in paper else "on"
             look.update(linestyle="none", fillstyle="none", markersize=9)
             axis.plot(SHOWN, paper[state], label=f"paper, dropout {state}", **look)
     axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="chance")
@@ -764,7 +793,7 @@ def parse_args(argv=None):
             for key in set(own) - set(args.given):
                 setattr(args, key, own[key])
     for n_head in args.n_head:
-        if args.n_embd % n_head:
+        if "transformer" in args.arch and args.n_embd % n_head:
             parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
     try:
         HopTask(args.seq_len, args.n_chars, args.max_hops)
