@@ -24,18 +24,21 @@ it has converged, at 200 to 500 loops: add --eval-loops 200; without it, b loops
     python looped_icl.py --preset paper --task relu-2nn --model looped standard --plot
 Other inputs than trained on (App.), and what a probe finds in the hidden states (Sec. 6):
     python looped_icl.py --preset paper --model looped standard --ood --probe
-Tables of OpenML, downloaded by id (the paper's: 720 725 737 803 807 816 819 847 871 42192), or a
-folder of your own; one held out in turn, b = 30, T = 15:
+Tables of OpenML, downloaded by id (the paper's, as we read it: 720 725 737 803 807 816 819 847 871
+42192), or a folder of your own; one held out in turn, b = 30, T = 15:
     python looped_icl.py --preset paper --task openml --fetch --held-out 0 1 2 3 4 5 6 7 8 9
 
 What the paper preset leaves open (points, loops, window, steps, batch) is the task's: see TASKS.
 
-To lift: InContextTransformer needs common's Block; each baseline is a function of torch alone.
+To lift: InContextTransformer needs common's Block and gpt2_init_; sample_prompts needs what stands
+above it under its ruler; a baseline needs torch, and of this file randn, sum_before or best_splits.
 """
 import copy
 import csv
+import itertools
 import json
 import math
+import os
 import re
 import urllib.request
 import warnings
@@ -87,7 +90,7 @@ def decision_tree(xs, generator):
     for _ in range(4):
         asked = coordinate.gather(1, node)                              # (B, n)
         x = xs.gather(2, asked[..., None])[..., 0]                      # (B, n)
-        node = 2 * node + 1 + (x > 0)                                   # k's are 2 k + 1, 2 k + 2
+        node = 2 * node + 1 + (x > 0)                   # children of k: 2 k + 1, 2 k + 2
     return leaves.gather(1, node - 15)
 
 def relu_2nn(xs, generator):
@@ -101,10 +104,10 @@ def relu_2nn(xs, generator):
 class Task:
     """A function class with all that depends on it. One that lacks an entry fails here, by name."""
     f: Callable | None          # (xs, generator) -> ys; None: real tables
-    n_terms: float              # how many coordinates y adds up (at most d), which is its variance
-    signs_only: bool            # whether f looks at the signs of x alone
+    variance: float             # of y, without noise; math.inf: it is d
+    signs_only: bool            # whether f looks at the signs of x alone; --ood: else y grows as x
     baselines: list             # names, see BASELINES
-    # the paper's setting, where the preset and the command line say none
+    # the paper's setting, for the flags of these names, where preset and command line say none
     loops: int                  # b
     window: int                 # T
     n_points: int = 41
@@ -130,7 +133,7 @@ TASKS = {
 
 def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
     """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others,
-    and y = f(x), f a new one of the task's class for each prompt. KeyError: no such task.
+    and y = f(x), f a new one of the task's class for each prompt. The generator is one of `device`.
 
     f never knows of active_dims: sparse-linear draws its coordinates among all n_dims. A decision
     tree would branch on zeros, so its x has all dimensions from the start.
@@ -150,7 +153,7 @@ class Prompts:
         self.name = name
         self.n_dims = n_dims
         self.device = device
-        self.scale = min(TASKS[name].n_terms, n_dims)
+        self.scale = min(TASKS[name].variance, n_dims)
 
     def sample(self, batch, n_points, generator, active_dims=None, part="train"):
         """xs (B, n, d), ys (B, n). `part` has no meaning here: every prompt is a new one."""
@@ -177,8 +180,9 @@ def read_table(path, n_dims=20):
     with open(path, newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     n_features = len(header) - 1
-    check(not all(map(is_number, header)), ", row 1: a header with the columns' names is missing")
-    check(5 <= n_features <= n_dims, f": {n_features} features are not in 5 .. {n_dims}")
+    named = not all(map(is_number, header[:-1]))
+    check(named, ", row 1: a header with the columns' names is missing")
+    check(5 <= n_features <= n_dims, f": {n_features} features, not 5 to {n_dims} (--n-dims)")
     check(1_000 <= len(rows) <= 10_000, f": {len(rows)} rows are not in 1000 .. 10000")
     for number, row in enumerate(rows, start=2):
         check(len(row) == len(header), f", row {number}: {len(row)} values, not {len(header)}")
@@ -218,17 +222,18 @@ def fetch(number, folder):
         raise ValueError(f"OpenML {number}: not a dense table with one target")
     ignored = about.get("ignore_attribute") or []                       # one name, or a list
     left_out = [target, about.get("row_id_attribute"), *np.ravel(ignored)]
+    kinds = [kind.lower() for name, kind in attributes]
     keep = []
-    for i, (name, kind) in enumerate(attributes):
-        if kind.lower() in ("numeric", "real", "integer") and names[i] not in left_out:
+    for i, name in enumerate(names):
+        if kinds[i] in ("numeric", "real", "integer") and name not in left_out:
             keep.append(i)
     keep.append(names.index(target))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(folder) / f"{number}.part"
+    part = Path(folder) / f"{number}.{os.getpid()}.part"        # several processes may fetch it
     with open(part, "w", newline="") as file:
         for row in [names, *rows]:
             csv.writer(file).writerow([row[i] for i in keep])
-    part.rename(part.with_suffix(".csv"))
+    part.replace(Path(folder) / f"{number}.csv")
 
 def table_number(path):
     """What tables are ordered by: 720.csv before 1462.csv, both before names without number."""
@@ -254,11 +259,11 @@ class Tables:
                              "is none, or leaves none")
         self.name = paths[held_out].stem
         self.device = device
-        order = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         tables = {"train": [], "valid": [], "test": []}
         for number, path in enumerate(paths):
             xs, ys = map(torch.from_numpy, read_table(path, n_dims))
-            rows = order.permutation(len(ys))
+            rows = rng.permutation(len(ys))
             train, valid = np.split(rows, [len(rows) * 95 // 100])
             if len(valid) < n_points:
                 raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
@@ -270,8 +275,8 @@ class Tables:
                 tables["valid"].append((xs[valid], ys[valid]))
         # tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths
         self.parts = {}
-        for part, own in tables.items():
-            xs, ys = zip(*own)
+        for part, pairs in tables.items():
+            xs, ys = zip(*pairs)
             lengths = torch.tensor([len(y) for y in ys], device=device)
             xs = nn.utils.rnn.pad_sequence(xs, batch_first=True).to(device)
             ys = nn.utils.rnn.pad_sequence(ys, batch_first=True).to(device)
@@ -293,7 +298,7 @@ class Tables:
 class InContextTransformer(nn.Module):
     """A GPT-2 that reads x_1, y_1, x_2, y_2, ... and predicts each y at its x. Looped, its output
     goes in again. Tokens have n_dims numbers, y in the first; positions are 2 n_points + 1, as the
-    authors count them (203). inject: how the prompt enters a loop; n_out 2: two logits."""
+    authors count them (203 for 101 points). inject: how the prompt enters a loop; n_out 2: two logits."""
 
     def __init__(self, n_dims, n_points, n_layer, n_head, n_embd, inject="add", n_out=1):
         super().__init__()
@@ -303,12 +308,13 @@ class InContextTransformer(nn.Module):
         self.h = nn.ModuleList([common.Block(n_embd, n_head) for _ in range(n_layer)])
         self.ln_f = nn.LayerNorm(n_embd)
         common.gpt2_init_(self.h, n_layer)
-        nn.init.normal_(self.wpe.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.02)                      # read_in, read_out: torch's
         self.read_out = nn.Linear(n_embd, n_out)
 
     def compile(self, **options):
         """torch.compile for one pass through the trunk. The loop stays in Python: its length
-        changes in training, and its first passes run without gradient."""
+        changes in training, and its first passes run without gradient. Called at every stage, it
+        takes the class's trunk, which is not compiled yet."""
         self.trunk = torch.compile(type(self).trunk.__get__(self), **options)
 
     def trunk(self, x, return_attn=False):
@@ -325,7 +331,8 @@ class InContextTransformer(nn.Module):
 
     def forward(self, xs, ys, loops=1, window=1, return_attn=False):
         """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or
-        logits (window, B, n, 2); with return_attn also a list by loop and layer (B, H, T, T).
+        logits (window, B, n, 2), window <= loops; with return_attn also a list by loop and layer (B, H,
+        T, T).
 
         add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1 (0 would hide e),
         z_(i+1) = f(z_i e). With both, the loops before the window run without gradient. none: z_0 =
@@ -411,8 +418,10 @@ def resolve(args):
     for name in vars(task):
         if name in args and getattr(args, name) is None:
             setattr(args, name, getattr(task, name))
-    if MODELS[args.model](args)[2] == "none" and "lr" not in getattr(args, "given", []):
-        args.lr = min(args.lr, 1e-3)                            # at 3e-3 none of these learns well
+    _, _, inject = MODELS[args.model](args)
+    # sweep() also resolves a preset's settings, which have no .given
+    if inject == "none" and "lr" not in getattr(args, "given", []):
+        args.lr = min(args.lr, 1e-3)                            # at 3e-3 it does not learn well
     if args.task == "openml" and args.data_dir is None:
         args.data_dir = Path("tables")
     dims_grow = not task.signs_only and args.dims_start < args.n_dims
@@ -428,8 +437,8 @@ def resolve(args):
         (args.loops == args.window, ["loops_every"]),
     ]
     for unused, names in without_effect:
-        for name in names:
-            if unused:
+        if unused:
+            for name in names:
                 setattr(args, name, None)
 
 def build(args):
@@ -451,7 +460,7 @@ def curriculum(args, step):
     stage = step // args.curriculum_every if args.curriculum_every else 0
     active_dims = min(args.n_dims, (args.dims_start or args.n_dims) + stage)
     n_points = min(args.n_points, args.points_start + (args.points_step or 0) * stage)
-    loops = MODELS[args.model](args)[1]
+    _, loops, _ = MODELS[args.model](args)
     if args.loops_every:
         loops = min(loops, args.window + 2 * (step // args.loops_every))
     return active_dims, n_points, loops
@@ -487,7 +496,7 @@ def train(args, run):
     data = torch.Generator(args.device).manual_seed(args.seed)          # training prompts alone
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                        # the checkpoint has brought its own
-    passes = MODELS[args.model](args)[1]
+    _, passes, _ = MODELS[args.model](args)
     window = args.window or 1
     stage = None
 
@@ -503,19 +512,21 @@ def train(args, run):
         return loss.detach()
 
     for step in run.steps(start, args.steps):
-        before, stage = stage, curriculum(args, step)
-        if stage != before:                                     # new shapes: a new CUDA graph
+        new_stage = curriculum(args, step)
+        if new_stage != stage:                                  # new shapes: a new CUDA graph
+            stage = new_stage                                   # training_step reads it
             step_once = training_step
             if args.compile:
                 step_once = common.compile_step(training_step, model, data)
         lr.fill_(learning_rate(step, args))
         loss = step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            held_out = torch.Generator(args.device).manual_seed(10_000)
-            xs, ys = task.sample(256, args.n_points, held_out, part="valid")
+            draw = torch.Generator(args.device).manual_seed(10_000)
+            xs, ys = task.sample(256, args.n_points, draw, part="valid")
             error = errors(model, task, xs, ys, passes)[0, :, -1].mean()
-            now = dict(zip(["dims", "points", "loops"], stage))
-            run.log(step + 1, loss=loss.item(), error=error.item(), **now)
+            active_dims, n_points, loops = stage
+            sizes = {"dims": active_dims, "points": n_points, "loops": loops}
+            run.log(step + 1, loss=loss.item(), error=error.item(), **sizes)
             run.save(step + 1)
 
 # ---- Measurement: the baselines -----------------------------------------------------------------
@@ -524,7 +535,7 @@ def train(args, run):
 
 def least_squares(xs, ys):
     """Minimum-norm least squares on the pairs before each x."""
-    x, y = xs.cpu().double(), ys.cpu().double()                         # not all devices have it
+    x, y = xs.cpu().double(), ys.cpu().double()                         # float64, which mps has not
     out = torch.zeros_like(y)
     for i in range(1, ys.shape[1]):
         # rtol: rotated in float32, inputs of a subspace leave it by 1e-8, which is not to be fitted
@@ -563,7 +574,7 @@ def lasso(xs, ys, alpha=0.01):
     coordinates in use correlate with the residual as much as `level` says; one joins them where its
     correlation reaches it, and leaves where its weight passes 0.
     """
-    x, y = xs.cpu().double(), ys.cpu().double()                         # not all devices have it
+    x, y = xs.cpu().double(), ys.cpu().double()                         # float64, which mps has not
     B, n, d = x.shape
     # means over the i pairs before each of the N x's: X^T X / i and X^T y / i
     i = torch.arange(n).clamp_min(1).view(-1, 1, 1)
@@ -590,6 +601,7 @@ def lasso(xs, ys, alpha=0.01):
         counts = torch.cat([~in_use, ~in_use, in_use], 1) & (s > 1e-10 * level)
         s, event = torch.where(counts, s, math.inf).min(1, keepdim=True)
         rest = (level - alpha).clamp_min(0)
+        # event: 0 .. d-1 joins, d .. 2d-1 joins below, 2d .. 3d-1 leaves; % d is its coordinate
         coordinate = F.one_hot(event[:, :, 0] % d, d).mT                # (N, d, 1)
         changes = coordinate.bool() & (s < rest)
         s = torch.minimum(s, rest)
@@ -597,8 +609,8 @@ def lasso(xs, ys, alpha=0.01):
         level = level - s
         in_use = in_use ^ changes
         w = w * in_use
-    else:
-        unfinished = (level > alpha).sum()
+    unfinished = (level > alpha).sum()
+    if unfinished:
         warnings.warn(f"Lasso: no minimum found for {unfinished} of {len(w)} prefixes")
     return (x * w.view(B, n, d)).sum(2).to(ys)
 
@@ -629,7 +641,8 @@ def greedy_tree(xs, ys, depth=4):
     out = torch.zeros_like(ys)
     right = (xs > 0).to(ys.dtype)                                       # (B, n, d)
     for i in range(1, ys.shape[1]):
-        seen, y = right[:, :i + 1], ys[:, :i]                           # the pairs; seen: last x_i
+        y = ys[:, :i]                                                   # of the pairs before x_i
+        seen = right[:, :i + 1]                                         # their x, and x_i at last
         node = torch.zeros_like(seen[..., 0], dtype=torch.long)         # (B, i + 1)
         out[:, i] = y.mean(1)
         for level in range(depth):
@@ -676,6 +689,7 @@ BASELINES = {
 for name, task in TASKS.items():
     if not set(task.baselines) <= set(BASELINES):
         raise ValueError(f"TASKS[{name!r}]: not all of {task.baselines} are in BASELINES")
+del name, task
 
 # ---- Measurement: the models --------------------------------------------------------------------
 
@@ -711,8 +725,9 @@ def shifted_prompts(task, n, n_points, generator):
     f = TASKS[task.name].f
     degree = 0 if TASKS[task.name].signs_only else 2                    # E y^2 ~ |x|^degree
 
-    def prompts(name, xs, variance=1, factor=1):
-        return name, xs, factor * f(xs, generator), task.scale * variance
+    def prompts(name, xs, growth=1, factor=1):
+        """growth: of E y^2, through x; factor: of y itself."""
+        return name, xs, factor * f(xs, generator), task.scale * growth * factor**2
 
     xs, _ = task.sample(n, n_points, generator)
     yield prompts("as trained", xs)
@@ -731,7 +746,7 @@ def shifted_prompts(task, n, n_points, generator):
     for factor in (0.5, 2, 3):
         yield prompts(f"x times {factor}", factor * xs, factor**degree)
     for factor in (0.5, 2, 3):
-        yield prompts(f"y times {factor}", xs, factor**2, factor)
+        yield prompts(f"y times {factor}", xs, factor=factor)
 
     name, xs, ys, variance = prompts("label noise of variance 1", xs)
     noise = randn(generator, *ys.shape)
@@ -743,8 +758,8 @@ def hidden_states(model, xs, ys, loops):
     and a last 1 for its bias: a list of (N, 2C + 1), float64, on the CPU."""
     parts = []
 
-    def keep(block, inputs, z):                                         # (250, 2n-1, C)
-        read = torch.cat([z[:, -1], z.mean(1)], 1).cpu().double()       # (250, 2C)
+    def keep(block, inputs, z):                                         # (B, 2n-1, C)
+        read = torch.cat([z[:, -1], z.mean(1)], 1).cpu().double()       # (B, 2C)
         parts[-1].append(F.pad(read, (0, 1), value=1.0))
 
     hooks = [block.register_forward_hook(keep) for block in model.h]
@@ -777,23 +792,24 @@ def probe(model, task, n_points, loops, n=1_000):
 
     test_states, test_targets = states_and_targets(constant=False)
     found = {}
-    for fitted, constant in [("", False), (" (control)", True)]:
+    for suffix, constant in [("", False), (" (control)", True)]:
         states, targets = states_and_targets(constant)
         for name, target in targets.items():
             wanted = test_targets[name]
-            by_loop = found[name + fitted] = []
+            by_loop = []
             for fit, test in zip(states, test_states):
                 penalty = torch.eye(fit.shape[1]).to(fit)
                 W = torch.linalg.solve(fit.mT @ fit + penalty, fit.mT @ target)
                 missed = (test @ W - wanted).square().sum()
                 by_loop.append((missed / wanted.square().sum()).item())
+            found[name + suffix] = by_loop
     return found
 
 def measure(args, run):
     """Of a run's checkpoint: error by examples and by loops, the baselines, and what --ood and
     --probe ask for; all as plain numbers."""
     task, model = load(run.folder, args.device)
-    passes = MODELS[args.model](args)[1]
+    _, passes, _ = MODELS[args.model](args)
     loops = args.eval_loops or passes
     draw = torch.Generator(args.device).manual_seed(20_000)
     xs, ys = task.sample(args.n_eval, args.n_points, draw, part="test")
@@ -842,12 +858,17 @@ PUBLISHED = {
     "42192": {"standard": .650, "looped": .648},
 }
 
+# --preset paper with these flags is still the paper's setting
+NOT_THE_MODEL = {"task", "model", "held_out", "data_dir", "fetch", "seed", "compile"}
+NOT_THE_MODEL.update(MEASURED, common.NOT_TRAINED)
+
 def describe(args, results):
     """A run's model in words: what legends and tables call it."""
     name = "looped" if args.model == "looped" else f"{args.n_layer} layers"
     name += ", tied" if args.model == "tied" else ""
     name += {"none": ", no injection", "multiply": ", multiplied"}.get(args.inject, "")
-    return f"{name}, {results[0]['table']}" if args.task == "openml" else name
+    name += f", {results[0]['table']}" if args.task == "openml" else ""
+    return name
 
 def panels(task, groups):
     """What is shown of a task, a list: subject, measure, what x is, its values, {name: curves}. The
@@ -872,21 +893,22 @@ def panels(task, groups):
         if all("ood" in run for run in results):
             by_input[name] = [list(run["ood"].values()) for run in results]
             others = first["ood of least squares"]
-    by_examples |= first["baselines"]
-    what = "share of wrong labels" if task == "openml" else "squared error / variance of y"
-    found = [(task, what, "examples", range(args.n_points), by_examples)]
+        baselines = first["baselines"]                                  # the same for all
+    by_examples |= baselines
+    measure = "share of wrong labels" if task == "openml" else "squared error / variance of y"
+    found = [(task, measure, "examples", range(args.n_points), by_examples)]
     if by_loops:
-        found.append((f"{task}, all examples", what, "loops", loops, by_loops))
+        found.append((f"{task}, all examples", measure, "loops", loops, by_loops))
     found += probes
     if by_input:
         by_input["least squares"] = [list(others.values())]
-        found.append((task, what, "other inputs", list(others), by_input))
+        found.append((task, measure, "other inputs", list(others), by_input))
     return found
 
 def print_panels(task, groups):
     """A table for each panel, of about 20 rows. A cell has the median and the range."""
-    for subject, what, corner, xs, columns in panels(task, groups):
-        step = len(xs) // 20
+    for subject, measure, x_name, xs, columns in panels(task, groups):
+        step = len(xs) // 20                                            # names are 9: all are shown
         rows = []
         for i, x in enumerate(xs):
             if step < 2 or x % step == 0 or i in (0, len(xs) - 1):
@@ -894,8 +916,8 @@ def print_panels(task, groups):
                 for curves in columns.values():
                     row.append(common.spread([curve[i] for curve in curves]))
                 rows.append(row)
-        print(f"\n{subject}: {what}")
-        common.print_table([corner, *columns], rows)
+        print(f"\n{subject}: {measure}")
+        common.print_table([x_name, *columns], rows)
 
 def print_summary(task, groups):
     """Parameters of each model; on tables the accuracy with all examples, beside the paper's."""
@@ -908,13 +930,15 @@ def print_summary(task, groups):
         row = [name, f"{first['n_params']:,}", f"{share:.1%}"]
         if task == "openml":
             accuracies = [1 - result["curve"][0][-1] for result in results]
-            published = PUBLISHED.get(first["table"], {})
-            row += [common.spread(accuracies), str(published.get(args.model, "-"))]
+            published = "-"
+            if args.preset == "paper" and NOT_THE_MODEL.issuperset(args.given):
+                published = PUBLISHED.get(first["table"], {}).get(args.model, "-")
+            row += [common.spread(accuracies), str(published)]
         rows.append(row)
     print()
     common.print_table(header, rows)
 
-STYLES = ["-", "--", "-.", ":", "o-", "s--", "^-.", "v:"] * 9           # readable in grey, too
+STYLES = ["-", "--", "-.", ":", "o-", "s--", "^-.", "v:"]               # readable in grey, too
 
 def plot(runs, by_task):
     """Fig. 3, error by examples, Fig. 2, error by loops, and the probes, a row for each task. Bands
@@ -924,8 +948,8 @@ def plot(runs, by_task):
         found.append([panel for panel in panels(task, groups) if panel[2] != "other inputs"])
     figure, axes = common.new_figure(len(found), max(map(len, found)))
     for row, of_task in zip(axes, found):
-        for axis, (subject, what, corner, x, lines) in zip(row, of_task):
-            for style, (name, curves) in zip(STYLES, lines.items()):
+        for axis, (subject, measure, x_name, x, lines) in zip(row, of_task):
+            for style, (name, curves) in zip(itertools.cycle(STYLES), lines.items()):
                 middle = np.median(curves, 0)
                 line, = axis.plot(x, middle, style, label=name, markersize=4)
                 if name in BASELINES:
@@ -933,10 +957,10 @@ def plot(runs, by_task):
                     continue
                 low, high = np.min(curves, 0), np.max(curves, 0)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-            axis.set(title=subject, xlabel=corner, ylabel=what)
-            if corner == "examples":
+            axis.set(title=subject, xlabel=x_name, ylabel=measure)
+            if x_name == "examples":
                 axis.set_ylim(0, 1.5)
-            if corner == "loops":
+            if x_name == "loops":
                 axis.set_yscale("log")
                 axis.axvline(x[-1] / 10, color="gray", lw=1, label="loops trained with")
             axis.legend(fontsize=7)

@@ -522,6 +522,7 @@ def test_tables_are_ordered_by_number(tmp_path):
     (lambda header, lines: lines[7].pop(), "row 9: 6 values, not 7"),
     (lambda header, lines: lines[7].__setitem__(2, "1e999"), "is not a number"),
     (lambda header, lines: header.__setitem__(slice(None), map(str, range(7))), "row 1: a header"),
+    (lambda header, lines: header.__setitem__(slice(None), [*map(str, range(6)), "yes"]), "row 1: a header"),
     (lambda header, lines: (header.clear(), lines.clear()), "row 1: a header"),
     (lambda header, lines: lines[5].__setitem__(1, "red"), "column f1, row 7: 'red' is not a number"),
     (lambda header, lines: lines[5].__setitem__(1, "nan"), "is not a number"),
@@ -625,20 +626,23 @@ def test_fetch_without_ids_is_the_papers_tables(tmp_path, monkeypatch):
     assert fetched[10:] == [7]                                                   # what is there is not downloaded again
 
 
-def test_ten_tables_leave_one_out(tmp_path, capsys):
+def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
     for number in looped_icl.PUBLISHED:
         write_table(tmp_path / "tables" / f"{number}.csv", seed=int(number))
-    flags = ["--task", "openml", "--data-dir", tmp_path / "tables", "--held-out", "0", "9", "--n-dims", "20",
-             "--steps", "20", "--out-dir", tmp_path / "out"]
-    results = call_main(looped_icl, *SMALL, *LOOPED, *flags)
+    small = dict(n_embd=16, n_head=2, loops=2, window=1, steps=20, batch_size=8, n_eval=100, n_points=11, points_start=11)
+    monkeypatch.setitem(looped_icl.PRESETS, "paper", {**looped_icl.PRESETS["paper"], **small})
+    flags = ["--task", "openml", "--data-dir", tmp_path / "tables", "--held-out", "0", "9", "--out-dir", tmp_path / "out"]
+    results = call_main(looped_icl, "--preset", "paper", "--device", "cpu", *flags)
     out = capsys.readouterr().out
+    call_main(looped_icl, "--preset", "paper", "--device", "cpu", *flags, "--lr", 1e-3)
+    assert "0.662" not in capsys.readouterr().out                               # no longer the paper's setting
     lines = [line.split() for line in out.splitlines()]
     rows = [line for line in lines if line[:1] == ["looped,"] and len(line) > 4]
     assert [(row[1], row[-1]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]         # the paper's
     assert [float(row[-2]) for row in rows] == pytest.approx([1 - result["curve"][0][-1] for result in results], abs=1e-3)
     assert "share of wrong labels" in out
     folders = {path.name for path in (tmp_path / "out" / "looped_icl").iterdir()}
-    assert len(folders) == 2
+    assert len(folders) == 4
 
 
 # ---- Training and the command -----------------------------------------------------------------------------------------
