@@ -10,8 +10,9 @@ it predicts sentences that it never saw, by an order that extends the data's (Th
 
 What to look for: both alignments pass 0.99, and 1 - alignment falls roughly like a power of the
 step; both norms are straight lines; log L_0 and log(L - L_min) end as straight lines (L itself
-ends at L_min); accuracy on unseen sentences is 1 where the data decide the answer, near 1 where
-only the extended order does (with orthonormal embeddings), lower where neither does.
+ends at L_min); accuracy on unseen sentences is 1 where the data decide the answer, about 0.9 where
+only the extended order does (orthonormal embeddings; near 1 where x* was never below another token
+in the data), lower where neither does.
 
 |V| = d = 20 and the step sizes of normalised gradient descent are the paper's. The numbers of
 steps, 200 sentences of 5 tokens, random weights of the pairs in stage 1 (with equal ones, W_OV is
@@ -26,7 +27,9 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --sentences FILE         your own data: token ids, each line a
                                                        sentence and its next token
 
-To lift: max_margin needs numpy alone; OneLayer and gradients, torch; the task, numpy.
+To lift: max_margin needs numpy alone, max_margin_kq also max_margin_matrix and said_orders;
+OneLayer (a float64 embedding) and gradients, with loss_and_residual, torch; the task, numpy, and
+torch for Task.tensors; panels takes that Task of tensors, generalisation the one of arrays.
 """
 import math
 from pathlib import Path
@@ -173,7 +176,9 @@ def check_realizable(sentences, next_tokens, collocation):
         optimal.append(given_by[following])
     optimal = np.array(optimal)
     implied = closure(said_orders(sentences, optimal, len(collocation)))
-    for q, token in np.argwhere(implied.diagonal(axis1=1, axis2=2)):
+    cycles = np.argwhere(implied.diagonal(axis1=1, axis2=2))                         # (query, token)
+    if len(cycles):
+        q, token = cycles[0]
         raise ValueError(f"not realizable: sentences with query {q} put token {token} above itself")
     return optimal
 
@@ -194,13 +199,18 @@ def read_dataset(path):
         row = list(map(int, words))
         if len(row) > 2:
             longer.append(row)
-        elif pairs.setdefault(*row) != row[1]:
-            raise ValueError(f"line {number}: {row[0]} is followed by {pairs[row[0]]} and {row[1]}")
+            continue
+        token, following = row
+        if pairs.setdefault(token, following) != following:
+            both = f"{pairs[token]} and {following}"
+            raise ValueError(f"line {number}: {token} is followed by {both}")
     if len(set(map(len, longer))) != 1:
         raise ValueError("give sentences of two tokens or more, all of one length")
     tokens = set(pairs).union(pairs.values(), *longer)
     V = len(tokens)
-    for token in range(V):
+    if V > 200:
+        raise ValueError(f"{V} tokens: their orders need V^3 numbers; give 200 at most")
+    for token in range(V):                                   # V tokens, so that there are no others
         if token not in pairs:
             raise ValueError(f"every token needs a line with what follows it; {token} has none")
     collocation = np.array([pairs[token] for token in range(V)])
@@ -250,17 +260,20 @@ class OneLayer(nn.Module):
 # That loses all digits just where this paper looks. At a loss of 1e-17 the probability p of the
 # next token rounds to 1, and its residual p - 1 to 0; yet normalised gradient descent goes on as
 # fast as ever, in the direction of what is left. Two differences of nearly equal numbers are to
-# blame, and neither needs a subtraction:
+# blame, and each has a form that keeps the digits:
 #
-#     p - 1 = -sigmoid(z) and loss = log(1 + e^z), z = log(sum of e^logit of the others) - logit
-#     the gradient by the scores of a sentence sums to 0, so that the entry of the largest attention
-#         weight (itself nearly 1) is minus the sum of the others, which are tiny and exact
+#     p - 1 = -sigmoid(z) and loss = log(1 + e^z), with
+#         z = log(sum of e^logit of the other tokens) - logit of the next token
+#     the gradient by the scores of a sentence, mixture * (by_mixture - its mean), sums to 0, so
+#         that the entry of the token with nearly all attention is minus the sum of the others,
+#         which are tiny and exact
 
 def loss_and_residual(logits, next_tokens):
     """Cross-entropy of each row (N,) in nats, and its gradient by the logits (N, V)."""
     is_next = F.one_hot(next_tokens, logits.shape[1]).bool()                         # (N, V)
     others = logits.masked_fill(is_next, -math.inf)
     z = others.logsumexp(1, keepdim=True) - logits.gather(1, next_tokens[:, None])   # (N, 1)
+    # p of each other token; p - 1 of the next
     residual = (others.softmax(1) - is_next.double()) * z.sigmoid()
     return F.softplus(z).squeeze(1), residual
 
@@ -268,29 +281,25 @@ def loss_and_residual(logits, next_tokens):
 def gradients(model, sentences, next_tokens, weights):
     """The loss of sentences (N, L), weighted (N,); its gradients by W_OV (V, d), W_KQ (d, d)."""
     V = model.E.shape[1]
+    values = model.token_logits()                                                    # (V, V)
     attn = model.attention(sentences)                                                # (N, L)
-    values = model.token_logits()[sentences]                                         # (N, L, V)
-    logits = (attn.unsqueeze(1) @ values).squeeze(1)                                 # (N, V)
-    losses, residual = loss_and_residual(logits, next_tokens)
+    # the attention by token, so that a token's repeats count as one: logits = mixture values
+    mixture = attn.new_zeros(len(attn), V).scatter_add_(1, sentences, attn)          # (N, V)
+    losses, residual = loss_and_residual(mixture @ values, next_tokens)
     residual = residual * weights[:, None]
+    by_W_OV = residual.mT @ mixture @ model.E.mT                                     # (V, d)
 
-    # logits = W_OV E mixture, where mixture is the attention by token
-    mixture = torch.zeros_like(logits).scatter_add_(1, sentences, attn)              # (N, V)
-    by_W_OV = residual.mT @ mixture @ model.E.mT
+    # through the softmax
+    by_mixture = residual @ values.mT                                                # (N, V)
+    mean = (mixture * by_mixture).sum(1, keepdim=True)
+    by_scores = mixture * (by_mixture - mean)
+    largest = mixture.argmax(1, keepdim=True)
+    others = by_scores.scatter(1, largest, 0).sum(1, keepdim=True)
+    by_scores = by_scores.scatter(1, largest, -others)
 
-    # through the softmax: by_scores = attn * (by_attn - its mean under attn)
-    by_attn = (values @ residual[:, :, None]).squeeze(2)                             # (N, L)
-    mean = (attn * by_attn).sum(1, keepdim=True)
-    by_scores = attn * (by_attn - mean)
-    largest = attn.argmax(1, keepdim=True)
-    rest = by_scores.sum(1, keepdim=True)                    # 0 but for rounding
-    by_scores = by_scores.scatter_add(1, largest, -rest)
-
-    # score = x^T W_KQ q: sum by (token, query), so that E enters once
-    pair = sentences * V + sentences[:, -1:]                                         # (N, L)
-    by_pair = torch.zeros(V * V, dtype=attn.dtype, device=attn.device)
-    by_pair = by_pair.index_add(0, pair.flatten(), by_scores.flatten()).view(V, V)
-    by_W_KQ = model.E @ by_pair @ model.E.mT
+    # score = x^T W_KQ q: sum by query, so that E enters once
+    by_query = attn.new_zeros(V, V).index_add_(0, sentences[:, -1], by_scores)       # (q, x)
+    by_W_KQ = model.E @ by_query.mT @ model.E.mT                                     # (d, d)
     return weights @ losses, by_W_OV, by_W_KQ
 
 # ---- The max-margin solutions (Sec. 4) ----------------------------------------------------------
@@ -322,7 +331,7 @@ def max_margin(A, tolerance=1e-12):
             # go towards the solution until the first multiplier is 0, and let go of it
             rate = (u[falls] / (u[falls] - solution[falls])).min()
             u = u + rate * (solution - u)
-            held &= ~falls | (u > 1e-15)
+            held[falls & (u <= 1e-15)] = False
         u = solution
     l = u / max(1 - u.sum(), 1e-12)
     w = A.T @ l
@@ -334,7 +343,7 @@ def max_margin_matrix(differences, queries, embedding):
     """argmin |W|_F subject to differences[i]^T W x_queries[i] >= 1: W (a, d).
 
     For differences (m, a), token ids queries (m,) and an embedding (d, V). ValueError for more than
-    10,000 constraints in one problem.
+    4,000 constraints in one problem, which take a quarter of an hour already.
     """
     d, V = embedding.shape
     if np.allclose(embedding.T @ embedding, np.eye(V)):
@@ -344,7 +353,7 @@ def max_margin_matrix(differences, queries, embedding):
             w, _ = max_margin(differences[queries == q])
             W += np.outer(w, embedding[:, q])
         return W
-    if len(queries) > 10_000:
+    if len(queries) > 4_000:
         raise ValueError(f"{len(queries):,} max-margin constraints at once: take fewer tokens")
     A = differences[:, :, None] * embedding[:, queries].T[:, None, :]                # (m, a, d)
     w, _ = max_margin(A.reshape(len(A), -1))
@@ -395,7 +404,7 @@ PRESETS = {"quick": QUICK, "medium": {**QUICK, "seed": list(range(10))}, "paper"
 SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
 
 def resolve(args):
-    """Completes a run's settings: step sizes are the optimizer's; None: has no effect on it."""
+    """Completes a run's settings: the optimizer's step sizes; None for what has no effect on it."""
     chosen = OPTIMIZERS[args.optimizer]
     args.lr_ov = chosen.lr_ov if args.lr_ov is None else args.lr_ov
     args.lr = chosen.lr if args.lr is None else args.lr
@@ -419,7 +428,7 @@ def get_dataset(args):
 def build(args):
     """The task and the model of a run."""
     dataset, orders = get_dataset(args)
-    V = len(dataset[2])
+    V = len(dataset[2])                                      # of the collocation
     rng = np.random.default_rng(args.seed + 10_000)
     embedding = rng.standard_normal((V, V)) / math.sqrt(V)
     if args.embedding == "orthonormal":
@@ -435,6 +444,8 @@ def load(folder, device="cpu"):
 def learning_rate(step_size, d):
     """Constant over all steps: a step size that is given in units of 1 / sqrt(d) (Algorithm 1)."""
     return step_size / math.sqrt(d)
+
+TRAINED = {0: ["ov", "kq"], 1: ["ov"], 2: ["kq"]}            # by stage; 0: both jointly
 
 def marks(steps):
     """The steps to measure at: some log-spaced, some evenly spaced, the last one."""
@@ -461,31 +472,37 @@ def train(args, run):
     joint = args.stages == "joint"
     stage_1 = 0 if joint else args.steps_ov                  # steps of stage 1
     measured = {stage_1 + t for t in marks(args.steps)}
-    measured |= set() if joint else marks(stage_1)
+    if not joint:
+        measured |= marks(stage_1)
 
     for step in run.steps(start, stage_1 + args.steps):
+        if joint:
+            stage = 0
+        else:
+            stage = 1 if step < stage_1 else 2
+        trained = TRAINED[stage]
         optimizer.zero_grad(set_to_none=True)
-        if joint or step < stage_1:
+        if "ov" in trained:
             _, model.W_OV.grad, _ = gradients(model, pairs, data.collocation, data.weights)
-        if joint or step >= stage_1:
+        if "kq" in trained:
             loss, by_W_OV, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
             model.W_KQ.grad = by_W_KQ
             if joint:
                 model.W_OV.grad += by_W_OV
-            below = (loss < 1e-3) & (model.first < 0)
+            below = (loss < 1e-3) & (model.first < 0)        # an `if` would make a GPU wait
             model.first = torch.where(below, step - stage_1, model.first)
         if chosen.normalised:
             for W in model.parameters():
                 if W.grad is not None:
-                    W.grad /= W.grad.norm().clamp_min(1e-300)
+                    # below 1e-150 the squares in the norm underflow: no direction is left
+                    W.grad /= W.grad.norm().clamp_min(1e-150)
         optimizer.step()
         if step + 1 in measured:
             now = panels(model, data, best)
-            stage = 0 if joint else 1 if step < stage_1 else 2
-            t = step + 1 - (stage_1 if stage == 2 else 0)
-            trained = {0: ["ov", "kq"], 1: ["ov"], 2: ["kq"]}[stage]
-            if min(now[f"gradient_{name}"] for name in trained) < 1e-290:            # no direction
+            t = step + 1 - stage_1 if stage == 2 else step + 1
+            if min(now[f"gradient_{name}"] for name in trained) < 1e-150:
                 raise common.RunError(f"the gradient underflows at step {step + 1}; take fewer")
+            # what run.log shows
             loss, cosine = now[f"loss_{trained[-1]}"], now[f"cosine_{trained[-1]}"]
             run.log(step + 1, loss=loss, cosine=cosine, stage=stage, t=t, **now)
             run.save(step + 1)
@@ -504,7 +521,7 @@ def panels(model, data, best):
     gradients. excess is L - L_min: L_min is the loss of a hard attention to x*, with this W_OV.
     """
     N, device = len(data.sentences), data.weights.device
-    uniform = torch.full((N,), 1 / N).to(data.weights)
+    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=device)
     pairs = torch.arange(len(data.collocation), device=device)[:, None]
     loss_ov, by_W_OV, _ = gradients(model, pairs, data.collocation, data.weights)
     loss_kq, _, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
@@ -530,22 +547,27 @@ LOSS = {"ov": "loss_ov", "kq": "excess"}                     # what falls at a l
 
 def of_stage(metrics, name):
     """The lines of metrics.jsonl where a matrix is trained; the joint training is stage 0."""
-    return [m for m in metrics if m["stage"] in (0, STAGE[name])]
+    return [m for m in metrics if name in TRAINED[m["stage"]]]
 
 def curves(metrics, name):
     """The panels of Fig. 2 of one stage, arrays (T,): loss, gap (1 - cosine) and norm against t."""
     lines = of_stage(metrics, name)
-    keys = {"t": "t", "loss": LOSS[name], "total": f"loss_{name}", "norm": f"norm_{name}"}
-    found = {"gap": np.array([1 - m[f"cosine_{name}"] for m in lines])}
-    for panel, key in keys.items():
-        found[panel] = np.array([m[key] for m in lines])
-    return found
+    columns = {}                                             # (T,) each
+    for key in lines[0]:
+        columns[key] = np.array([m[key] for m in lines])
+    return {
+        "t": columns["t"],
+        "loss": columns[LOSS[name]],
+        "total": columns[f"loss_{name}"],                    # of which L - L_min is a small part
+        "gap": 1 - columns[f"cosine_{name}"],
+        "norm": columns[f"norm_{name}"],
+    }
 
 def straight_parts(curve):
     """Where Theorems 1 and 2 promise a straight line: x and y of a fit, for each panel."""
     t, loss, gap = curve["t"], curve["loss"], curve["gap"]
-    half = (t >= t[-1] / 2) & (loss > 1e-12 * curve["total"])                        # not rounding
-    late = (t >= 100) & (gap > 0)
+    half = (t >= t[-1] / 2) & (loss > 1e-12 * curve["total"])                # above rounding
+    late = (t >= 100) & (gap > 0)                            # after the first bend
     # norm ~ t, loss ~ e^(-t), gap ~ a power of t
     return {
         "norm": (t, curve["norm"]),
@@ -561,7 +583,8 @@ def line_fit(x, y):
     slope, offset = np.polyfit(x, y, 1)
     left = ((y - slope * x - offset) ** 2).sum()
     total = ((y - y.mean()) ** 2).sum()
-    return float(slope), float(1 - left / total) if total > 0 else 1.0
+    r_squared = 1 - left / total if total > 0 else 1.0
+    return float(slope), float(r_squared)
 
 def unseen_sentences(task, n, rng):
     """Sentences (M, L) that are not in the data, M <= n; their optimal tokens, -1 for a file."""
@@ -577,9 +600,11 @@ def unseen_sentences(task, n, rng):
 def generalisation(model, task, seed, n=20_000):
     """Theorem 3: accuracy on unseen sentences, in three groups by what gives their optimal token.
 
-    decided: by the order that the data imply; extended: by its extension alone; undecided. share_
-    of all; accuracy_ by that token; true_: by the true orders; on_top: of the extended, where x*
-    is below another in no training sentence with this query. None: no such sentences.
+    decided: by the order that the data imply; extended: by extended_orders alone; undecided: by
+    neither. share_<group>: of all. accuracy_<group>: how often n(x*) is predicted, x* by that
+    order. true_<group>: the same with x* by the orders that the data were drawn from.
+    accuracy_on_top: the extended ones whose x* is below no token in the data of its query. None
+    for no such sentences.
     """
     V = len(task.collocation)
     unseen, truth = unseen_sentences(task, n, np.random.default_rng(seed + 20_000))
@@ -588,27 +613,30 @@ def generalisation(model, task, seed, n=20_000):
     predicted = logits.argmax(1).cpu().numpy()
 
     implied = closure(said_orders(task.sentences, task.optimal, V))
-    extended = extended_orders(task.sentences, task.optimal, V)
-    by_data = optimal_token(unseen, implied)
-    by_extension = optimal_token(unseen, extended)
+    extension = extended_orders(task.sentences, task.optimal, V)
+    by_data = optimal_token(unseen, implied)                 # -1 where there is none
+    by_extension = optimal_token(unseen, extension)
     decided = by_data >= 0
     undecided = by_extension < 0
     extended = ~decided & ~undecided
     below_another = implied.any(axis=1)                      # (query, token)
     on_top = extended & ~below_another[unseen[:, -1], by_extension]
 
+    def share(group):
+        return float(group.mean()) if len(group) else None
+
     def accuracy(group, optimal):
         group = group & (optimal >= 0)
         right = predicted == task.collocation[optimal]
         return float(right[group].mean()) if group.any() else None
     return {
-        "share_decided": float(decided.mean()),
+        "share_decided": share(decided),
         "accuracy_decided": accuracy(decided, by_data),
-        "share_extended": float(extended.mean()),
+        "share_extended": share(extended),
         "accuracy_extended": accuracy(extended, by_extension),
         "accuracy_on_top": accuracy(on_top, by_extension),
         "true_extended": accuracy(extended, truth),
-        "share_undecided": float(undecided.mean()),
+        "share_undecided": share(undecided),
         "true_undecided": accuracy(undecided, truth),
     }
 
@@ -645,7 +673,7 @@ def in_words(args, runs):
             words.append(WORDS.get(value, value))
     return ", ".join(words)
 
-PANELS = [                                                   # of Fig. 2: label, key, format
+PANELS = [                                                   # Fig. 2: matrix, label, key, format
     ("ov", "L_0", "loss_ov", ".3g"),
     ("ov", "cosine W_OV", "cosine_ov", ".4f"),
     ("ov", "|W_OV|", "norm_ov", ".3g"),
@@ -667,7 +695,8 @@ def print_panels(run, title):
         for of, label, key, form in PANELS:
             if of == name:
                 rows.append([label, *[f"{lines[i][key]:{form}}" for i in nearest]])
-        print(f"\n{title}: {'joint training' if run.args.stages == 'joint' else f'stage {stage}'}")
+        part = "joint training" if run.args.stages == "joint" else f"stage {stage}"
+        print(f"\n{title}: {part}")
         common.print_table(["step", *[str(t[i]) for i in nearest]], rows)
 
 SUMMARY = [                                                  # label, format, key, index in its list
@@ -707,7 +736,7 @@ def print_summary(runs, results):
         row = [label]
         for _, group in groups:
             values = [r[key] if index is None else r[key][index] for r in group]
-            if "accuracy" in label:                          # None: no such sentences
+            if key.startswith(("accuracy_", "true_", "share_")):     # None: no such sentences
                 values = [x for x in values if x is not None] or [None]
             row.append(common.spread(values, form))
         rows.append(row)
@@ -732,11 +761,15 @@ def draw_fit(axis, panel, curve):
     slope, offset = np.polyfit(x, y, 1)
     y = slope * x + offset
     text = {"loss": f"e^({slope:.2g} t)", "gap": f"t^{slope:.2f}", "norm": f"{slope:.3f} t"}[panel]
-    x, y = np.exp(x) if panel == "gap" else x, y if panel == "norm" else np.exp(y)
+    x_scale, y_scale = SCALES[panel]
+    if x_scale == "log":
+        x = np.exp(x)
+    if y_scale == "log":
+        y = np.exp(y)
     axis.plot(x, y, "k--", lw=1, label=f"fit: {text}")
 
 def plot(runs):
-    """Fig. 2: loss, alignment and norm of both stages; the median and range over seeds."""
+    """Fig. 2: L - L_min, 1 - alignment and norm of both stages; median and range over seeds."""
     groups = common.by_setting(runs, [run.read("metrics.jsonl") for run in runs])
     figure, axes = common.new_figure(2, 3, width=3.4, height=2.9)
     for axis, (name, panel, quantity) in zip(axes.flat, FIG_2):
@@ -751,7 +784,8 @@ def plot(runs):
             axis.plot(t, median[panel], color=color, ls=line, label=label)
             axis.fill_between(t, values.min(0), values.max(0), color=color, alpha=0.25, lw=0)
             draw_fit(axis, panel, median)
-        axis.set(xlabel=f"step of stage {STAGE[name]}, t", ylabel=quantity)
+        joint = {run.args.stages for run in runs} == {"joint"}
+        axis.set(xlabel="step t" if joint else f"step t of stage {STAGE[name]}", ylabel=quantity)
         axis.set(xscale=SCALES[panel][0], yscale=SCALES[panel][1])
         axis.legend(fontsize=7)
     common.save_figure(figure, runs, "fig2")

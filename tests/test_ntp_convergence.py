@@ -399,6 +399,21 @@ def test_the_first_step_below_1e_3_is_found_and_outlives_a_checkpoint(tmp_path):
     assert model.first == first
 
 
+def test_weights_stand_still_where_the_norm_of_the_gradient_underflows(tmp_path, monkeypatch):
+    models = []
+
+    def tiny(model, *rest):
+        models.append(model)
+        loss, by_W_OV, by_W_KQ = gradients(model, *rest)
+        return loss, 1e-170 * by_W_OV, 1e-170 * by_W_KQ          # their squares are 0
+
+    gradients = ntp_convergence.gradients
+    monkeypatch.setattr(ntp_convergence, "gradients", tiny)
+    with pytest.raises(SystemExit):
+        call_main(ntp_convergence, "--steps-ov", 5, "--steps", 5, "--device", "cpu", "--out-dir", tmp_path)
+    assert models[-1].W_OV.abs().max() < 1e-10
+
+
 def test_an_underflowing_gradient_ends_in_one_line_without_nan(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         one_run(tmp_path, "--lr-ov", "30", "--steps", "10")
