@@ -407,10 +407,10 @@ def test_weights_stand_still_where_the_norm_of_the_gradient_underflows(tmp_path,
         loss, by_W_OV, by_W_KQ = gradients(model, *rest)
         return loss, 1e-170 * by_W_OV, 1e-170 * by_W_KQ          # their squares are 0
 
-    gradients = ntp_convergence.gradients
-    monkeypatch.setattr(ntp_convergence, "gradients", tiny)
+    gradients = ntp.gradients
+    monkeypatch.setattr(ntp, "gradients", tiny)
     with pytest.raises(SystemExit):
-        call_main(ntp_convergence, "--steps-ov", 5, "--steps", 5, "--device", "cpu", "--out-dir", tmp_path)
+        call_main(ntp, "--steps-ov", 5, "--steps", 5, "--device", "cpu", "--out-dir", tmp_path)
     assert models[-1].W_OV.abs().max() < 1e-10
 
 
