@@ -8,8 +8,8 @@ addition, balancing parentheses, even some language. The abilities were there, t
 subspace that uses them. Only wide models can.
 
 What to look for: in the table of accuracies, the columns `embeddings`, the random transformer,
-which solves the task when wide and not when narrow, beside `full`, full training, which solves it
-when narrow, too. (Wide and fully trained it may fall a little short: 0.92 in the paper's Table 1.)
+which solves the task when wide and not when narrow, beside `full`, full training, which solves
+parentheses when narrow, too. (Wide it may fall a little short: 0.92 in the paper's Table 1.)
 
     python random_transformer.py                             parentheses, widths 128 and 16
     python random_transformer.py --preset medium --plot      the threshold in width, four tasks
@@ -32,11 +32,12 @@ when narrow, too. (Wide and fully trained it may fall a little short: 0.92 in th
     Fig. 6, imitation of random transformers of many widths:
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
-To lift: a task needs Task or HashedTask and torch alone; Transformer needs common's attention, MLP
-and gpt2_init_; train_only, explained_variance and circuit need torch alone.
+To lift: a task needs Task (Needle, Addition, Parens: HashedTask, too; Modadd, Memorize: Lookup),
+functools and torch; drop its `published`, or take table1 along. Transformer needs Block, Attention,
+SumOfValues, pick and common's CausalSelfAttention, MLP and gpt2_init_; train_only needs TRAINABLE;
+explained_variance, find_needles, answers and circuit need torch alone.
 """
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -51,7 +52,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 
@@ -63,7 +63,7 @@ TABLE1 = [("transformer", "embeddings", 1024), ("transformer", "embeddings", 16)
 
 def table1(*medians, fails):
     """A task's published accuracies by column: of Table 1, and what fails in Table 2."""
-    numbers = dict(zip(TABLE1, medians))
+    numbers = dict(zip(TABLE1, medians, strict=True))
     for part in fails:
         numbers["transformer", part, 1024] = "fails"
     return numbers
@@ -75,7 +75,7 @@ class Task:
     At most n_answers are scored in a sequence, and T - 1 <= block_size tokens are fed. ValueError
     where there is no task of that size. A task states, in its class, all that is named in STATED.
     """
-    STATED = "sizes vocab_size block_size sample published quick medium paper".split()
+    STATED = "sizes vocab_size block_size sample published quick paper".split()
 
     n_answers = 1
     chance = None                                            # the accuracy of guessing
@@ -90,7 +90,9 @@ class Task:
         self.device = device
         if self.size not in self.sizes:
             name = type(self).__name__.lower()
-            raise ValueError(f"{name}: {size} is not in {self.sizes[0]} .. {self.sizes[-1]}")
+            which = "even sizes" if self.sizes.step == 2 else "sizes"
+            first, last = self.sizes[0], self.sizes[-1]
+            raise ValueError(f"{name}: {size} is not among the {which} {first} to {last}")
 
     @functools.cached_property
     def test_set(self):
@@ -116,15 +118,15 @@ class Task:
 class HashedTask(Task):
     """A task that holds out a twentieth of all sequences, told by a hash of their tokens.
 
-    It draws short sequences again and again: training would have seen most of a test set that is
-    drawn like them. If it left out a list of 4,000 draws, it would lack every short one.
+    Short sequences are drawn again and again: of a test set drawn like the training data, training
+    would have seen most. Were 4,000 draws held out by name, training would lack every short one.
     """
     PRIME = 1_000_003
 
     def __init__(self, size=None, device="cpu"):
         super().__init__(size, device)
-        draw = torch.Generator().manual_seed(0)
-        self.hash_weights = torch.randint(self.PRIME, (1_000,), generator=draw).to(device)
+        generator = torch.Generator().manual_seed(0)
+        self.hash_weights = torch.randint(self.PRIME, (1_000,), generator=generator).to(device)
 
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone, the same in every run: (B,) bool."""
@@ -134,10 +136,10 @@ class HashedTask(Task):
     @functools.cached_property
     def test_set(self):
         """The fixed test set: tokens, scored. The first 4,000 sequences drawn that are held out."""
-        draw = torch.Generator(self.device).manual_seed(10**9)
+        generator = torch.Generator(self.device).manual_seed(10**9)
         all_tokens, all_scored = [], []
         while sum(map(len, all_tokens)) < 4_000:
-            tokens, scored = self.sample(20_000, draw)
+            tokens, scored = self.sample(20_000, generator)
             held_out = self.held_out(tokens)
             all_tokens.append(tokens[held_out])
             all_scored.append(scored[held_out])
@@ -145,7 +147,7 @@ class HashedTask(Task):
 
 class Lookup(Task):
     """Sequences x, y, z, of which z is the answer: the rows of train_rows (n, 3)."""
-    block_size = 5
+    block_size = 5                                           # the paper's: more than is used
 
     def sample(self, batch, generator):
         n_rows = len(self.train_rows)
@@ -157,7 +159,6 @@ class Modadd(Lookup):
     sizes = range(5, 2_000)
     vocab_size = None                                        # p, the size
     quick = dict(size=59, steps=600, batch_size=1_500, lr=5e-3)
-    medium = quick
     paper = dict(size=199, steps=50_000, batch_size=4_000, lr=1e-3)          # 5,000 epochs
     published = table1("1.000", "0.013", "1.000", "0.972", "1.000", fails=["unembed", "embed"])
 
@@ -167,8 +168,8 @@ class Modadd(Lookup):
         self.chance = 1 / p
         a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
         self.table = torch.stack([a, b, (a + b) % p], dim=1).to(device)      # (p^2, 3)
-        draw = torch.Generator().manual_seed(0)
-        order = torch.randperm(p * p, generator=draw).to(device)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(p * p, generator=generator).to(device)
         test_rows, self.train_rows = self.table[order].tensor_split([p * p // 20])
         self.test_set = self.scored_from(test_rows, 2)
 
@@ -178,7 +179,7 @@ class Memorize(Lookup):
     sizes = range(5, 2_000)
     vocab_size = None                                        # 2 n
     quick = dict(size=64, steps=2_000, batch_size=512, lr=5e-3)
-    medium = quick
+    # 21,000 epochs
     paper = dict(size=512, steps=168_000, batch_size=2**15, lr=1e-3, weight_decay=1e-4)
     published = {
         ("transformer", "embeddings", 128): "0.41 bits",
@@ -191,8 +192,8 @@ class Memorize(Lookup):
         self.vocab_size = 2 * n
         self.chance = 1 / n
         x, y = torch.cartesian_prod(torch.arange(n), torch.arange(n, 2 * n)).T
-        draw = torch.Generator().manual_seed(0)
-        z = torch.randint(n, (n * n,), generator=draw)
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randint(n, (n * n,), generator=generator)
         self.train_rows = torch.stack([x, y, z], dim=1).to(device)
         self.test_set = self.scored_from(self.train_rows, 2)
 
@@ -203,10 +204,9 @@ class Needle(HashedTask):
     """
     sizes = range(1, 31)
     vocab_size = 256
-    block_size = 100
+    block_size = 100                                         # the paper's: more than is used
     chance = 1 / 127
     quick = dict(size=4, steps=3_000, batch_size=128, lr=1e-3)
-    medium = quick
     paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
     published = table1("1.000", "0.075", "1.000", "0.120", "0.995", fails=["unembed"])
 
@@ -234,7 +234,6 @@ class Addition(HashedTask):
     block_size = None                                        # by the size
     chance = 0.1                                             # a digit
     quick = dict(size=3, steps=2_000, batch_size=128, lr=5e-3)
-    medium = quick
     paper = dict(size=10, steps=10_000, batch_size=1_000, lr=1e-3)
     published = table1("1.000", "0.266", "1.000", "0.675", "0.530",
         fails=["unembed", "token_unembed"])
@@ -248,16 +247,16 @@ class Addition(HashedTask):
     def sample(self, batch, generator):
         n = self.size
         draw = dict(generator=generator, device=self.device)
-        digits = torch.randint(10, (2, batch, n), **draw)
-        digits[..., -1] = torch.randint(1, 10, (2, batch), **draw)           # the first is not 0
-        total = (digits * self.powers).sum((0, 2))[:, None]                  # (B, 1)
-        has_carry = total >= 10 * self.powers[-1]                            # a digit more
+        digits = torch.randint(10, (2, batch, n), **draw)    # of a and b, lowest first
+        digits[..., -1] = torch.randint(1, 10, (2, batch), **draw)           # no leading zeros
+        total = (digits * self.powers).sum((0, 2))[:, None]  # (B, 1): a + b
+        has_carry = total >= 10 * self.powers[-1]            # (B, 1): the sum has n + 1 digits
         parts = [
-            digits[0], torch.full_like(total, 10),
-            digits[1], torch.full_like(total, 11),
-            20 + total // self.powers % 10,
-            torch.where(has_carry, 21, 30),
-            torch.where(has_carry, 30, 12),
+            digits[0], torch.full_like(total, 10),           # a +
+            digits[1], torch.full_like(total, 11),           # b =
+            20 + total // self.powers % 10,                  # (B, n): the sum's n lowest digits
+            torch.where(has_carry, 21, 30),                  # the carry, or the stop
+            torch.where(has_carry, 30, 12),                  # the stop, or a pad
         ]
         tokens, scored = self.scored_from(torch.cat(parts, dim=1), 2 * n + 2)
         return tokens, scored & (tokens != 12)
@@ -266,15 +265,14 @@ class Parens(HashedTask):
     """Up to 2 size brackets, "(" 1 and ")" 2, then "?" 3, and a label: 2 for balanced, else 1.
 
     A third are uniformly random strings, the rest random balanced ones, of which half are left as
-    they are. All others get both, one or none (1/4 each) of two mutations, swaps and flips. All
-    strings of up to 8 brackets are for training: of so few, none follows from the others.
+    they are. All others get swaps with probability 1/2, and flips with probability 1/2. All strings
+    of up to 8 brackets are for training: of so few, none follows from the others.
     """
     sizes = range(5, 40)
     vocab_size = 4
-    block_size = 80
+    block_size = 80                                          # the paper's: more than is used
     chance = 0.525                                           # the balanced ones
     quick = dict(size=10, steps=1_000, batch_size=128, lr=5e-3)
-    medium = quick
     paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
     published = table1("1.000", "0.873", "0.923", "1.000", "1.000", fails=["unembed"])
 
@@ -286,39 +284,39 @@ class Parens(HashedTask):
         """Random balanced strings g(pairs) for (B,) -> is_close (B, 2 self.size), true at each ")".
 
         g(1) = "()", and g(t) is "(" g(t-1) ")" or g(u) g(t-u) with u ~ U[1, t-1], each with
-        probability 1/2. All parts of all strings grow at once. `size` holds, where a part g(t)
+        probability 1/2. All parts of all strings grow at once. `t` holds, where a part g(t)
         starts, its t, else 0; a round replaces each part by what it consists of. For instance
 
-            g(3)           size 3 . . . . .     splits with u = 1, into g(1) and g(2)
-            g(1)  g(2)     size 1 . 2 . . .     g(1) closes at 1; g(2) wraps g(1), closes at 5
-            ( ) ( g(1) )   size . . . 1 . .     g(1) closes at 4
-            ( ) ( ( )  )   size . . . . . .     is_close at 1, 4 and 5
+            g(3)           t 3 . . . . .        splits with u = 1, into g(1) and g(2)
+            g(1)  g(2)     t 1 . 2 . . .        g(1) closes at 1; g(2) wraps g(1), closes at 5
+            ( ) ( g(1) )   t . . . 1 . .        g(1) closes at 4
+            ( ) ( ( )  )   t . . . . . .        is_close at 1, 4 and 5
         """
         B = len(pairs)
         N = 2 * self.size + 2
         nowhere = N - 1                                      # a place that is cut off in the end
         start = torch.arange(N, device=self.device).expand(B, N)
         is_close = torch.zeros(B, N, dtype=torch.bool, device=self.device)
-        size = torch.zeros_like(start)
-        size[:, 0] = pairs
-        for _ in range(self.size):                           # a part g(t) is done in t rounds
-            coin, u = torch.rand(2, B, N, generator=generator, device=self.device)
-            wraps = (size == 1) | ((size > 1) & (coin < 0.5))
-            splits = (size > 0) & ~wraps
-            close = torch.where(wraps, start + 2 * size - 1, nowhere)
+        t = torch.zeros_like(start)
+        t[:, 0] = pairs
+        for _ in range(self.size):                           # g(t) is done in t rounds
+            coin, share = torch.rand(2, B, N, generator=generator, device=self.device)
+            wraps = (t == 1) | ((t > 1) & (coin < 0.5))      # "(" g(t-1) ")"
+            splits = (t > 0) & ~wraps                        # g(u) g(t-u)
+            close = torch.where(wraps, start + 2 * t - 1, nowhere)
             is_close.scatter_(1, close, True)
-            inner = torch.where(wraps, size - 1, 0)          # g(t-1) starts one place further on
-            left = torch.where(splits, 1 + (u * (size - 1)).long(), 0)       # g(u) starts here
-            right = torch.where(splits, size - left, 0)      # g(t-u) starts 2u further on
-            right_start = torch.where(splits, start + 2 * left, nowhere)
-            size = left + F.pad(inner, (1, -1))
-            size = size.scatter_add(1, right_start, right)
+            inner = torch.where(wraps, t - 1, 0)             # starts one place further on
+            u = torch.where(splits, 1 + (share * (t - 1)).long(), 0)         # g(u) starts here
+            rest = torch.where(splits, t - u, 0)             # g(t-u) starts 2u further on
+            rest_start = torch.where(splits, start + 2 * u, nowhere)
+            t = u + F.pad(inner, (1, -1))
+            t = t.scatter_add(1, rest_start, rest)
         return is_close[:, :N - 2]
 
     def geometric(self, batch, generator):
         """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
-        chance = torch.rand(batch, 1, generator=generator, device=self.device)
-        return 1 - chance.clamp_min(2**-20).log2().ceil().long()
+        uniform = torch.rand(batch, 1, generator=generator, device=self.device)
+        return 1 - uniform.clamp_min(2**-20).log2().ceil().long()
 
     def swap(self, is_close, length, generator):
         """Tries a geometric number of random pairs of positions, one after the other, and swaps
@@ -326,8 +324,8 @@ class Parens(HashedTask):
         B = len(is_close)
         n_tries = self.geometric(B, generator)                               # (B, 1)
         for n in range(21):
-            chance = torch.rand(B, 2, generator=generator, device=self.device)
-            pair = (chance * length).long()                                  # (B, 2): i, j
+            uniform = torch.rand(B, 2, generator=generator, device=self.device)
+            pair = (uniform * length).long()                                 # (B, 2): i, j
             swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
             from_left = pair[:, :1] < pair[:, 1:]                            # (B, 1): i < j
             is_close = torch.where((n < n_tries) & from_left, swapped, is_close)
@@ -347,19 +345,16 @@ class Parens(HashedTask):
     def sample(self, batch, generator):
         N = 2 * self.size
         draw = dict(generator=generator, device=self.device)
-
-        def chance(probability):
-            return torch.rand(batch, 1, **draw) < probability
         pairs = torch.randint(1, self.size + 1, (batch,), **draw)
-        is_random = chance(1 / 3)                                            # (B, 1)
+        is_random = torch.rand(batch, 1, **draw) < 1 / 3                     # (B, 1)
         random_length = torch.randint(1, N + 1, (batch, 1), **draw)
         length = torch.where(is_random, random_length, 2 * pairs[:, None])   # (B, 1)
         random_string = torch.rand(batch, N, **draw) < 0.5                   # (B, N), true: ")"
         is_close = torch.where(is_random, random_string, self.balanced(pairs, generator))
-        mutates = is_random | chance(0.5)
-        swaps = mutates & chance(0.5)
+        mutates = is_random | (torch.rand(batch, 1, **draw) < 0.5)
+        swaps = mutates & (torch.rand(batch, 1, **draw) < 0.5)
         is_close = torch.where(swaps, self.swap(is_close, length, generator), is_close)
-        flips = mutates & chance(0.5)
+        flips = mutates & (torch.rand(batch, 1, **draw) < 0.5)
         is_close = torch.where(flips, self.flip(is_close, length, generator), is_close)
         # balanced: never more closed than opened, and in the end as many
         position = torch.arange(N + 2, device=self.device)
@@ -387,7 +382,6 @@ class Imitate(Task):
     size_flag = "target_width"
     usual = dict(Task.usual, n_layer=3)
     quick = dict(steps=500, batch_size=64, lr=5e-3)
-    medium = quick
     paper = dict(steps=10_000, batch_size=1_000, lr=1e-3)
     published = {}
 
@@ -440,9 +434,9 @@ class LM(Task):
     metric = "loss"
     needs_text = True
     decays_vectors = False
-    usual = dict(n_layer=4, n_head=8, dropout=0.1, weight_decay=1e-3)        # the released code
+    usual = dict(n_layer=4, n_head=8, dropout=0.1, weight_decay=1e-3)        # as released
     quick = dict(size=1_000, steps=200, batch_size=4, lr=5e-3)
-    medium = quick
+    # 5 epochs
     paper = dict(size=10_000, steps=230_000, batch_size=20, lr=6e-4, weight_decay=0.1)
     # The paper does not say its depth: 2.64 probably belongs to 4 layers
     published = {("transformer", "embeddings", 512): "2.64"}
@@ -490,8 +484,7 @@ TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/Ti
 def tinystories(split):
     """The path of TinyStories' split, train or valid, downloaded to the cache folder on first use.
 
-    A download that broke off is taken up where it did; the whole has the size and the SHA-256 that
-    the repository's Git LFS pointer names, or OSError.
+    The whole has the SHA-256 that the repository's Git LFS pointer names, or OSError.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotheory"
     path = cache / f"TinyStories-{split}.txt"
@@ -499,26 +492,13 @@ def tinystories(split):
         return path
     with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
         pointer = response.read().decode()
-    digest, size = re.search(r"sha256:(\w+)\s+size (\d+)", pointer).groups()
-    size = int(size)
+    digest = re.search(r"sha256:(\w+)", pointer)[1]
     cache.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".part"), "ab") as part:
-        have = part.tell()
-        if have < size:
-            bar = tqdm(desc="TinyStories", initial=have, total=size, unit="B", unit_scale=True)
-            url = TINYSTORIES.format("resolve", split)
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-            with bar, urllib.request.urlopen(request, timeout=60) as response:
-                while data := response.read(2**20):
-                    bar.update(part.write(data))
-        part.flush()
-        if part.tell() < size:
-            at = f"{part.tell():,} of {size:,} bytes"
-            raise OSError(f"it broke off at {at}; the same command goes on")
-        if hashlib.sha256(np.memmap(part.name, mode="r")).hexdigest() != digest:
-            part.truncate(0)
-            raise OSError(f"its SHA-256 is not {digest}; the same command starts anew")
-    return path.with_suffix(".part").rename(path)
+    try:
+        torch.hub.download_url_to_file(TINYSTORIES.format("resolve", split), str(path), digest)
+    except RuntimeError as error:                            # another hash: it broke off
+        raise OSError(error) from None
+    return path
 
 TASKS = {
     "modadd": Modadd,
@@ -536,7 +516,7 @@ def check_task(name, task):
         if not hasattr(task, what):
             raise TypeError(f"task {name} does not state {what}")
     for preset, flags in PRESETS.items():
-        stated = {**flags, **getattr(task, preset)}
+        stated = {**flags, **(task.paper if preset == "paper" else task.quick)}
         for key in (task.size_flag, "steps", "batch_size", "lr"):
             if stated.get(key) is None:
                 raise TypeError(f"task {name}, preset {preset}: no {key}")
@@ -544,7 +524,7 @@ def check_task(name, task):
 # ---- The model ----------------------------------------------------------------------------------
 
 def pick(x, at):
-    """x (B, T, C) at the positions at (B, Q) alone, or everywhere for None -> (B, Q or T, C)."""
+    """x (B, T, C) at the positions `at` (B, Q) alone, or everywhere for None -> (B, Q or T, C)."""
     return x if at is None else x.take_along_dim(at[..., None], dim=1)
 
 class Attention(common.CausalSelfAttention):
@@ -553,7 +533,7 @@ class Attention(common.CausalSelfAttention):
     def forward(self, x, return_attn=False, at=None):
         """x (B, T, C) -> y (B, T, C), with return_attn also the attention weights (B, H, T, T).
 
-        Or y (B, Q, C) at the positions at (B, Q): they alone ask a query, of all keys and values.
+        Or y (B, Q, C) at the positions `at` (B, Q): they alone ask a query, of all keys and values.
         """
         if at is None:
             return super().forward(x, return_attn)
@@ -604,7 +584,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def at(self, x, at):
-        """forward(x) at the positions at (B, Q) alone, or everywhere for None: (B, Q or T, C).
+        """forward(x) at the positions `at` (B, Q) alone, or everywhere for None: (B, Q or T, C).
 
         Of the last block nobody needs more than the positions where an answer is predicted. It
         halves the time of a step of two layers and one answer.
@@ -628,7 +608,7 @@ class Transformer(nn.Module):
         common.gpt2_init_(self, n_layer)
 
     def forward(self, tokens, at=None, return_attn=False):
-        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions at (B, Q) alone.
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions `at` (B, Q) alone.
 
         With return_attn also a list of each layer's attention weights, (B, H, T, T).
         """
@@ -644,7 +624,7 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens, at=None):
         """tokens (B, T) -> the states after the embedding and after each layer, (B, T, C) each.
 
-        The last is (B, Q, C), at the positions at (B, Q) alone, where they are given.
+        The last is (B, Q, C), at the positions `at` (B, Q) alone, where they are given.
         """
         x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])
         states = [x]
@@ -663,11 +643,12 @@ class Recurrent(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, tokens, at=None):
-        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions at (B, Q) alone."""
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions `at` (B, Q) alone."""
         h, _ = self.rnn(self.wte(tokens))
         return self.lm_head(pick(h, at))
 
-MODELS = {"transformer": Transformer, "linear": Transformer, "lstm": nn.LSTM, "rnn": nn.RNN}
+RECURRENT = {"lstm": nn.LSTM, "rnn": nn.RNN}
+MODELS = ["transformer", "linear", *RECURRENT]
 
 # What is trained, by module (Table 2). A recurrent network has no wpe and a transformer no rnn
 TRAINABLE = {
@@ -690,49 +671,48 @@ def train_only(model, which):
 FOUR = ["modadd", "needle", "addition", "parens"]
 PRESETS = {
     "quick": dict(
-        task=["parens"], model=["transformer"],
-        train=["embeddings", "full"], n_embd=[128, 16],
-        target_width=[16], warmup=100, eval_every=100,
+        task=["parens"], train=["embeddings", "full"], n_embd=[128, 16], target_width=[16],
     ),
     "medium": dict(
-        task=FOUR, model=["transformer"],
-        train=["embeddings"], n_embd=[16, 32, 64, 128, 256],
-        target_width=[16], warmup=100, eval_every=500,
+        task=FOUR, train=["embeddings"], n_embd=[16, 32, 64, 128, 256, 512], target_width=[16],
+        eval_every=500,
     ),
     "paper": dict(
-        task=FOUR, model=["transformer"],
-        train=["embeddings", "full"], n_embd=[1024, 16],
+        task=FOUR, train=["embeddings", "full"], n_embd=[1024, 16],
         target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
         warmup=500, eval_every=500,
     ),
 }
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
-for item in TASKS.items():
-    check_task(*item)
+for name, task in TASKS.items():
+    check_task(name, task)
+del name, task
 
 def resolve(args):
     """Completes a run's settings by the task's own; None for what has no effect on it."""
     task = TASKS[args.task]
     if args.lr is None and args.model == "lstm":
         args.lr = 5e-3
-    for key, value in {**task.usual, **getattr(task, args.preset)}.items():
+    own = task.paper if args.preset == "paper" else task.quick
+    for key, value in {**task.usual, **own}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for flag in {"size", "target_width"} - {task.size_flag}:
-        setattr(args, flag, None)
+    unused = "size" if task.size_flag == "target_width" else "target_width"
+    setattr(args, unused, None)
     if not task.needs_text:
         args.text = None
     if args.model != "transformer":
         args.n_head = None                                   # a sum of values has no heads
-    if args.model in ("lstm", "rnn"):
+    if args.model in RECURRENT:
         args.n_layer = None                                  # two layers
         if args.train == "token_unembed":
             args.train = "embeddings"                        # the same: there are no positions
 
 @functools.lru_cache(maxsize=8)
 def shared_task(kind, size, device, text, changed):
-    """A task of some size, once: runs share it, and its test set, which can take seconds."""
+    """A task of some size, once: runs share it, and its test set, which can take seconds. changed:
+    when the text was last written, as a new text is a new task."""
     text = dict(text=text) if kind.needs_text else {}
     return kind(size, device=device, **text)
 
@@ -745,12 +725,11 @@ def make_task(args, device="cpu"):
 def build(args):
     """The task and the model of a run."""
     task = make_task(args, args.device)
-    kind = MODELS[args.model]
-    if kind is Transformer:
+    if args.model in RECURRENT:
+        model = Recurrent(task.vocab_size, RECURRENT[args.model], args.n_embd, args.dropout)
+    else:
         sizes = task.vocab_size, task.block_size, args.n_layer, args.n_head, args.n_embd
         model = Transformer(*sizes, args.model == "linear", args.dropout)
-    else:
-        model = Recurrent(task.vocab_size, kind, args.n_embd, args.dropout)
     return task, model.to(args.device)
 
 def load(folder, device="cpu"):
@@ -783,11 +762,10 @@ def make_optimizer(task, trained, lr, args):
     """AdamW. On the language model, biases and norms do not decay (the released code)."""
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    groups = [dict(params=matrices), dict(params=vectors)]
-    if not task.decays_vectors:
-        groups[1]["weight_decay"] = 0.0
-    usual = dict(lr=lr, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(groups, **usual, fused=True, capturable=lr.is_cuda)
+    of_vectors = args.weight_decay if task.decays_vectors else 0.0
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=of_vectors)]
+    how = dict(lr=lr, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, **how, fused=True, capturable=lr.is_cuda)
 
 def train(args, run):
     """One run of the sweep; goes on from its checkpoint where there is one."""
@@ -802,13 +780,14 @@ def train(args, run):
 
     def training_step():
         tokens, scored = task.sample(args.batch_size, data)                  # (B, T) each
-        # Test sequences stay in the batch, unscored: to replace them would need their number
+        # Test sequences stay in the batch, unscored: to count and replace them, the CPU would have
+        # to wait for the device
         scored = scored & ~task.held_out(tokens)[:, None]
         at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             logits = model(tokens[:, :-1], at)                               # (B, Q, V)
-        n_answers = (targets >= 0).sum().clamp_min(1)
-        loss = task.losses(logits.float(), targets, tokens).sum() / n_answers
+        n_scored = (targets >= 0).sum().clamp_min(1)
+        loss = task.losses(logits.float(), targets, tokens).sum() / n_scored
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -860,15 +839,16 @@ def find_needles(attns, tokens, scored):
     attns: (B, H, T, T) each; tokens and scored (B, T + 1).
     """
     rows, query = scored[:, 1:].nonzero().T                  # one query a sequence
-    values = torch.arange(1, attns[0].shape[-1], 2, device=tokens.device)    # positions 1, 3, ..
-    to_marker = attns[0][:, :, values, values - 1].transpose(1, 2)           # (B, values, H)
-    to_marker = to_marker[values < query[:, None]].mean(0)                   # (H,)
+    value_at = torch.arange(1, attns[0].shape[-1], 2, device=tokens.device)  # positions 1, 3, ..
+    to_marker = attns[0][:, :, value_at, value_at - 1].transpose(1, 2)       # (B, values, H)
+    to_marker = to_marker[value_at < query[:, None]].mean(0)                 # (H,)
     asked = tokens[rows, query] - 30                                         # (B,)
     is_asked = tokens[:, :-1] == asked[:, None]                              # (B, T): its marker
-    value = is_asked.int().argmax(1) + 1                                     # (B,): after it
-    to_value = attns[-1][rows, :, query, value].mean(0)                      # (H,)
+    answer_at = is_asked.int().argmax(1) + 1                                 # (B,): after it
+    to_value = attns[-1][rows, :, query, answer_at].mean(0)                  # (H,)
     return [to_marker.max().item(), to_value.max().item()]
 
+@torch.no_grad()
 def circuit(model, task):
     """Fig. 3 as numbers, after Zhong et al. 2023: [gradient symmetricity, distance irrelevance].
 
@@ -878,16 +858,16 @@ def circuit(model, task):
     """
     p = task.vocab_size
     device = task.table.device
-    draw = torch.Generator().manual_seed(0)
-    tokens = task.table[torch.randperm(p * p, generator=draw)[:500]]         # (500, 3)
-    some = torch.randint(p, (500,), generator=draw)[:len(tokens), None].to(device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = task.table[torch.randperm(p * p, generator=generator)[:500]]    # (500, 3)
+    output = torch.randint(p, (500,), generator=generator)[:len(tokens), None].to(device)
     with torch.enable_grad():
         embedded = model.wte(tokens[:, :2]).detach().requires_grad_()        # (500, 2, C)
         x = embedded + model.wpe.weight[:2]
         for block in model.h:
             x = block(x)
         logits = model.lm_head(model.ln_f(x[:, -1]))                         # (500, V)
-        gradient, = torch.autograd.grad(logits.gather(1, some).sum(), embedded)
+        gradient, = torch.autograd.grad(logits.gather(1, output).sum(), embedded)
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
     logits = model(task.table[:, :2])[:, -1]                 # (p^2, V), a row a pair
     right = logits.gather(1, task.table[:, 2:]).view(p, p)
@@ -898,12 +878,12 @@ def circuit(model, task):
 
 def write_prose(model, task, seed, n_words=60):
     """A text that the language model writes, from the test's first word on."""
-    draw = torch.Generator(task.device).manual_seed(seed)
+    generator = torch.Generator(task.device).manual_seed(seed)
     ids = task.test_ids[None, :1].long()                     # (1, 1)
     for position in range(n_words):
         last = torch.full_like(ids[:, :1], position)
         next_word = model(ids, last)[:, 0].softmax(-1)       # (1, V)
-        ids = torch.cat([ids, torch.multinomial(next_word, 1, generator=draw)], dim=1)
+        ids = torch.cat([ids, torch.multinomial(next_word, 1, generator=generator)], dim=1)
     text = " ".join(task.words[i] for i in ids[0].tolist())
     return re.sub(r" ([.,!?;:])", r"\1", text)
 
@@ -916,12 +896,14 @@ def measure(args, run):
     if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]
-        # Up to where the last answer is predicted: no padding
-        inside = scored.flip(1).cumsum(1).flip(1)[:, 1:] > 0                 # (n, T - 1)
-        shares = []
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        last_answer = (scored * position).amax(1, keepdim=True)              # (n, 1)
+        inside = position[:-1] < last_answer                                 # (n, T - 1): no padding
+        found["components"], found["neurons"] = [], []
         for state in model.hidden_states(tokens[:, :-1]):
-            shares.append(explained_variance(state[inside]))
-        found["components"], found["neurons"] = map(list, zip(*shares))
+            principal, neuron = explained_variance(state[inside])
+            found["components"].append(principal)
+            found["neurons"].append(neuron)
     if args.task == "needle" and args.model == "transformer":
         attns = model(tokens[:, :-1], return_attn=True)[1]
         found["attention"] = find_needles(attns, tokens, scored)
@@ -951,11 +933,13 @@ def row_of(args):
     return f"{args.task} {args.target_width}" if args.task == "imitate" else args.task
 
 def published(args):
-    """The paper's number for a run's setting, median of 10 restarts, or an empty text."""
+    """The paper's number for a run's setting, median of 10 restarts, or an empty text. Its learning
+    rates are not all known."""
     task = TASKS[args.task]
-    paper = {**task.usual, **task.paper}
-    same_size = args.size == paper.get("size") and args.n_layer in (None, paper["n_layer"])
-    return task.published.get(column_of(args), "") if same_size else ""
+    for key, value in {**task.usual, **task.paper, "text": None}.items():
+        if key != "lr" and getattr(args, key) not in (None, value):
+            return ""
+    return task.published.get(column_of(args), "")
 
 def print_scores(runs, results):
     """Table 1's layout: a row a task, a column a setting; beneath, the paper's numbers."""
@@ -963,19 +947,19 @@ def print_scores(runs, results):
     header = ["task"]
     for column in columns:
         header.append(" ".join(map(str, column)).removeprefix("transformer "))
-    ours, papers = {}, {}                                    # row -> its cells
+    ours, papers = {}, {}                                    # (row, column) -> text
     for args, group in common.by_setting(runs, results):
-        cell = common.spread([result[TASKS[args.task].metric] for result in group])
+        place = row_of(args), column_of(args)
+        ours[place] = common.spread([result[TASKS[args.task].metric] for result in group])
         if args.task == "memorize":
-            cell += ", " + common.spread([bits(args, result) for result in group])
-        for cells, text in [(ours, cell), (papers, published(args))]:
-            row = cells.setdefault(row_of(args), [""] * len(columns))
-            row[columns.index(column_of(args))] = text
+            ours[place] += ", " + common.spread([bits(args, result) for result in group])
+        papers[place] = published(args)
     table = []
-    for name, cells in ours.items():
-        table.append([name, *cells])
-        if any(papers[name]):
-            table.append(["paper", *papers[name]])
+    for row in dict.fromkeys(row for row, column in ours):
+        table.append([row, *[ours.get((row, column), "") for column in columns]])
+        paper = [papers.get((row, column), "") for column in columns]
+        if any(paper):
+            table.append(["paper", *paper])
     print("\nAccuracy on sequences that training never learns from, median [range] over seeds")
     print("(lm: loss, imitate: KL, in nats; memorize: of what is trained, and bits a parameter)")
     common.print_table(header, table)
@@ -1011,7 +995,7 @@ def print_findings(runs, results):
             common.print_table(["task", "model", "trained", "width", "seed", ""], rows)
     for run, result in zip(runs, results):
         if "prose" in result:
-            print(f"\nProse, {IN_WORDS[run.args.train]}, width {run.args.n_embd}")
+            print(f"\nProse, {in_words(run.args)}, width {run.args.n_embd}")
             print(textwrap.fill(result["prose"], 100))
 
 def print_parameters(runs):
@@ -1073,7 +1057,7 @@ def plot_task(axis, task, groups):
         scores = [result[task.metric] for result in group]
         point = width, min(scores), statistics.median(scores), max(scores)
         lines.setdefault(in_words(args), []).append(point)
-        if re.fullmatch(r"[\d.]+", published(args)):
+        if re.fullmatch(r"[\d.]+", published(args)):         # not "fails", not "0.41 bits"
             hollow.append((width, float(published(args))))
     for mark, (words, points) in zip(itertools.cycle(MARKS), lines.items()):
         widths, low, mid, high = zip(*sorted(points))
@@ -1089,15 +1073,11 @@ def plot_task(axis, task, groups):
     axis.set_xscale("log", base=2)
     axis.set_xticks(all_widths, all_widths)
     axis.set_xlabel("width of the target" if imitates else "width")
-    unit = "accuracy" if task.metric == "accuracy" else "KL (nats)" if imitates else "loss (nats)"
+    unit = "accuracy"
+    if task.metric == "loss":
+        unit = "KL (nats)" if imitates else "loss (nats)"
     axis.set_ylabel(f"test {unit}")
     axis.legend(fontsize=8)
-
-def token_name(token):
-    """One of needle's tokens in words: a value 5, a marker m0, its query ?m0."""
-    if token < 128:
-        return str(token)
-    return f"m{token - 128}" if token < 158 else f"?m{token - 158}"
 
 @torch.no_grad()
 def plot_attention(run):
@@ -1108,7 +1088,9 @@ def plot_attention(run):
     longest = torch.where(query <= 16, query, 0).argmax()    # of those whose names can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
     _, attns = model(prompt[None], return_attn=True)
-    names = list(map(token_name, prompt.tolist()))
+    words = [str(value) for value in range(128)]             # values, markers, their queries
+    words += [f"m{i}" for i in range(30)] + [f"?m{i}" for i in range(30)]
+    names = [words[token] for token in prompt.tolist()]
     n_layer, n_head = len(attns), attns[0].shape[1]
     figure, axes = common.new_figure(n_layer, n_head, width=3, height=3)
     for (layer, head), axis in np.ndenumerate(axes):
@@ -1155,7 +1137,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     count = common.positive_int
     add("--task", nargs="+", choices=list(TASKS), help="tasks")
-    add("--model", nargs="+", choices=list(MODELS), help="linear: attention is a sum of values")
+    add("--model", nargs="+", choices=MODELS, default=["transformer"],
+        help="linear: attention is a sum of values")
     add("--train", nargs="+", choices=list(TRAINABLE),
         help="what is trained; embeddings: the paper's random transformer")
     add("--n-embd", nargs="+", type=common.number(int, 1, 10**5), help="widths")
@@ -1173,7 +1156,7 @@ def parse_args(argv=None):
     add("--batch-size", type=count, help="sequences a step (the task's own)")
     add("--lr", type=common.positive_float,
         help="peak learning rate of AdamW (the task's own; LSTM 5e-3)")
-    add("--warmup", type=count, help="steps of linear warm-up, before a cosine to 0")
+    add("--warmup", type=count, default=100, help="steps of linear warm-up, before a cosine to 0")
     add("--weight-decay", type=common.non_negative, help="weight decay of AdamW (the task's own)")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
     add("--table1", action="store_true", help="Table 1's columns: models, trained parts, widths")
@@ -1195,10 +1178,11 @@ def check(args):
     """Ends the program for a run that cannot be: of its number of heads, size or text."""
     if args.n_head and args.n_embd % args.n_head:
         common.fail(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}", 2)
+    flag = "text" if args.text else TASKS[args.task].size_flag.replace("_", "-")
     try:
         make_task(args)
     except ValueError as error:
-        common.fail(f"--{TASKS[args.task].size_flag.replace('_', '-')}: {error}", 2)
+        common.fail(f"--{flag}: {error}", 2)
     except OSError as error:
         without = f"TinyStories did not come: {error}; give --text FILE"
         common.fail(f"--text: {error}" if args.text else without, 2)
