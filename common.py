@@ -1,7 +1,8 @@
 """
 What the five scripts share: GPT-2's blocks, seeds, devices, the command line, the folder of a run.
 
-To lift: each part under its ruler needs nothing of the others; GPT-2's blocks need torch alone.
+To lift: GPT-2's blocks need torch alone; compile_step, print_table, spread and new_figure nothing
+else of this file; the command line needs pick_device; runs need all but blocks and tables.
 """
 import argparse
 import ctypes
@@ -85,7 +86,8 @@ class Block(nn.Module):
     def forward(self, x, return_attn=False):
         """x (B, T, C) -> x (B, T, C), with return_attn also the attention weights (B, H, T, T)."""
         y = self.attn(self.ln_1(x), return_attn)
-        y, attn = y if return_attn else (y, None)
+        if return_attn:
+            y, attn = y
         x = x + y
         x = x + self.mlp(self.ln_2(x))
         return (x, attn) if return_attn else x
@@ -109,7 +111,8 @@ def seed_everything(seed):
 def pick_device(name, kinds=("cuda", "mps", "cpu")):
     """auto (the first of `kinds` that is here), cpu, cuda, cuda:N or mps -> torch.device.
 
-    Under torchrun, cuda is this process's own GPU. ValueError where there is no such device.
+    Under torchrun, cuda is this process's own GPU. On CUDA, matrix products then use TF32; on a CPU,
+    malloc keeps freed memory. ValueError where there is no such device.
     """
     mps = int(torch.backends.mps.is_available())
     counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
@@ -117,7 +120,8 @@ def pick_device(name, kinds=("cuda", "mps", "cpu")):
     if name == "auto":
         name = next(kind for kind in kinds if counts[kind])
     kind, colon, index = name.partition(":")
-    if (colon and not index.isdecimal()) or int(index or 0) >= counts.get(kind, 0):
+    readable = index.isdecimal() or not colon                # "cuda:" and "cuda:x" are not
+    if not readable or int(index or 0) >= counts.get(kind, 0):
         raise ValueError(f"{name} is not among what there is for this: {counts}")
     if kind == "cpu":
         keep_freed_memory()
@@ -139,7 +143,7 @@ def compile_step(step, model, *generators):
     """--compile: torch.compile for the model and, on CUDA, all of step() as one CUDA graph.
 
     Small models are bound by the launching of kernels; a graph launches a whole step at once.
-    step() has no arguments, returns the loss, works on tensors that stay in place (the learning
+    step() has no arguments, may return the loss, works on tensors that stay in place (the learning
     rate, too) and draws from `generators`. Its first three calls run eagerly, as a capture needs
     them to; they train as well.
     """
@@ -160,7 +164,7 @@ def compile_step(step, model, *generators):
         while True:
             graph.replay()
             yield loss
-    return calls().__next__
+    return calls().__next__                                  # a call goes on to the next yield
 
 # ---- The command line ---------------------------------------------------------------------------
 
@@ -181,7 +185,7 @@ seed_int = number(int, 0, 2**62)
 
 def data_path(text):
     """argparse type: a file or folder of data. A run records a hash of what it holds."""
-    if not Path(text).exists():
+    if not os.path.exists(text):
         raise argparse.ArgumentTypeError(f"there is no {text!r}")
     return Path(text)
 
@@ -189,8 +193,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """--help shows the docstring as it stands, and defaults as they would be typed."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
-            return action.help
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help                               # 0 is not False: it is shown
         values = action.default if isinstance(action.default, list) else [action.default]
         return f"{action.help} (default: {' '.join(map(str, values))})"
 
@@ -214,8 +218,8 @@ def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "
     def add(flag, **settings):
         if flag not in without:
             parser.add_argument(flag, **settings)
-    names = list(presets)
-    add("--preset", choices=names, default="quick", help="minutes, an hour, the paper's setting")
+    how = "minutes, an hour, the paper's setting"
+    add("--preset", choices=list(presets), default="quick", help=how)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     add("--compile", action="store_true", help="torch.compile; on CUDA one graph a step")
@@ -224,14 +228,16 @@ def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "
     add("--overwrite", action="store_true", help="start anew and replace what those folders hold")
     add("--plot", action="store_true", help="draw the figure, too (needs matplotlib)")
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    first.add_argument("--preset", choices=names, default="quick")
-    preset = first.parse_known_args(argv)[0].preset
+    no_help = [word for word in argv if word not in ("-h", "--help")]
+    preset = parser.parse_args(no_help).preset
     parser.set_defaults(**presets[preset])
-    args = parser.parse_args(argv)
-    args.usual = vars(parser.parse_args(["--preset", preset]))
-    words = {word.partition("=")[0] for word in argv}
-    args.given = [action.dest for action in parser._actions if words & set(action.option_strings)]
+    usual = vars(parser.parse_args(["--preset", preset]))
+    # argparse leaves alone what a namespace has: what is still None was not on the command line
+    asked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(usual)))
+    given = {key: value for key, value in vars(asked).items() if value is not None}
+    args = argparse.Namespace(**{**usual, **given})
+    args.usual = usual
+    args.given = list(given)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
@@ -257,7 +263,8 @@ def command(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        fail(*(stop.args or ["interrupted", 130]))
+        line, code = stop.args or ("interrupted", 130)
+        fail(line, code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # what Python flushes at its end
         fail("the output was closed; the same command goes on from what the folders hold")
@@ -270,16 +277,17 @@ def print_table(header, rows, keys=1, width=100):
     A wider table is printed in parts, each of which begins with the first `keys` columns.
     """
     columns = []
-    for cells in zip(header, *rows):
+    for cells in zip(header, *rows, strict=True):
         longest = max(map(len, cells))
         columns.append(["  " + cell.rjust(longest) for cell in cells])
-    part = columns[:keys]
-    for column in columns[keys:] + [None]:
-        if column is None or sum(len(c[0]) for c in part + [column]) > width + 2:
-            for line in zip(*part):
-                print("".join(line)[2:])
-            part = columns[:keys]
-        part = part + [column]
+    parts = [columns[:keys]]
+    for column in columns[keys:]:
+        if sum(len(c[0]) for c in parts[-1] + [column]) > width + 2:
+            parts.append(columns[:keys])
+        parts[-1] = parts[-1] + [column]
+    for part in parts:
+        for line in zip(*part):
+            print("".join(line)[2:])
 
 def spread(values, form=".3f"):
     """Median and range over seeds, "0.95 [0.93, 0.97]"; - stands for None, a number not reached."""
@@ -357,7 +365,7 @@ class Run:
         """Writes bytes, or what JSON can hold, to a file: under another name, then moved."""
         if not isinstance(content, bytes):
             content = json.dumps(content, indent=1).encode()
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        temporary = self.folder / f"{name}.tmp"              # its own: the folder is locked
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -380,10 +388,9 @@ class Run:
         if self.args.overwrite:
             for name in ["results.json", "ckpt.pt", "metrics.jsonl", "config.json"]:
                 (self.folder / name).unlink(missing_ok=True)
-        device = torch.device(self.args.device)
-        self.objects = {**objects, "dropout": torch.default_generator}
-        if device.type == "cuda":
-            self.objects["dropout"] = torch.cuda.default_generators[device.index]
+        gpu = torch.device(self.args.device).index           # None on a CPU
+        dropout = torch.default_generator if gpu is None else torch.cuda.default_generators[gpu]
+        self.objects = {**objects, "dropout": dropout}
         state = {"step": 0, "seconds": 0}
         path = self.folder / "ckpt.pt"
         if path.exists():
@@ -400,8 +407,8 @@ class Run:
         else:
             self.say("new")
         self.write("config.json", {**self.config, "measured": self.measured})
-        lines = self.read("metrics.jsonl") or []
-        self.metrics = [line for line in lines if line["step"] <= state["step"]]
+        lines = self.read("metrics.jsonl") if path.exists() else None
+        self.metrics = [line for line in lines or [] if line["step"] <= state["step"]]
         self.started = time.perf_counter() - state["seconds"]
         return state["step"]
 
@@ -475,7 +482,7 @@ def folder_name(settings, usual, apart):
         name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
 
-def sweep(args, over, resolve=None, measured=()):
+def sweep(args, over, resolve, measured=()):
     """The product of the lists in args that `over` names: a Run for each different training.
 
     resolve(args) completes the settings of one run in place: what a preset leaves to the model or
@@ -489,15 +496,17 @@ def sweep(args, over, resolve=None, measured=()):
         picked = dict(zip(over, values))
         own = argparse.Namespace(**{**vars(args), **picked})
         usual = argparse.Namespace(**{**args.usual, **picked})
-        for settings in (own, usual):
-            if resolve:
-                resolve(settings)
-        for key in over:                                     # usual is what the preset has alone
+        # The name says what differs from `usual`: the preset's values, completed for the same task
+        # and model. A swept value that is not the preset's only one is always named.
+        resolve(own)
+        resolve(usual)
+        for key in over:
             if args.usual[key] != [picked[key]]:
                 setattr(usual, key, None)
         name = folder_name(vars(own), vars(usual), apart | {"seed"})
         folder = Path(args.out_dir) / script / f"{name},seed={own.seed}"
-        runs.setdefault(folder, Run(own, folder, whole, measured))
+        if folder not in runs:
+            runs[folder] = Run(own, folder, whole, measured)
     runs = list(runs.values())
     for key in args.given:
         if all(getattr(run.args, key) is None for run in runs):
@@ -522,34 +531,36 @@ def caught(number, frame):
         line = "interrupted; the same command goes on from the last checkpoint"
         raise KeyboardInterrupt(line, 128 + number)
 
+def bring_up_to_date(run, train, measure):
+    """Trains and measures a run, or what of that its folder does not hold yet."""
+    old = None if run.args.overwrite else run.read("results.json")
+    again = []
+    if old is None:
+        seed_everything(run.args.seed)
+        train(run.args, run)
+    else:
+        for key, value in run.measured.items():
+            if value and value != old["measured"].get(key):
+                again.append(key)
+        how = f"measured again for {', '.join(again)}" if again else "read"
+        run.say(f"finished on {old['finished'][:10]}, {how}", "settings", "code", "data")
+    if again or old is None:
+        print(f"{run.number} measuring", flush=True)
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        about = {"finished": now, "measured": run.measured}
+        run.write("results.json", {**about, **measure(run.args, run)})
+
 def attempt(run, train, measure):
-    """Trains and measures a run, or what of that is not done yet. Returns whether it succeeded."""
+    """Brings a run up to date, alone in its folder. Returns whether it succeeded."""
     Run.in_step = False
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run.folder / ".lock", "a+")
-        if fcntl:                                            # held until the file is closed
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        print(f"process {os.getpid()}", file=lock, flush=True)
-        trained = not run.args.overwrite and run.read("results.json") is not None
-        again = []
-        if trained:
-            results = run.read("results.json")
-            for key, value in run.measured.items():
-                if value and value != results.get("measured", {}).get(key):
-                    again.append(key)
-            when = results.get("finished", "an unknown day")[:10]
-            how = f"measured again for {', '.join(again)}" if again else "read"
-            run.say(f"finished on {when}, {how}", "settings", "code", "data")
-        else:
-            seed_everything(run.args.seed)
-            train(run.args, run)
-        if again or not trained:
-            print(f"{run.number} measuring", flush=True)
-            now = datetime.datetime.now().isoformat(timespec="seconds")
-            about = {"finished": now, "measured": run.measured}
-            run.write("results.json", {**about, **measure(run.args, run)})
+        with open(run.folder / ".lock", "a+") as lock:       # locked until it is closed
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            print(f"process {os.getpid()}", file=lock, flush=True)
+            bring_up_to_date(run, train, measure)
         return True
     except BrokenPipeError:
         raise                                                # nobody reads the output: command()
@@ -563,6 +574,8 @@ def attempt(run, train, measure):
         ours = [frame for frame in frames if "site-packages" not in frame.filename][-1]
         place = f"{Path(ours.filename).name}, line {ours.lineno}"
         reason = f"{type(error).__name__}: {str(error).strip()[:200]} ({place})".replace("\n", " ")
+    finally:
+        run.objects = None                                   # frees the model and the optimizer
     print(f"error: {run.number} {run.name}: {reason}", file=sys.stderr, flush=True)
     return False
 
@@ -583,15 +596,17 @@ def complete(runs, train, measure, show):
             handlers[number] = signal.signal(number, caught)
     try:
         Run.caught = 0
-        failed = [run for run in runs[rank::world] if not attempt(run, train, measure)]
+        failed = {run.name for run in runs[rank::world] if not attempt(run, train, measure)}
         if world > 1:
-            torch.distributed.barrier()
+            of_each = [None] * world
+            torch.distributed.all_gather_object(of_each, failed)             # waits for all
+            failed = set().union(*of_each)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if rank > 0:
         return []
-    done = [run for run in runs if run not in failed and run.read("results.json")]
+    done = [run for run in runs if run.name not in failed and run.read("results.json")]
     results = [{**run.read("results.json"), "folder": str(run.folder)} for run in done]
     if done:
         show(done, results)

@@ -1178,11 +1178,13 @@ def check(args):
     """Ends the program for a run that cannot be: of its number of heads, size or text."""
     if args.n_head and args.n_embd % args.n_head:
         common.fail(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}", 2)
-    flag = "text" if args.text else TASKS[args.task].size_flag.replace("_", "-")
+    flags = f"--{TASKS[args.task].size_flag}".replace("_", "-")
+    if args.text:
+        flags += f", --text {args.text}"
     try:
         make_task(args)
     except ValueError as error:
-        common.fail(f"--{flag}: {error}", 2)
+        common.fail(f"{flags}: {error}", 2)
     except OSError as error:
         without = f"TinyStories did not come: {error}; give --text FILE"
         common.fail(f"--text: {error}" if args.text else without, 2)

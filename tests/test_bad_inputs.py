@@ -59,16 +59,16 @@ quick  ->  quick
 --n-embd 10  ->  not divisible
 --n-embd 16 18  ->  --n-embd 18 is not divisible
 --n-head 5  ->  not divisible
---size 40  ->  parens: 40 is not in 5 .. 39
---size 4  ->  parens: 4 is not in
---task needle --size 31  ->  1 .. 30
---task addition --size 18  ->  1 .. 17
+--size 40  ->  parens: 40 is not among the sizes 5 to 39
+--size 4  ->  parens: 4 is not among the sizes
+--task needle --size 31  ->  1 to 30
+--task addition --size 18  ->  1 to 17
 --task modadd --size 4  ->  modadd: 4
 --task memorize --size 2000  ->  memorize
 --task modadd parens --size 41  ->  parens: 41
 --task imitate --target-width 5  ->  --target-width: imitate: 5
 --task imitate --target-width 2000  ->  imitate: 2000
---task lm --size 1 --text TEXT  ->  lm: 1 is not in
+--task lm --size 1 --text TEXT  ->  lm: 1 is not among
 --task lm --text no_such_file  ->  no_such_file
 --task lm --text FOLDER  ->  directory
 --task lm --text SHORT  ->  too few
@@ -309,7 +309,7 @@ extra  ->  extra
 --n-layer 2
 stray  ->  stray
 --sentences no-such-file  ->  no-such-file
---sentences ''  ->  directory
+--sentences ''  ->  there is no ''
 --sentences /  ->  directory
 --vocab-size 4 --seq-len 50 --order total partial  ->  take shorter ones
 --vocab-size 2 --n-sentences 1 --seq-len 2 --seed 0 1 2 3  ->  nothing to learn
