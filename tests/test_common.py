@@ -212,6 +212,13 @@ def test_help_has_the_docstring_and_the_values_of_the_preset(capsys):
         assert "(default: linear mlp)" in out and "(default: 50)" in out
 
 
+def test_help_shows_a_default_of_zero(capsys, monkeypatch):
+    monkeypatch.setitem(toy.PRESETS, "quick", {**toy.PRESETS["quick"], "n_eval": 0})
+    with pytest.raises(SystemExit):
+        toy.parse_args(["--help"])
+    assert "points to measure at (default: 0)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_explicit_flag_beats_the_preset():
     args = toy.parse_args(["--preset", "paper", "--steps", "7", "--width=3"])
     assert (args.steps, args.width, args.model) == (7, [3], ["linear", "mlp"])
@@ -436,6 +443,32 @@ def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "toy" / "quick,seed=1" / ".lock").read_text() == f"process {os.getpid()}\n"
 
 
+def test_a_run_lets_go_of_its_folder_and_its_model_when_it_ends(tmp_path, monkeypatch):
+    """Also after Ctrl-C, whose traceback an interactive session keeps, and the frames with it."""
+    def interrupted(args, run):
+        raise KeyboardInterrupt("stopped", 130)
+
+    args = toy.parse_args(["--out-dir", str(tmp_path)])
+    run, = common.sweep(args, toy.SWEEP, toy.resolve, measured=["n_eval"])
+    with pytest.raises(KeyboardInterrupt) as kept:
+        common.complete([run], toy.train, interrupted, toy.show)
+    assert run.objects is None
+    assert toy.main(["--out-dir", str(tmp_path)])                               # no process is at work there
+    assert kept.value.args == ("stopped", 130)
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_nothing_twice(tmp_path):
+    toy.main(["--out-dir", str(tmp_path)])
+    folder = tmp_path / "toy" / "quick,seed=0"
+    whole = metrics_of(folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(lines[0].replace('"step": 5', '"step": 0'))
+    (folder / "ckpt.pt").unlink()
+    (folder / "results.json").unlink()
+    toy.main(["--out-dir", str(tmp_path)])
+    assert metrics_of(folder) == whole
+
+
 # ---- As commands ----------------------------------------------------------------------------------------------------
 
 def copied(tmp_path, name="toy.py"):
@@ -510,6 +543,12 @@ def test_torchrun_deals_out_the_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": new") == 3 and done.stdout.count("model") == 1
     assert len(list((tmp_path / "out" / "toy").glob("*/results.json"))) == 3
+    # a run that fails in the other process is not shown by its old results
+    script = tmp_path / "toy.py"
+    bad = 'def train(args, run):\n    if args.seed == 1:\n        raise ValueError("seed 1")'
+    script.write_text(script.read_text().replace("def train(args, run):", bad))
+    done = run_command("-m", "torch.distributed.run", *flags, cwd=tmp_path)
+    assert done.returncode == 1 and "1 of 3 runs did not finish" in done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
