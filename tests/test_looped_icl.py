@@ -665,7 +665,7 @@ def test_the_curriculum_of_the_paper():
     assert (args.loops, args.window, args.steps, args.batch_size, args.lr) == (70, 15, 500_000, 64, 1e-4)
     assert at(0) == (20, 26, 15) and at(499_999) == (20, 101, 70)
     args = settings("--dims-start", "3")                                         # nothing grows but the loops
-    assert args.curriculum_every is None and at(0) == (3, 8, 6) and at(2_499) == (3, 8, 8)
+    assert args.curriculum_every is None and at(0) == (3, 8, 6) and at(2_499) == (3, 8, 16)
 
 
 @pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
