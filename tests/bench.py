@@ -132,7 +132,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", nargs="*", default=[name.split()[0] for name in SETTINGS], help="names without .py; default: all")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=12, help="steps to time")
+    parser.add_argument("--steps", type=common.number(int, 7, 10**6), default=12,
+                        help="steps; the first five warm up and the last one evaluates")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     flags = parser.parse_args()
     if flags.threads:
