@@ -671,14 +671,17 @@ def train_only(model, which):
 FOUR = ["modadd", "needle", "addition", "parens"]
 PRESETS = {
     "quick": dict(
-        task=["parens"], train=["embeddings", "full"], n_embd=[128, 16], target_width=[16],
+        task=["parens"], train=["embeddings", "full"],
+        n_embd=[128, 16], target_width=[16],
     ),
     "medium": dict(
-        task=FOUR, train=["embeddings"], n_embd=[16, 32, 64, 128, 256, 512], target_width=[16],
+        task=FOUR, train=["embeddings"],
+        n_embd=[16, 32, 64, 128, 256, 512], target_width=[16],
         eval_every=500,
     ),
     "paper": dict(
-        task=FOUR, train=["embeddings", "full"], n_embd=[1024, 16],
+        task=FOUR, train=["embeddings", "full"],
+        n_embd=[1024, 16],
         target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
         warmup=500, eval_every=500,
     ),
@@ -1088,8 +1091,9 @@ def plot_attention(run):
     longest = torch.where(query <= 16, query, 0).argmax()    # of those whose names can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
     _, attns = model(prompt[None], return_attn=True)
-    words = [str(value) for value in range(128)]             # values, markers, their queries
-    words += [f"m{i}" for i in range(30)] + [f"?m{i}" for i in range(30)]
+    words = [str(value) for value in range(128)]
+    words += [f"m{i}" for i in range(30)]                    # markers
+    words += [f"?m{i}" for i in range(30)]                   # their queries
     names = [words[token] for token in prompt.tolist()]
     n_layer, n_head = len(attns), attns[0].shape[1]
     figure, axes = common.new_figure(n_layer, n_head, width=3, height=3)
