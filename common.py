@@ -122,7 +122,8 @@ def pick_device(name, kinds=("cuda", "mps", "cpu")):
     kind, colon, index = name.partition(":")
     readable = index.isdecimal() or not colon                # "cuda:" and "cuda:x" are not
     if not readable or int(index or 0) >= counts.get(kind, 0):
-        raise ValueError(f"{name} is not among what there is for this: {counts}")
+        there = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        raise ValueError(f"{name} is not here; there are {there}")
     if kind == "cpu":
         keep_freed_memory()
     if kind != "cuda":
@@ -238,6 +239,11 @@ def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "
     args = argparse.Namespace(**{**usual, **given})
     args.usual = usual
     args.given = list(given)
+    parent = Path(args.out_dir).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        parser.error(f"--out-dir {args.out_dir}: {parent} is no folder that can be written to")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
@@ -388,8 +394,10 @@ class Run:
         if self.args.overwrite:
             for name in ["results.json", "ckpt.pt", "metrics.jsonl", "config.json"]:
                 (self.folder / name).unlink(missing_ok=True)
-        gpu = torch.device(self.args.device).index           # None on a CPU
-        dropout = torch.default_generator if gpu is None else torch.cuda.default_generators[gpu]
+        device = torch.device(self.args.device)
+        dropout = torch.default_generator
+        if device.type == "cuda":
+            dropout = torch.cuda.default_generators[device.index]
         self.objects = {**objects, "dropout": dropout}
         state = {"step": 0, "seconds": 0}
         path = self.folder / "ckpt.pt"
@@ -516,7 +524,10 @@ def sweep(args, over, resolve, measured=()):
     return runs
 
 def load(folder, build, device="cpu"):
-    """A run's task and its trained model, in eval mode. build(args) -> task, model."""
+    """A run's task and its trained model, in eval mode. build(args) -> task, model.
+    FileNotFoundError where the folder holds no run."""
+    if not (Path(folder) / "ckpt.pt").exists():
+        raise FileNotFoundError(f"{folder} holds no trained run")
     config = json.loads((Path(folder) / "config.json").read_text())
     task, model = build(argparse.Namespace(**config["settings"], device=str(device)))
     state = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)

@@ -380,7 +380,7 @@ PRESETS = {
         warmup=400, lr=3e-3, beta2=0.98,
     ),
     "medium": dict(
-        SHARED, seq_len=64, n_embd=128, steps=8_000,
+        SHARED, seq_len=64, n_embd=128, steps=6_000,
         warmup=500, lr=2e-3, beta2=0.98, eval_every=500,
     ),
     "paper": dict(

@@ -40,6 +40,7 @@ import json
 import math
 import os
 import re
+import urllib.error
 import urllib.request
 import warnings
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def relu_2nn(xs, generator):
 class Task:
     """A function class with all that depends on it. One that lacks an entry fails here, by name."""
     f: Callable | None          # (xs, generator) -> ys; None: real tables
-    variance: float             # of y, without noise; math.inf: it is d
+    variance: Callable          # of y, without noise, by d
     signs_only: bool            # whether f looks at the signs of x alone; --ood: else y grows as x
     baselines: list             # names, see BASELINES
     # the paper's setting, for the flags of these names, where preset and command line say none
@@ -120,14 +121,16 @@ USUAL = ["least squares", "averaging", "3-NN"]
 LONG = {"n_points": 101, "points_start": 26, "points_step": 5}
 
 TASKS = {
-    "linear": Task(linear, math.inf, False, USUAL, loops=20, window=15),
-    "noisy-linear": Task(noisy_linear, math.inf, False, USUAL, loops=20, window=15),
-    "sparse-linear": Task(sparse_linear, 3, False, USUAL + ["Lasso"], loops=20, window=10),
-    "decision-tree": Task(decision_tree, 1, True, USUAL + ["greedy tree", "2-layer network"],
+    "linear": Task(linear, lambda d: d, False, USUAL, loops=20, window=15),
+    "noisy-linear": Task(noisy_linear, lambda d: d, False, USUAL, loops=20, window=15),
+    "sparse-linear": Task(sparse_linear, lambda d: min(d, 3), False, USUAL + ["Lasso"],
+                          loops=20, window=10),
+    "decision-tree": Task(decision_tree, lambda d: 1, True,
+                          USUAL + ["greedy tree", "2-layer network"],
                           loops=70, window=15, **LONG),
-    "relu-2nn": Task(relu_2nn, math.inf, False, USUAL + ["2-layer network"],
+    "relu-2nn": Task(relu_2nn, lambda d: d, False, USUAL + ["2-layer network"],
                      loops=12, window=5, **LONG),
-    "openml": Task(None, 1, True, [], loops=30, window=15,
+    "openml": Task(None, lambda d: 1, True, [], loops=30, window=15,
                    points_start=41, steps=100_000, batch_size=40),
 }
 
@@ -153,7 +156,7 @@ class Prompts:
         self.name = name
         self.n_dims = n_dims
         self.device = device
-        self.scale = min(TASKS[name].variance, n_dims)
+        self.scale = TASKS[name].variance(n_dims)
 
     def sample(self, batch, n_points, generator, active_dims=None, part="train"):
         """xs (B, n, d), ys (B, n). `part` has no meaning here: every prompt is a new one."""
@@ -182,7 +185,8 @@ def read_table(path, n_dims=20):
     n_features = len(header) - 1
     named = not all(map(is_number, header[:-1]))
     check(named, ", row 1: a header with the columns' names is missing")
-    check(5 <= n_features <= n_dims, f": {n_features} features, not 5 to {n_dims} (--n-dims)")
+    fits = 5 <= n_features <= n_dims
+    check(fits, f": {n_features} features, not 5 to --n-dims {n_dims} (the paper's is 20)")
     check(1_000 <= len(rows) <= 10_000, f": {len(rows)} rows are not in 1000 .. 10000")
     for number, row in enumerate(rows, start=2):
         check(len(row) == len(header), f", row {number}: {len(row)} values, not {len(header)}")
@@ -255,8 +259,8 @@ class Tables:
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
         paths = sorted(Path(folder).glob("*.csv"), key=table_number)
         if held_out >= len(paths) or len(paths) < 2:
-            raise ValueError(f"{folder} has {len(paths)} tables (*.csv): --held-out {held_out} "
-                             "is none, or leaves none")
+            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), --held-out {held_out} takes "
+                             f"{max(held_out + 1, 2)}: give --data-dir FOLDER, or --fetch")
         self.name = paths[held_out].stem
         self.device = device
         rng = np.random.default_rng(0)
@@ -1045,6 +1049,8 @@ def check_task(parser, args, task):
             args.fetch = None                                   # done: no run depends on it
             args.given.remove("fetch")
         Tables(own.data_dir, max(args.held_out), own.n_dims, own.n_points)
+    except urllib.error.URLError as error:
+        parser.error(f"--fetch: OpenML did not answer: {error}; give --data-dir a folder of CSVs")
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

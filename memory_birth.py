@@ -779,7 +779,7 @@ def freeze_text(text):
     return text
 
 # argparse puts this name between "invalid" and "value: 'x'"
-freeze_text.__name__ = "wk1:300+wk2:300 (names wk1, wk2, wo2, wf), or none:"
+freeze_text.__name__ = "NAME:STEP+... (of wk1, wk2, wo2, wf, such as wo2:300; or none)"
 
 def parse_args(argv=None):
     """The command line. What cannot be run ends here, before anything is written."""
@@ -841,7 +841,10 @@ def parse_args(argv=None):
             build_task(own, "uniform")
             build_task(own, "bigram")
         except (OSError, ValueError) as error:
-            parser.error(f"--n-triggers {args.n_triggers}, --text {args.text}: {error}")
+            flags = f"--n-triggers {args.n_triggers}"
+            if args.text is not None:
+                flags += f", --text {args.text}"
+            parser.error(f"{flags}: {error}")
     return args
 
 def show(runs, results):

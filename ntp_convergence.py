@@ -24,8 +24,8 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --order total partial --embedding orthonormal gaussian
     python ntp_convergence.py --embedding gaussian --steps-ov 5000 --steps 60000
     python ntp_convergence.py --optimizer ngd gd adam --stages two joint
-    python ntp_convergence.py --sentences FILE         your own data: token ids, each line a
-                                                       sentence and its next token
+    python ntp_convergence.py --sentences FILE         your own data, lines of token ids: "0 3" for
+        each token and what follows it, then sentences, all of one length, each with its next token
 
 To lift: max_margin needs numpy alone, max_margin_kq also max_margin_matrix and said_orders;
 OneLayer (a float64 embedding) and gradients, with loss_and_residual, torch; the task, numpy, and
@@ -205,14 +205,16 @@ def read_dataset(path):
             both = f"{pairs[token]} and {following}"
             raise ValueError(f"line {number}: {token} is followed by {both}")
     if len(set(map(len, longer))) != 1:
-        raise ValueError("give sentences of two tokens or more, all of one length")
+        raise ValueError('give sentences of two tokens or more, all of one length, such as "0 1 3": '
+                         "of 0 and 1, 3 is next")
     tokens = set(pairs).union(pairs.values(), *longer)
     V = len(tokens)
     if V > 200:
         raise ValueError(f"{V} tokens: their orders need V^3 numbers; give 200 at most")
     for token in range(V):                                   # V tokens, so that there are no others
         if token not in pairs:
-            raise ValueError(f"every token needs a line with what follows it; {token} has none")
+            raise ValueError(f'every token needs a line with what follows it, such as "{token} 0"; '
+                             f"{token} has none")
     collocation = np.array([pairs[token] for token in range(V)])
     rows = np.array(longer)
     sentences, next_tokens = rows[:, :-1], rows[:, -1]
@@ -831,7 +833,7 @@ def main(argv=None):
         try:
             get_dataset(run.args)                            # before anything is written
         except (OSError, ValueError) as error:
-            common.fail(error, 2)
+            common.fail(f"--sentences: {error}" if args.sentences else error, 2)
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":

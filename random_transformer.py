@@ -773,6 +773,9 @@ def make_optimizer(task, trained, lr, args):
 def train(args, run):
     """One run of the sweep; goes on from its checkpoint where there is one."""
     task, model = build(args)
+    most = task.test_set[1].sum(1).max().item()
+    if most > task.n_answers:
+        raise ValueError(f"a sequence of {args.task} has {most} answers, n_answers is less")
     trained = train_only(model, args.train)
     lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
     optimizer = make_optimizer(task, trained, lr, args)
@@ -1163,7 +1166,7 @@ def parse_args(argv=None):
     add("--warmup", type=count, default=100, help="steps of linear warm-up, before a cosine to 0")
     add("--weight-decay", type=common.non_negative, help="weight decay of AdamW (the task's own)")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--table1", action="store_true", help="Table 1's columns: models, trained parts, widths")
+    add("--table1", action="store_true", help="Table 1's columns, widths up to 1024")
     add("--params", action="store_true", help="Table 6: count parameters, train nothing")
     args = common.parse_args(parser, PRESETS, argv)
     if args.params:

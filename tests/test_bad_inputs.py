@@ -54,6 +54,8 @@ quick  ->  quick
 --depth 3
 --width 0 --model mlp
 --step 3
+--out-dir EMPTY  ->  EMPTY is no folder
+--out-dir EMPTY/x
 """,
     "random_transformer": """
 --n-embd 10  ->  not divisible

@@ -283,6 +283,11 @@ def test_main_returns_the_results_and_load_the_model_twice_in_one_session(tmp_pa
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere holds no trained run"):
+        toy.load(tmp_path / "nowhere")
+
+
 def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path, capsys):
     result, = toy.main(["--out-dir", str(tmp_path)])
     before = (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns

@@ -877,6 +877,30 @@ def test_a_new_task_is_one_class(tmp_path, capsys):
             imported("incomplete", TOY.replace(line, ""))
 
 
+def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys):
+    readme = (SCRIPT.parent / "README.md").read_text()
+    block = re.search(r"```python\n(class Reverse.*?)```", readme, re.DOTALL)[1]
+    flags = ["--device", "cpu", "--task", "reverse", "--train", "full", "--n-embd", 16, "--steps", 5, "--out-dir", tmp_path]
+
+    def imported(name, block):
+        source = SCRIPT.read_text().replace("def check_task(", block + "\ndef check_task(")
+        (tmp_path / f"{name}.py").write_text(source)
+        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    module = imported("reverse", block)
+    result, = call_main(module, *flags)
+    assert 0 <= result["accuracy"] <= 1
+    tokens, scored = module.TASKS["reverse"]().sample(3, generator())
+    for row, answers_here in zip(tokens.tolist(), scored.tolist()):
+        assert row[5] == 10 and row[6:] == row[4::-1] and answers_here == [False] * 6 + [True] * 5
+    one_answer = imported("one_answer", block.replace("self.n_answers = self.size", "pass"))
+    with pytest.raises(SystemExit):
+        call_main(one_answer, *flags)
+    assert "has 5 answers, n_answers is less" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [10, 11])
 def test_a_wide_random_transformer_balances_what_a_narrow_one_does_not(tmp_path, seed):
