@@ -647,7 +647,7 @@ COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="acc
                wk2="wk2", wk1_64="wk1<64", wk1="wk1", wf="KL wf", attn_prev="attn prev",
                attn_match="attn match")
 WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
-             outputs="{} outputs", freeze="frozen: {}")
+             outputs="{} outputs", freeze="{}")
 PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
 # --preset paper with these flags is still the paper's setting
 NOT_THE_MODEL = {"model", "n_layer", "seed", "compile", *common.NOT_TRAINED}
@@ -657,8 +657,12 @@ def in_words(args, runs):
     words = []
     for key, form in WORDS.items():
         values = {getattr(run.args, key) for run in runs}
-        if len(values) > 1 and getattr(args, key) is not None:
-            words.append(form.format(getattr(args, key)))
+        value = getattr(args, key)
+        if key == "freeze" and value is not None:
+            frozen = [f"{name} until step {step}" for name, step in parse_freeze(value).items()]
+            value = f"frozen: {', '.join(frozen) or 'nothing'}"
+        if len(values) > 1 and value is not None:
+            words.append(form.format(value))
     return ", ".join(words) or f"{args.model} model"
 
 def cells(numbers, names):
@@ -763,7 +767,7 @@ def plot_attention(runs, length=32):
             for t in (occurrence[0, :len(names)] > 0).nonzero()[:, 0]:
                 axis.get_xticklabels()[t].set(color="red", weight="bold")
                 axis.get_yticklabels()[t].set(color="red", weight="bold")
-            axis.set(title=f"{in_words(run.args, runs)}: layer {layer + 1}",
+            axis.set(title=f"{in_words(run.args, runs)}; layer {layer + 1}",
                      xlabel="token looked at", ylabel="token")
         for axis in row[len(attns):]:
             axis.axis("off")
