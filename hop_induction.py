@@ -686,7 +686,7 @@ def plot_heads(runs, shown):
     image = axis.imshow(np.concatenate(alignment), aspect="auto", **grey)
     axis.set_xticks(range(n_hops), range(1, n_hops + 1))
     axis.set_yticks(range(len(heads)), heads, fontsize=7)
-    axis.set(title="normalised inner product with find^j", xlabel="j", ylabel="layer.head")
+    axis.set(title="product with find^j", xlabel="j", ylabel="layer.head")
     figure.colorbar(image, ax=axis)
     task, model = load(result["folder"], args.device)
     data = torch.Generator(task.device).manual_seed(0)
