@@ -111,8 +111,8 @@ def seed_everything(seed):
 def pick_device(name, kinds=("cuda", "mps", "cpu")):
     """auto (the first of `kinds` that is here), cpu, cuda, cuda:N or mps -> torch.device.
 
-    Under torchrun, cuda is this process's own GPU. On CUDA, matrix products then use TF32; on a CPU,
-    malloc keeps freed memory. ValueError where there is no such device.
+    Under torchrun, cuda is this process's own GPU. On CUDA, matrix products then use TF32; on a
+    CPU, malloc keeps freed memory. ValueError where there is no such device.
     """
     mps = int(torch.backends.mps.is_available())
     counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}

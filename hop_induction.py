@@ -617,8 +617,9 @@ def print_errors(runs, results):
         for state, errors in published(args).items():
             rows.append([f"paper, dropout {state}", "", *[f"{error:.3f}" for error in errors], ""])
     print(f"""
-Error by number of hops k on {n_eval} sequences each, standard errors up to {max(ses):.3f}. Solved:
-the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is enough.""")
+Error by number of hops k on {n_eval} sequences each, standard errors up to {max(ses):.3f}.
+Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
+enough.""")
     if any(published(run.args) for run in runs):
         print("paper: measured with dropout on; off, without it, is what ours compares with")
     if any(run.args.arch == "lstm" for run in runs):

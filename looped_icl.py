@@ -259,8 +259,9 @@ class Tables:
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
         paths = sorted(Path(folder).glob("*.csv"), key=table_number)
         if held_out >= len(paths) or len(paths) < 2:
-            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), --held-out {held_out} takes "
-                             f"{max(held_out + 1, 2)}: give --data-dir FOLDER, or --fetch")
+            needed = max(held_out + 1, 2)
+            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), --held-out {held_out} "
+                             f"takes {needed}: give --data-dir FOLDER, or --fetch")
         self.name = paths[held_out].stem
         self.device = device
         rng = np.random.default_rng(0)
@@ -302,7 +303,8 @@ class Tables:
 class InContextTransformer(nn.Module):
     """A GPT-2 that reads x_1, y_1, x_2, y_2, ... and predicts each y at its x. Looped, its output
     goes in again. Tokens have n_dims numbers, y in the first; positions are 2 n_points + 1, as the
-    authors count them (203 for 101 points). inject: how the prompt enters a loop; n_out 2: two logits."""
+    authors count them (203 for 101 points). inject: how the prompt enters a loop; n_out 2: two
+    logits."""
 
     def __init__(self, n_dims, n_points, n_layer, n_head, n_embd, inject="add", n_out=1):
         super().__init__()
@@ -335,8 +337,8 @@ class InContextTransformer(nn.Module):
 
     def forward(self, xs, ys, loops=1, window=1, return_attn=False):
         """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or
-        logits (window, B, n, 2), window <= loops; with return_attn also a list by loop and layer (B, H,
-        T, T).
+        logits (window, B, n, 2), window <= loops; with return_attn also a list by loop and layer
+        (B, H, T, T).
 
         add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1 (0 would hide e),
         z_(i+1) = f(z_i e). With both, the loops before the window run without gradient. none: z_0 =

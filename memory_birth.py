@@ -725,8 +725,9 @@ def plot_curves(runs):
     panels = [["loss_global", "loss_in_context"],
               ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]]
     for (args, group), row in zip(settings, axes):
-        # the steps at which all seeds were evaluated
-        steps = set.intersection(*[{line["step"] for line in course} for course in group])
+        steps = {line["step"] for line in group[0]}          # at which all seeds were evaluated
+        for course in group[1:]:
+            steps &= {line["step"] for line in course}
         for names, axis in zip(panels, row):
             for i, name in enumerate(names):
                 same = name == "wk1_64" and args.seq_len <= 64               # as wk1
@@ -836,8 +837,8 @@ def parse_args(argv=None):
             parser.error(f"--freeze {text} needs --use-wf")
         if all(until.get(name, 0) > 0 for name in trained):
             parser.error(f"--freeze {text}: nothing is left to train at the start")
-    # Each task that a run or its measurement needs is built once, for its errors. They do not depend
-    # on which triggers are drawn.
+    # Each task that a run or its measurement needs is built once, for its errors. They do not
+    # depend on which triggers are drawn.
     for model in args.model:
         own = argparse.Namespace(**{**vars(args), "model": model, "triggers": "fixed"})
         resolve(own)

@@ -176,7 +176,7 @@ def check_realizable(sentences, next_tokens, collocation):
         optimal.append(given_by[following])
     optimal = np.array(optimal)
     implied = closure(said_orders(sentences, optimal, len(collocation)))
-    cycles = np.argwhere(implied.diagonal(axis1=1, axis2=2))                         # (query, token)
+    cycles = np.argwhere(implied.diagonal(axis1=1, axis2=2))                         # (q, token)
     if len(cycles):
         q, token = cycles[0]
         raise ValueError(f"not realizable: sentences with query {q} put token {token} above itself")
@@ -205,8 +205,8 @@ def read_dataset(path):
             both = f"{pairs[token]} and {following}"
             raise ValueError(f"line {number}: {token} is followed by {both}")
     if len(set(map(len, longer))) != 1:
-        raise ValueError('give sentences of two tokens or more, all of one length, such as "0 1 3": '
-                         "of 0 and 1, 3 is next")
+        raise ValueError("give sentences of two tokens or more, all of one length, such as "
+                         '"0 1 3": of 0 and 1, 3 is next')
     tokens = set(pairs).union(pairs.values(), *longer)
     V = len(tokens)
     if V > 200:

@@ -904,7 +904,7 @@ def measure(args, run):
         tokens, scored = [x[:n] for x in task.test_set]
         position = torch.arange(tokens.shape[1], device=tokens.device)
         last_answer = (scored * position).amax(1, keepdim=True)              # (n, 1)
-        inside = position[:-1] < last_answer                                 # (n, T - 1): no padding
+        inside = position[:-1] < last_answer                                 # (n, T - 1)
         found["components"], found["neurons"] = [], []
         for state in model.hidden_states(tokens[:, :-1]):
             principal, neuron = explained_variance(state[inside])
