@@ -240,7 +240,7 @@ def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "
     args.usual = usual
     args.given = list(given)
     parent = Path(args.out_dir).absolute()
-    while not parent.exists():
+    while not os.path.exists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         parser.error(f"--out-dir {args.out_dir}: {parent} is no folder that can be written to")
@@ -371,7 +371,7 @@ class Run:
         """Writes bytes, or what JSON can hold, to a file: under another name, then moved."""
         if not isinstance(content, bytes):
             content = json.dumps(content, indent=1).encode()
-        temporary = self.folder / f"{name}.tmp"              # its own: the folder is locked
+        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()

@@ -775,7 +775,7 @@ def train(args, run):
     task, model = build(args)
     most = task.test_set[1].sum(1).max().item()
     if most > task.n_answers:
-        raise ValueError(f"a sequence of {args.task} has {most} answers, n_answers is less")
+        raise ValueError(f"{args.task}: a sequence has {most} answers, n_answers {task.n_answers}")
     trained = train_only(model, args.train)
     lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
     optimizer = make_optimizer(task, trained, lr, args)

@@ -898,7 +898,7 @@ def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys):
     one_answer = imported("one_answer", block.replace("self.n_answers = self.size", "pass"))
     with pytest.raises(SystemExit):
         call_main(one_answer, *flags)
-    assert "has 5 answers, n_answers is less" in capsys.readouterr().err
+    assert "a sequence has 5 answers, n_answers 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
