@@ -518,7 +518,8 @@ def sweep(args, over, resolve, measured=()):
     runs = list(runs.values())
     for key in args.given:
         if all(getattr(run.args, key) is None for run in runs):
-            fail(f"--{key.replace('_', '-')} has no effect on what was asked for: leave it out", 2)
+            flag = "--" + key.replace("_", "-")
+            fail(f"{flag} has no effect on what was asked for: leave it out (--help: what for)", 2)
     for i, run in enumerate(runs):
         run.number = f"{i + 1}/{len(runs)}"
     return runs

@@ -376,8 +376,8 @@ SHARED = dict(                                               # what a preset doe
 )
 PRESETS = {
     "quick": dict(
-        SHARED, seq_len=32, steps=2_400, eval_every=200,
-        warmup=400, lr=3e-3, beta2=0.98,
+        SHARED, seq_len=24, steps=3_000, eval_every=250,
+        warmup=400, lr=4e-3, beta2=0.98,
     ),
     "medium": dict(
         SHARED, seq_len=64, n_embd=128, steps=6_000,
@@ -764,7 +764,7 @@ def parse_args(argv=None):
     count = common.positive_int
     add("--arch", nargs="+", choices=list(ARCHS), help="lstm: two layers, as many parameters")
     add("--n-layer", nargs="+", type=common.number(int, 1, 100), help="layers")
-    add("--n-head", nargs="+", type=count, help="heads a layer")
+    add("--n-head", nargs="+", type=count, help="heads a layer of a transformer")
     add("--n-embd", type=count, help="width d")
     add("--dropout", type=common.number(float, 0, 0.99), help="share of units dropped in training")
     add("--seq-len", type=count,

@@ -1150,8 +1150,8 @@ def parse_args(argv=None):
         help="what is trained; embeddings: the paper's random transformer")
     add("--n-embd", nargs="+", type=common.number(int, 1, 10**5), help="widths")
     add("--n-layer", type=common.number(int, 1, 100),
-        help="layers of a transformer (2; imitate 3, lm 4)")
-    add("--n-head", type=count, help="heads a layer (4; lm 8)")
+        help="layers of a transformer, also a linear one (2; imitate 3, lm 4)")
+    add("--n-head", type=count, help="heads a layer of a softmax transformer (4; lm 8)")
     add("--dropout", type=common.number(float, 0, 0.99),
         help="share of units dropped in training (0; lm 0.1)")
     add("--size", type=count,
