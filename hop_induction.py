@@ -724,8 +724,9 @@ def show_construction(args):
 The theorem's depth; its one head, and a width that does not grow with N, are not met.""")
     torch.set_float32_matmul_precision("highest")            # TF32 would not be exact
     data = torch.Generator(args.device).manual_seed(args.seed[0])
+    counted = f"{args.n_eval} sequences for each k, undefined hops and all"
+    print(f"Errors on {counted} (a minute on a CPU):", flush=True)
     errors = hop_errors(model, task, args.n_eval, data, everywhere=True).tolist()
-    print(f"Errors on {args.n_eval} sequences for each k, undefined hops and all:")
     rows = [[str(k), f"{error:g}"] for k, error in enumerate(errors)]
     common.print_table(["k", "error"], rows)
     print_heads(args)

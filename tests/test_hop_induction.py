@@ -496,7 +496,7 @@ def test_construct_and_mpc_return_their_tables(tmp_path, capsys):
 
 
 def test_help_shows_the_presets_values(capsys):
-    for preset, seq_len in ("quick", 32), ("paper", 100):
+    for preset, seq_len in ("quick", 24), ("paper", 100):
         with pytest.raises(SystemExit):
             call_main(hop_induction, "--preset", preset, "--help")
         out = " ".join(capsys.readouterr().out.split())
