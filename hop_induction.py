@@ -7,8 +7,8 @@ layers are enough (Theorem 4.2), as each layer can double the number of hops. Tr
 obey the same threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
 
 What to look for: the largest number of hops that each depth solves (last column). By Theorem 4.2
-two, three and four layers can solve 1, 3 and 7. The quick preset's short training gets to 1, 3 (2
-on three seeds of ten) and 4 to 6 (3 on two; see RESULTS.md). Most heads align with find^1.
+two, three and four layers can solve 1, 3 and 7. The quick preset's short training gets to 1, 3 and
+6 (4 on two seeds of ten; see RESULTS.md). Most heads align with find^1.
 
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as long, twice as wide, in an hour
