@@ -8,7 +8,7 @@ answer when it is looped far past b: it has learned an iterative algorithm with 
 in the first table for the looped model beside least squares, and in the second for an error that
 stays flat from b loops on.
 
-    python looped_icl.py                                three dimensions, in minutes
+    python looped_icl.py                                two dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width
     python looped_icl.py --inject none                  without injection: lost past b loops
     python looped_icl.py --preset medium --plot         all of this in five dimensions, in an hour
@@ -387,11 +387,11 @@ QUICK = {
     "inject": ["add"], "held_out": [0],
     "n_layer": 12,
     "n_head": 4, "n_embd": 64,
-    "n_dims": 3, "n_points": 8,
+    "n_dims": 2, "n_points": 6,
     "loops": 16, "window": 6, "loops_every": 200,
-    "dims_start": 1, "points_start": 8,
-    "points_step": 2, "curriculum_every": 700,
-    "steps": 4_000, "batch_size": 64, "lr": 3e-3,
+    "dims_start": 1, "points_start": 6,
+    "points_step": 2, "curriculum_every": 600,
+    "steps": 3_000, "batch_size": 64, "lr": 3e-3,
     "warmup": 200, "schedule": "cosine",
     "eval_every": 500, "n_eval": 1_280, "eval_loops": None,
     "ood": False, "probe": False,
@@ -402,8 +402,8 @@ MEDIUM = {
     "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
     "n_dims": 5,
     "n_points": 11, "points_start": 11,
-    "loops": 20, "window": 8, "steps": 6_000,
-    "lr": 2e-3,
+    "loops": 20, "window": 8,
+    "curriculum_every": 700, "steps": 6_000, "lr": 2e-3,
 }
 PAPER = {
     **QUICK,

@@ -664,8 +664,8 @@ def test_the_curriculum_of_the_paper():
     args = settings("--preset", "paper", "--task", "decision-tree")
     assert (args.loops, args.window, args.steps, args.batch_size, args.lr) == (70, 15, 500_000, 64, 1e-4)
     assert at(0) == (20, 26, 15) and at(499_999) == (20, 101, 70)
-    args = settings("--dims-start", "3")                                         # nothing grows but the loops
-    assert args.curriculum_every is None and at(0) == (3, 8, 6) and at(2_499) == (3, 8, 16)
+    args = settings("--dims-start", "2")                                         # nothing grows but the loops
+    assert args.curriculum_every is None and at(0) == (2, 6, 6) and at(2_499) == (2, 6, 16)
 
 
 @pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
@@ -797,7 +797,7 @@ def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [10, 11])
+@pytest.mark.parametrize("seed", [30, 31])
 def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thread, seed):
     results, = call_main(looped_icl, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     last = {name: curve[0][-1] for name, curve in results["baselines"].items()}
