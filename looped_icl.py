@@ -391,7 +391,7 @@ QUICK = {
     "loops": 16, "window": 6, "loops_every": 200,
     "dims_start": 1, "points_start": 6,
     "points_step": 2, "curriculum_every": 600,
-    "steps": 4_000, "batch_size": 64, "lr": 4e-3,
+    "steps": 3_000, "batch_size": 64, "lr": 4e-3,
     "warmup": 200, "schedule": "cosine",
     "eval_every": 500, "n_eval": 1_280, "eval_loops": None,
     "ood": False, "probe": False,
