@@ -8,7 +8,7 @@ answer when it is looped far past b: it has learned an iterative algorithm with 
 in the first table for the looped model beside least squares, and in the second for an error that
 stays flat from b loops on.
 
-    python looped_icl.py                                two dimensions, in minutes
+    python looped_icl.py                                three dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width
     python looped_icl.py --inject none                  without injection: lost past b loops
     python looped_icl.py --preset medium --plot         all of this in five dimensions, in an hour
@@ -387,13 +387,14 @@ QUICK = {
     "inject": ["add"], "held_out": [0],
     "n_layer": 12,
     "n_head": 4, "n_embd": 64,
-    "n_dims": 2, "n_points": 6,
-    "loops": 16, "window": 6, "loops_every": 200,
-    "dims_start": 1, "points_start": 6,
-    "points_step": 2, "curriculum_every": 600,
-    "steps": 3_000, "batch_size": 64, "lr": 4e-3,
-    "warmup": 200, "schedule": "cosine",
-    "eval_every": 500, "n_eval": 1_280, "eval_loops": None,
+    "n_dims": 3, "n_points": 8,
+    "loops": 16, "window": 6, "loops_every": 60,
+    "dims_start": 3, "points_start": 8,
+    "points_step": 2, "curriculum_every": 700,
+    "steps": 900, "batch_size": 256,
+    "lr": 8e-3, "beta2": 0.98,
+    "warmup": 100, "schedule": "cosine",
+    "eval_every": 100, "n_eval": 1_280, "eval_loops": None,
     "ood": False, "probe": False,
     "data_dir": None, "fetch": None,
 }
@@ -402,8 +403,11 @@ MEDIUM = {
     "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
     "n_dims": 5,
     "n_points": 11, "points_start": 11,
-    "loops": 20, "window": 8,
-    "curriculum_every": 700, "steps": 6_000, "lr": 2e-3,
+    "loops": 20, "window": 8, "loops_every": 200,
+    "dims_start": 1,
+    "steps": 6_000, "batch_size": 64,
+    "lr": 2e-3, "beta2": 0.999,
+    "warmup": 200, "eval_every": 500,
 }
 PAPER = {
     **QUICK,
@@ -412,7 +416,8 @@ PAPER = {
     "loops": None, "window": None, "loops_every": 500,
     "dims_start": 5, "points_start": None,
     "points_step": None, "curriculum_every": 5_000,
-    "steps": None, "batch_size": None, "lr": 1e-4,
+    "steps": None, "batch_size": None,
+    "lr": 1e-4, "beta2": 0.999,
     "warmup": 0, "schedule": "constant",
     "eval_every": 2_500,
 }
@@ -498,7 +503,10 @@ def train(args, run):
     """One run of the sweep; goes on from its checkpoint where there is one."""
     task, model = build(args)
     lr = torch.tensor(0.0, device=args.device)                  # a CUDA graph sees a tensor change
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=lr, betas=(0.9, args.beta2),
+        fused=True, capturable=lr.is_cuda,
+    )
     data = torch.Generator(args.device).manual_seed(args.seed)          # training prompts alone
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                        # the checkpoint has brought its own
@@ -1013,6 +1021,8 @@ def parse_args(argv=None):
     add("--batch-size", type=count, help="prompts a step")
     add("--lr", type=common.positive_float,
         help="peak learning rate of Adam; without injection at most 1e-3 where not given")
+    add("--beta2", type=common.number(float, 0, 0.99999),
+        help="of Adam: how slowly it forgets squared gradients")
     add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")
     add("--schedule", choices=["constant", "cosine"], help="the rate afterwards; cosine ends at 0")
     add("--n-eval", type=count, help="prompts of each measurement")

@@ -664,8 +664,10 @@ def test_the_curriculum_of_the_paper():
     args = settings("--preset", "paper", "--task", "decision-tree")
     assert (args.loops, args.window, args.steps, args.batch_size, args.lr) == (70, 15, 500_000, 64, 1e-4)
     assert at(0) == (20, 26, 15) and at(499_999) == (20, 101, 70)
-    args = settings("--dims-start", "2")                                         # nothing grows but the loops
-    assert args.curriculum_every is None and at(0) == (2, 6, 6) and at(2_499) == (2, 6, 16)
+    args = settings()                                                            # nothing grows but the loops
+    assert args.curriculum_every is None and at(0) == (3, 8, 6) and at(299) == (3, 8, 14) and at(300) == at(899) == (3, 8, 16)
+    args = settings("--dims-start", "1")
+    assert args.curriculum_every == 700 and at(0) == (1, 8, 6) and at(700) == (2, 8, 16)
 
 
 @pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
@@ -680,7 +682,7 @@ def test_learning_rates(tmp_path, monkeypatch, flags, expected):
 
 @pytest.mark.parametrize("model", ["looped", "standard", "tied"])
 def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
-    flags = [*SMALL, *(LOOPED if model == "looped" else LAYERS), "--model", model, "--points-start", "6", "--curriculum-every", "100",
+    flags = [*SMALL, *(LOOPED if model == "looped" else LAYERS), "--model", model, "--points-start", "6", "--dims-start", "1", "--curriculum-every", "100",
              "--lr", "1e-2", "--out-dir", str(tmp_path)]
     common.seed_everything(0)
     before = looped_icl.build(settings(*flags))[1]
@@ -747,7 +749,7 @@ def test_without_injection_the_learning_rate_is_lower_unless_it_is_given():
         runs = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
         return [(run.args.model, run.args.inject, run.args.lr) for run in runs], [run.name for run in runs]
     found, names = rates()
-    assert found == [("looped", "add", 3e-3), ("looped", "none", 1e-3), ("standard", None, 1e-3)]
+    assert found == [("looped", "add", 8e-3), ("looped", "none", 1e-3), ("standard", None, 1e-3)]
     assert not any("lr=" in name for name in names)
     found, names = rates("--lr", "2e-3")
     assert [lr for _, _, lr in found] == [2e-3] * 3 and all("lr=0.002" in name for name in names)
@@ -797,7 +799,7 @@ def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [30, 31])
+@pytest.mark.parametrize("seed", [48, 49])
 def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thread, seed):
     results, = call_main(looped_icl, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     last = {name: curve[0][-1] for name, curve in results["baselines"].items()}
