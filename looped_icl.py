@@ -10,7 +10,7 @@ stays flat from b loops on.
 
     python looped_icl.py                                three dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width
-    python looped_icl.py --inject none                  without injection: lost past b loops
+    python looped_icl.py --inject none --loops-every 250 --steps 1500       lost past b loops
     python looped_icl.py --preset medium --plot         all of this in five dimensions, in an hour
 
 Fig. 2, error by loops, at its own b = 30, T = 15 (--loops, --window):
@@ -423,6 +423,9 @@ PAPER = {
 }
 PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
+# The peak learning rate without injection, where none is given: at the others' it learns badly
+LR_NOT_INJECTED = {"quick": 2e-3, "medium": 1e-3, "paper": 1e-4}
+
 def resolve(args):
     """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
     task = TASKS[args.task]
@@ -432,7 +435,7 @@ def resolve(args):
     _, _, inject = MODELS[args.model](args)
     # sweep() also resolves a preset's settings, which have no .given
     if inject == "none" and "lr" not in getattr(args, "given", []):
-        args.lr = min(args.lr, 1e-3)                            # at 3e-3 it does not learn well
+        args.lr = LR_NOT_INJECTED[args.preset]
     if args.task == "openml" and args.data_dir is None:
         args.data_dir = Path("tables")
     dims_grow = not task.signs_only and args.dims_start < args.n_dims
@@ -1020,7 +1023,7 @@ def parse_args(argv=None):
     add("--steps", type=count, help="training steps")
     add("--batch-size", type=count, help="prompts a step")
     add("--lr", type=common.positive_float,
-        help="peak learning rate of Adam; without injection at most 1e-3 where not given")
+        help="peak learning rate of Adam; without injection less, where not given")
     add("--beta2", type=common.number(float, 0, 0.99999),
         help="of Adam: how slowly it forgets squared gradients")
     add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")

@@ -749,10 +749,10 @@ def test_without_injection_the_learning_rate_is_lower_unless_it_is_given():
         runs = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
         return [(run.args.model, run.args.inject, run.args.lr) for run in runs], [run.name for run in runs]
     found, names = rates()
-    assert found == [("looped", "add", 8e-3), ("looped", "none", 1e-3), ("standard", None, 1e-3)]
+    assert found == [("looped", "add", 8e-3), ("looped", "none", 2e-3), ("standard", None, 2e-3)]
     assert not any("lr=" in name for name in names)
-    found, names = rates("--lr", "2e-3")
-    assert [lr for _, _, lr in found] == [2e-3] * 3 and all("lr=0.002" in name for name in names)
+    found, names = rates("--lr", "4e-3")
+    assert [lr for _, _, lr in found] == [4e-3] * 3 and all("lr=0.004" in name for name in names)
 
 
 def test_a_baseline_that_is_not_there_is_named_at_import():
