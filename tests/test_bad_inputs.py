@@ -212,7 +212,7 @@ extra  ->  extra
 --n-head 3  ->  not divisible
 --window 5  ->  --window 5 is larger than --loops 4
 --loops 1  ->  --window 2 is larger than --loops 1
---dims-start 4  ->  --dims-start 4 is above --n-dims 3
+--dims-start 4  ->  --dims-start 4 is above --n-dims 2
 --points-start 7  ->  --points-start 7 is above --n-points 6
 --n-points 3  ->  --points-start 4 is above --n-points 3
 --n-points 1  ->  --n-points: 1 is not from 2
@@ -233,7 +233,7 @@ extra  ->  extra
 --fetch 720  ->  --fetch has no effect on what was asked for
 --task decision-tree --dims-start 2  ->  --dims-start has no effect on what was asked for
 --points-start 6 --points-step 2  ->  --points-step has no effect on what was asked for
---points-start 6 --dims-start 3  ->  --curriculum-every has no effect on what was asked for
+--points-start 6 --dims-start 2  ->  --curriculum-every has no effect on what was asked for
 --window 4  ->  --loops-every has no effect on what was asked for
 --steps -1  ->  --steps: -1 is not from 1
 --steps 0  ->  --steps: 0 is not from 1
