@@ -10,7 +10,7 @@ stays flat from b loops on.
 
     python looped_icl.py                                two dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width
-    python looped_icl.py --inject none --loops-every 250 --steps 1500       lost past b loops
+    python looped_icl.py --inject none --loops-every 150 --steps 1500       lost past b loops
     python looped_icl.py --preset medium --plot         all of this in five dimensions, in an hour
 
 Fig. 2, error by loops, at its own b = 30, T = 15 (--loops, --window):
@@ -388,10 +388,10 @@ QUICK = {
     "n_layer": 12,
     "n_head": 4, "n_embd": 64,
     "n_dims": 2, "n_points": 6,
-    "loops": 16, "window": 6, "loops_every": 60,
+    "loops": 20, "window": 6, "loops_every": 60,
     "dims_start": 2, "points_start": 6,
     "points_step": 2, "curriculum_every": 700,
-    "steps": 1_200, "batch_size": 256,
+    "steps": 1_100, "batch_size": 256,
     "lr": 8e-3, "beta2": 0.98,
     "warmup": 100, "schedule": "cosine",
     "eval_every": 100, "n_eval": 1_280, "eval_loops": None,
