@@ -423,7 +423,7 @@ PAPER = {
 }
 PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
-# The peak learning rate without injection, where none is given: at the others' it learns badly
+# Without injection, where --lr is not given: it learns badly at quick's and medium's other rate
 LR_NOT_INJECTED = {"quick": 2e-3, "medium": 1e-3, "paper": 1e-4}
 
 def resolve(args):

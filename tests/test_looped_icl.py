@@ -682,8 +682,8 @@ def test_learning_rates(tmp_path, monkeypatch, flags, expected):
 
 @pytest.mark.parametrize("model", ["looped", "standard", "tied"])
 def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
-    flags = [*SMALL, *(LOOPED if model == "looped" else LAYERS), "--model", model, "--points-start", "6", "--dims-start", "1", "--curriculum-every", "100",
-             "--lr", "1e-2", "--out-dir", str(tmp_path)]
+    flags = [*SMALL, *(LOOPED if model == "looped" else LAYERS), "--model", model, "--points-start", "6",
+             "--dims-start", "1", "--curriculum-every", "100", "--lr", "1e-2", "--out-dir", str(tmp_path)]
     common.seed_everything(0)
     before = looped_icl.build(settings(*flags))[1]
     results, = call_main(looped_icl, *flags)
