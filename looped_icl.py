@@ -423,7 +423,8 @@ PAPER = {
 }
 PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
-# Without injection, where --lr is not given: it learns badly at quick's and medium's other rate
+# Models without injection, also standard and tied, where --lr is not given: they learn badly at the
+# rate of the looped one
 LR_NOT_INJECTED = {"quick": 2e-3, "medium": 1e-3, "paper": 1e-4}
 
 def resolve(args):
@@ -1023,7 +1024,7 @@ def parse_args(argv=None):
     add("--steps", type=count, help="training steps")
     add("--batch-size", type=count, help="prompts a step")
     add("--lr", type=common.positive_float,
-        help="peak learning rate of Adam; without injection less, where not given")
+        help="peak learning rate of Adam; of standard, tied, --inject none less, if not given")
     add("--beta2", type=common.number(float, 0, 0.99999),
         help="of Adam: how slowly it forgets squared gradients")
     add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")

@@ -906,6 +906,13 @@ def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys):
 def test_a_wide_random_transformer_balances_what_a_narrow_one_does_not(tmp_path, seed):
     wide, narrow, _, full = call_main(random_transformer, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     assert wide["accuracy"] >= 0.99 and narrow["accuracy"] <= 0.85 and full["accuracy"] >= 0.99
+    # all that the narrow one sees is whether the number of brackets, the place of the "?", is even
+    task, model = random_transformer.load(narrow["folder"])
+    tokens, scored = task.test_set
+    with torch.no_grad():
+        labels = model(tokens[:, :-1]).argmax(-1)[scored[:, 1:]]
+    brackets = (tokens == 3).int().argmax(1)
+    assert torch.equal(labels == 2, brackets % 2 == 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
