@@ -19,7 +19,7 @@ def commands(document):
     if document.endswith(".py"):
         text = ast.get_docstring(ast.parse(text))
     text = re.sub(r"\\\n\s*", " ", text)
-    text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda code: code[0].replace("\n", " "), text)     # wrapped in a line
+    text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda code: re.sub(r"\n\s*", " ", code[0]), text)
     found = []
     for name, flags in re.findall(r"(?:python|torchrun[^\n`]*?) (\w+)\.py([^\n`#|&;)]*)", text):
         flags = re.sub(r"(?<=\S) {2,}\S.*|,.*", "", flags.strip()) if not flags.startswith("   ") else ""     # what it is for, in words
