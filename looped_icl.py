@@ -423,8 +423,8 @@ PAPER = {
 }
 PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
-# Models without injection, also standard and tied, where --lr is not given: they learn badly at the
-# rate of the looped one
+# Without injection, also for standard and tied, where --lr is not given. Safe rates, not their best:
+# see RESULTS.md
 LR_NOT_INJECTED = {"quick": 2e-3, "medium": 1e-3, "paper": 1e-4}
 
 def resolve(args):
