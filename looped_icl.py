@@ -423,8 +423,8 @@ PAPER = {
 }
 PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
-# Without injection, also for standard and tied, where --lr is not given. Safe rates, not their best:
-# see RESULTS.md
+# Without injection, also for standard and tied, where --lr is not given: rates at which all of them
+# learn, not their best (see RESULTS.md)
 LR_NOT_INJECTED = {"quick": 2e-3, "medium": 1e-3, "paper": 1e-4}
 
 def resolve(args):
