@@ -3,8 +3,9 @@ Transformers, Parallel Computation, and Logarithmic Depth.
 Sanford, Hsu, Telgarsky. ICML 2024, arXiv 2402.09268.
 
 k-hop induction heads, a chain of k look-ups, need depth Theta(log k) and no more: floor(log2 k) + 2
-layers are enough (Theorem 4.2), as each layer can double the number of hops. Trained transformers
-obey the same threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
+layers are enough (Theorem 4.2), as each layer can double the number of hops; that transformers of
+bounded size need as many rests on a conjecture about parallel machines. Trained ones obey the same
+threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
 
 What to look for: the largest number of hops that each depth solves (last column: errors below 5%
 up to it). By Theorem 4.2 two, three and four layers can solve 1, 3 and 7. The quick preset's short
@@ -16,7 +17,7 @@ with find^2; those of the medium preset show the doubling.
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
     python hop_induction.py --construct                  Theorem 4.2, written down, not trained
     python hop_induction.py --mpc                        Fig. 1, machines that exchange words
-    python hop_induction.py --arch transformer lstm --n-layer 4   Sec. 5, an LSTM of the same size
+    python hop_induction.py --arch transformer lstm --n-layer 4   beside an LSTM of the same size
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --plot
@@ -215,7 +216,8 @@ class Construction(nn.Module):
         self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), oneself less than anything, and the k token ranks between matches and
-        # the rest. Brings back j + 1, or 0.
+        # the rest: the score is 4N [X_i = X_j] + j + 2N [j is the k token] - 8N [i = j]. Brings
+        # back j + 1, or 0.
         same = 4.0 * N
         find_QK = same * (c[0].T @ c[0]) + one.T @ pos
         find_QK += same / 2 * (one.T @ is_k) - 2 * same * (where.T @ where)
@@ -227,7 +229,8 @@ class Construction(nn.Module):
         OV = torch.stack([find_OV, read_OV])
         zero = torch.zeros(d, d)
         layers = [(QK, OV, zero, zero)]                      # no MLP
-        # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2 is largest,
+        # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2, the score,
+        # is largest,
         # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
         # character where bit b_l of k is one (a hidden unit has the index of a feature):
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
@@ -278,7 +281,7 @@ class Cluster:
         self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
 
     def exchange(self, messages):
-        """One round: (sender, receiver, tuple of words) -> for each machine what it received.
+        """One round: (sender, receiver, list of words) -> for each machine what it received.
         RuntimeError where one sends, receives or holds more than s words."""
         sent = [0] * self.q
         inbox = [[] for _ in range(self.q)]
@@ -303,8 +306,9 @@ def mpc_hops(X, k, q, s, n_chars=4):
     the Cluster.
 
     Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
-    pointer r, which starts at i and ends at find^k. One round finds f. Then two rounds for each bit
-    of k move r along f where the bit is one, and square f; two more fetch X.
+    pointer r, which starts at i, comes to find^k, and is its character in the end. One round finds
+    f. Then two rounds for each bit of k move r along f where the bit is one, and square f; two more
+    fetch X.
 
     RuntimeError where a limit is broken; ValueError where a machine could hold the whole input:
     then two rounds are enough for anything.
@@ -571,7 +575,7 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
 """
 
 def published(args):
-    """The paper's errors at SHOWN, by the state of dropout; none where the setting is another."""
+    """The authors' models' errors at SHOWN, by dropout's state; none where the setting differs."""
     for key in SAME_AS_PAPER:
         if getattr(args, key) != PRESETS["paper"][key]:
             return {}
@@ -587,7 +591,7 @@ def published(args):
 PHRASES = {"arch": "{}", "n_layer": "{} layers", "n_head": "{} heads", "n_train": "{} sequences"}
 
 def in_words(args, runs):
-    """What the sweep of runs varies, beside the seed, in words: "4 layers, 8 heads"."""
+    """The depth, and what else the sweep varies beside the seed, in words: "4 layers, 8 heads"."""
     words = []
     for key in SWEEP:
         value = getattr(args, key)
@@ -622,7 +626,7 @@ Error by number of hops k on {n_eval} sequences each, standard errors up to {max
 Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
 enough.""")
     if any(published(run.args) for run in runs):
-        print("paper: measured with dropout on; off, without it, is what ours compares with")
+        print("Dropout on: as published. Off: the same models without it, by us; compare these.")
     if any(run.args.arch == "lstm" for run in runs):
         print("An LSTM has two layers, and the parameters of a transformer of the depth named.")
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)

@@ -348,16 +348,17 @@ class InContextTransformer(nn.Module):
         ys = F.pad(ys[..., None], (0, d - 1))                           # (B, n, d)
         tokens = torch.stack([xs, ys], 2).flatten(1, 2)                 # (B, 2n, d)
         e = self.read_in(tokens[:, :-1])                                # without the last y
-        z = e                                       # what loop 1 reads in any case: 0 + e, 1 e, e
+        start = {"add": torch.zeros_like(e), "multiply": torch.ones_like(e), "none": e}
+        z = start[self.inject]
         # none: the prompt enters at the start alone; a read-in cut off from the loss learns nothing
         first_with_gradient = 0 if self.inject == "none" else loops - window
         predictions = []
         attns = []
         for i in range(loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first_with_gradient):
-                if self.inject == "add" and i > 0:
+                if self.inject == "add":
                     z = z + e
-                elif self.inject == "multiply" and i > 0:
+                elif self.inject == "multiply":
                     z = z * e
                 z = self.trunk(z, return_attn)                          # (B, 2n-1, C)
                 if return_attn:
@@ -369,7 +370,8 @@ class InContextTransformer(nn.Module):
         return (predictions, attns) if return_attn else predictions
 
 # For each model of the paper: layers with weights of their own, passes through them, and how the
-# prompt enters a pass. "tied" is the 12-layer transformer with one layer's weights.
+# prompt enters a pass. "tied" passes 12 times through the trunk of a one-layer transformer: the
+# positions and the final norm, too, come in every pass.
 MODELS = {
     "looped": lambda args: (1, args.loops, args.inject),
     "standard": lambda args: (args.n_layer, 1, "none"),
@@ -481,7 +483,7 @@ def curriculum(args, step):
     return active_dims, n_points, loops
 
 def learning_rate(step, args):
-    """Linear warm-up, then constant, or along a cosine that ends at 0."""
+    """Linear warm-up, then constant; or both times half a cosine, from 1 at the start to 0."""
     rate = args.lr * min(1, (step + 1) / max(1, args.warmup))
     if args.schedule == "cosine":
         rate *= (1 + math.cos(math.pi * (step / args.steps))) / 2
@@ -676,7 +678,7 @@ def greedy_tree(xs, ys, depth=4):
 
 @torch.enable_grad()
 def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
-    """A two-layer ReLU network, trained by Adam on the pairs before each x, one for each prompt."""
+    """A two-layer ReLU network, trained by Adam on the pairs before each x: one a prompt and x."""
     B, n, d = xs.shape
     draw = torch.Generator(xs.device).manual_seed(0)
     out = torch.zeros_like(ys)
@@ -753,7 +755,7 @@ def shifted_prompts(task, n, n_points, generator):
     basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # (B, d, d)
     deviation = 1 / torch.arange(1, d + 1, device=task.device)          # eigenvalues 1 / i^2
     deviation = deviation / deviation.square().mean().sqrt()            # of trace d
-    yield prompts("skewed covariance", xs * deviation @ basis.mT)
+    yield prompts("skewed covariance", (xs * deviation) @ basis.mT)
 
     split = xs.clone()
     split[:, :-1, d // 2:] = 0                                          # half of the space
@@ -890,7 +892,7 @@ def describe(args, results):
 
 def panels(task, groups):
     """What is shown of a task, a list: subject, measure, what x is, its values, {name: curves}. The
-    curves are of all seeds; by examples, of one seed alone: its mean and 90% interval."""
+    curves are of all seeds; of one seed by examples and of a baseline: mean, 90% interval."""
     by_examples, by_loops, by_input, probes = {}, {}, {}, []
     for name, (args, results) in groups.items():
         first = results[0]
@@ -926,7 +928,7 @@ def panels(task, groups):
 def print_panels(task, groups):
     """A table for each panel, of about 20 rows. A cell has the median and the range."""
     for subject, measure, x_name, xs, columns in panels(task, groups):
-        step = len(xs) // 20                                            # names are 9: all are shown
+        step = len(xs) // 20                                            # names: fewer than 20, 0
         rows = []
         for i, x in enumerate(xs):
             if step < 2 or x % step == 0 or i in (0, len(xs) - 1):
@@ -989,8 +991,8 @@ def show(runs, results):
     by_task = {}
     for args, group in common.by_setting(runs, results):
         by_task.setdefault(args.task, {})[describe(args, group)] = args, group
-    print("\nIn brackets: the range over seeds, or, by examples and of one seed, the 90% interval")
-    print("over test prompts alone (training seeds vary more)")
+    print("\nIn brackets: the range over seeds; of baselines, and of one seed by examples, the 90%")
+    print("interval over test prompts alone (training seeds vary more)")
     for task, groups in by_task.items():
         print_panels(task, groups)
         print_summary(task, groups)
@@ -1024,11 +1026,11 @@ def parse_args(argv=None):
     add("--steps", type=count, help="training steps")
     add("--batch-size", type=count, help="prompts a step")
     add("--lr", type=common.positive_float,
-        help="peak learning rate of Adam; of standard, tied, --inject none less, if not given")
+        help="peak learning rate of Adam (not given: another for standard, tied, --inject none)")
     add("--beta2", type=common.number(float, 0, 0.99999),
         help="of Adam: how slowly it forgets squared gradients")
     add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")
-    add("--schedule", choices=["constant", "cosine"], help="the rate afterwards; cosine ends at 0")
+    add("--schedule", choices=["constant", "cosine"], help="cosine: times half a cosine, to 0")
     add("--n-eval", type=count, help="prompts of each measurement")
     add("--eval-loops", type=count, help="looped: loops of errors by examples and of --ood, else b")
     add("--ood", action="store_true", help="measure on other inputs than trained on")
@@ -1036,7 +1038,7 @@ def parse_args(argv=None):
     add("--data-dir", type=Path, help="openml: folder of CSVs, label (two classes) last; ./tables")
     add("--fetch", nargs="*", type=count, help="openml: ids to download there first (the paper's)")
     add("--held-out", nargs="+", type=common.number(int, 0, 10**6),
-        help="openml: number of the table to test on, by file name")
+        help="openml: the table to test on, 0 the first of the folder in the order of ids")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="of weights and prompts")
     args = common.parse_args(parser, PRESETS, argv)
     if args.n_embd % args.n_head:

@@ -12,8 +12,9 @@ stays as it is at random, nor W_K1 while W_K2 does.
 What to look for, in the order in which each first reaches a half: wo2, then wk2, then the accuracy
 in context, and with it wk1. Higher thresholds hide that order, as wk2 is a share of five triggers
 and wo2 one of 65 characters, whose last ones are slow. Self-loops hide it, too: where a trigger's
-output may be the trigger itself, the sequence is stuck in it, which teaches W_K2 its pairs before
-there is anything to output. The quick preset leaves them out, --preset paper has them.
+output may be the trigger itself, the sequence is stuck in it, which teaches W_K2 its pairs while
+W_O2 is still below a half. The simple model's quick and medium presets leave them out, --preset
+paper and the full model have them.
 
     python memory_birth.py                          the birth of an induction head, in a minute
     python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
@@ -211,18 +212,18 @@ class SimpleTransformer(nn.Module):
         #     g = h + softmax(h (W_K2 / sqrt_d) h^T + mask) h W_OV2^T
         #     logits = (g + g W_F^T) W_U^T
         # Faster, and the same: matrices are multiplied with each other first. W x_t is
-        # (W W_E)(z_t) + W p_t, a product for each character and not for each token. W_U, with W_F
-        # in it, comes before the second attention, whose values then have V < d columns:
-        # g W_U^T = h W_U^T + attention (h (W_U W_OV2)^T).
+        # (W W_E)(z_t) + W p_t, a product for each character and not for each token. And with
+        # U = W_U + W_U W_F, logits = g U^T = h U^T + attention (h (U W_OV2)^T), whose values have
+        # V columns in place of d.
         x = self.embed(tokens)                                                   # (B, T, d)
         key = self.embed(tokens, self.W_K1 / sqrt_d)
         y, attn1 = attend(x, key, self.embed(tokens, W_OV1), mask)
         h = x + y
-        unembed = self.W_U                                                       # (V, d)
+        U = self.W_U                                                             # (V, d)
         if self.W_F is not None:
-            unembed = unembed + self.W_U @ self.W_F
-        y, attn2 = attend(h @ (self.W_K2 / sqrt_d), h, h @ (unembed @ W_OV2).mT, mask)
-        logits = h @ unembed.mT + y                                              # (B, T, V)
+            U = U + self.W_U @ self.W_F
+        y, attn2 = attend(h @ (self.W_K2 / sqrt_d), h, h @ (U @ W_OV2).mT, mask)
+        logits = h @ U.mT + y                                                    # (B, T, V)
         if not return_attn:
             return logits
         return logits, [attn1.unsqueeze(1), attn2.unsqueeze(1)]
@@ -314,9 +315,10 @@ def three_steps(args, seed, case):
 
     Each is taken with those before it in place, on --batch-size sequences of uniform bigrams with
     random triggers, for the loss summed over triggers' second and later occurrences, and is as
-    large as gives its memory's pairs a mean logit of --step-logits. (A first one above 1 makes the
-    model too sure of its answer for the gradients after it.) Returns a row, probes and accuracy,
-    for the start and for each step, all on sequences without self-loops.
+    large as gives its memory's pairs a mean logit of --step-logits, or of minus that where too few
+    sequences point it the wrong way. (A first one above 1 makes the model too sure of its answer
+    for the gradients after it.) Returns a row, probes and accuracy, for the start and for each
+    step, all on sequences without self-loops.
     """
     common.seed_everything(seed)
     setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
@@ -345,7 +347,7 @@ def three_steps(args, seed, case):
                 gradient += torch.autograd.grad(loss, W)[0]
         with torch.no_grad():
             W.copy_(-gradient)
-            W *= logit / mean_logit(model, name)
+            W *= logit / mean_logit(model, name).abs()       # the sign is the gradient's own
         rows.append(row(name))
     return rows
 
@@ -519,7 +521,7 @@ def train(args, run):
 
 @torch.no_grad()
 def output_scores(model):
-    """What the second layer adds to the logit of j when it attends to v: entry v, j (V, V)."""
+    """What attending to the character v adds to the logit of j, without W_F: entry v, j (V, V)."""
     return model.W_E @ (model.W_U @ model.W_O2 @ model.W_V2).mT
 
 @torch.no_grad()
@@ -588,12 +590,12 @@ def evaluate(model, task, n=256, seed=10_000):
         repeat = occ >= 2
         after = F.pad(occ[:, :-1] > 0, (1, 0))               # the position before is a trigger
         # where each head looks, (H, B, T), in the first layer and the last
-        top1 = attns[0].argmax(-1).transpose(0, 1)
-        top2 = attns[-1].argmax(-1).transpose(0, 1)
-        previous = top1 == torch.arange(-1, z.shape[1] - 1, device=z.device)
+        looked_first = attns[0].argmax(-1).transpose(0, 1)
+        looked_last = attns[-1].argmax(-1).transpose(0, 1)
+        previous = looked_first == torch.arange(-1, z.shape[1] - 1, device=z.device)
         # is the token before the position looked at the same as the query's?
-        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(top2)              # (H, B, T)
-        match = before.gather(2, top2) == z
+        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(looked_last)         # (H, B, T)
+        match = before.gather(2, looked_last) == z
         batches.append(dict(
             loss_all=losses.flatten(),
             loss_global=losses[occ == 0],
@@ -607,7 +609,7 @@ def evaluate(model, task, n=256, seed=10_000):
         values = torch.cat([batch[name] for batch in batches], -1)
         if name == "accuracy" and len(values) == 0:
             raise ValueError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
-        numbers[name] = values.mean(-1).max().item()         # the best head
+        numbers[name] = values.mean(-1).max().item()         # of attention, the best head's
     if len(attns) == 1:
         numbers["attn_match"] = None                         # one layer has no second
     return numbers

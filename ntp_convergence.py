@@ -312,8 +312,9 @@ def max_margin(A, tolerance=1e-12):
     An active set grows by the constraint that is most violated; those in it are solved as
     equations, and leave it where their multiplier would turn negative. In the form of least
     distance programming (Lawson and Hanson 1974, ch. 23): the u >= 0 that minimises
-    |A^T u|^2 + (1 - sum u)^2 gives l = u / (1 - sum u). Its matrix A A^T + 1 is regular for the
-    sets that occur. ValueError where no w meets all constraints.
+    |A^T u|^2 + (1 - sum u)^2 gives l = u / (1 - sum u). Its matrix G = A A^T + 1 is regular for
+    the sets that occur, and with w = A^T l, G u - 1 = (1 - sum u) (A w - 1): its sign says which
+    constraints fail. ValueError where no w meets all of them.
     """
     G = A @ A.T + 1
     u = np.zeros(len(A))
@@ -603,10 +604,10 @@ def generalisation(model, task, seed, n=20_000):
     """Theorem 3: accuracy on unseen sentences, in three groups by what gives their optimal token.
 
     decided: by the order that the data imply; extended: by extended_orders alone; undecided: by
-    neither. share_<group>: of all. accuracy_<group>: how often n(x*) is predicted, x* by that
-    order. true_<group>: the same with x* by the orders that the data were drawn from.
-    accuracy_on_top: the extended ones whose x* is below no token in the data of its query. None
-    for no such sentences.
+    neither. share_<group>: of the unseen sentences, which, where the true orders are known, have an
+    optimal token by them. accuracy_<group>: how often n(x*) is predicted, x* by that order.
+    true_<group>: the same with x* by the orders that the data were drawn from. accuracy_on_top: the
+    extended ones whose x* is below no token in the data of its query. None for no such sentences.
     """
     V = len(task.collocation)
     unseen, truth = unseen_sentences(task, n, np.random.default_rng(seed + 20_000))
@@ -719,7 +720,7 @@ SUMMARY = [                                                  # label, format, ke
     ("  R^2", ".4f", "loss_kq_rate", 1),
     ("1 - alignment ~ t^", ".2f", "exponent_kq", 0),
     ("  R^2", ".4f", "exponent_kq", 1),
-    ("steps of stage 2 to L < 1e-3", ".0f", "steps_to_1e_3", None),
+    ("steps to L < 1e-3 (of stage 2)", ".0f", "steps_to_1e_3", None),
     ("unseen, decided by the data: share", ".3f", "share_decided", None),
     ("  accuracy", ".4f", "accuracy_decided", None),
     ("by their extension only: share", ".3f", "share_extended", None),
@@ -771,7 +772,7 @@ def draw_fit(axis, panel, curve):
     axis.plot(x, y, "k--", lw=1, label=f"fit: {text}")
 
 def plot(runs):
-    """Fig. 2: L - L_min, 1 - alignment and norm of both stages; median and range over seeds."""
+    """Fig. 2: L_0 and L - L_min, 1 - alignment, norms; median and range over seeds."""
     groups = common.by_setting(runs, [run.read("metrics.jsonl") for run in runs])
     figure, axes = common.new_figure(2, 3, width=3.4, height=2.9)
     for axis, (name, panel, quantity) in zip(axes.flat, FIG_2):

@@ -576,6 +576,15 @@ def test_self_loops_teach_wk2_first(tmp_path):
     assert first["wk2"] < first["wo2"] < first["accuracy"]
 
 
+def test_a_step_goes_down_the_gradient_whatever_the_sign_of_its_mean_logit(monkeypatch):
+    args = memory_birth.parse_args(["--device", "cpu", "--three-steps", "--batch-size", "64"])
+    rows = []
+    for sign in 1, -1:
+        monkeypatch.setattr(memory_birth, "mean_logit", lambda model, name: torch.tensor(0.01 * sign))
+        rows.append(memory_birth.three_steps(args, 0, "theorem"))
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.slow
 def test_three_steps_in_the_theorems_setting():
     rows = memory_birth.three_steps(memory_birth.parse_args(["--device", "cpu", "--three-steps"]), 0, "theorem")
