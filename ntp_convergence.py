@@ -720,7 +720,7 @@ SUMMARY = [                                                  # label, format, ke
     ("  R^2", ".4f", "loss_kq_rate", 1),
     ("1 - alignment ~ t^", ".2f", "exponent_kq", 0),
     ("  R^2", ".4f", "exponent_kq", 1),
-    ("steps to L < 1e-3 (of stage 2)", ".0f", "steps_to_1e_3", None),
+    ("steps (of stage 2) to L < 1e-3", ".0f", "steps_to_1e_3", None),
     ("unseen, decided by the data: share", ".3f", "share_decided", None),
     ("  accuracy", ".4f", "accuracy_decided", None),
     ("by their extension only: share", ".3f", "share_extended", None),
