@@ -229,10 +229,9 @@ class Construction(nn.Module):
         OV = torch.stack([find_OV, read_OV])
         zero = torch.zeros(d, d)
         layers = [(QK, OV, zero, zero)]                      # no MLP
-        # Layer l + 2: look at position p = f_l(i), where 2 p j - j^2 = p^2 - (p - j)^2, the score,
-        # is largest,
-        # and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes the new
-        # character where bit b_l of k is one (a hidden unit has the index of a feature):
+        # Layer l + 2: look at position p = f_l(i), where the score 2 p j - j^2 = p^2 - (p - j)^2 is
+        # largest, and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes
+        # the new character where bit b_l of k is one (a hidden unit has the index of a feature):
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
         for l in range(n_bits):
             QK = 2 * f[l].T @ pos - one.T @ pos2

@@ -928,7 +928,7 @@ def panels(task, groups):
 def print_panels(task, groups):
     """A table for each panel, of about 20 rows. A cell has the median and the range."""
     for subject, measure, x_name, xs, columns in panels(task, groups):
-        step = len(xs) // 20                                            # names: fewer than 20, 0
+        step = len(xs) // 20                                            # 0 where x is a name: few
         rows = []
         for i, x in enumerate(xs):
             if step < 2 or x % step == 0 or i in (0, len(xs) - 1):

@@ -594,7 +594,7 @@ def evaluate(model, task, n=256, seed=10_000):
         looked_last = attns[-1].argmax(-1).transpose(0, 1)
         previous = looked_first == torch.arange(-1, z.shape[1] - 1, device=z.device)
         # is the token before the position looked at the same as the query's?
-        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(looked_last)         # (H, B, T)
+        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(looked_last)       # (H, B, T)
         match = before.gather(2, looked_last) == z
         batches.append(dict(
             loss_all=losses.flatten(),
@@ -720,9 +720,10 @@ def print_summary(runs, results):
     print("\nAt the end: losses in nats, accuracy in context on both kinds of outputs, the paper's")
     common.print_table(["setting", *ends.values(), "paper"], end_rows)
     print("\nThe first evaluated step at which each is at least a half")
-    same = runs[0].args.seq_len <= 64                        # wk1<64 is then wk1
-    first_names = ["wo2", "wk2", "wk1" if same else "wk1<64", "accuracy"]
-    common.print_table(["setting", *first_names], first_rows)
+    names = dict(COLUMNS)
+    if runs[0].args.seq_len <= 64:                           # wk1<64 is then wk1
+        names["wk1_64"] = "wk1"
+    common.print_table(["setting"] + [names[key] for key in FIRSTS], first_rows)
 
 def plot_curves(runs):
     """Fig. 3: a row a setting, its losses, and its accuracy and memories; a band over seeds."""

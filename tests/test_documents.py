@@ -19,6 +19,7 @@ def commands(document):
     if document.endswith(".py"):
         text = ast.get_docstring(ast.parse(text))
     text = re.sub(r"\\\n\s*", " ", text)
+    # a command between backticks may go on in the next line
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda code: re.sub(r"\n\s*", " ", code[0]), text)
     found = []
     for name, flags in re.findall(r"(?:python|torchrun[^\n`]*?) (\w+)\.py([^\n`#|&;)]*)", text):
