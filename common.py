@@ -616,6 +616,8 @@ def complete(runs, train, measure, show):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if world > 1:
+            torch.distributed.destroy_process_group()        # else its threads can abort the exit
     if rank > 0:
         return []
     done = [run for run in runs if run.name not in failed and run.read("results.json")]

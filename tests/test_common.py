@@ -543,8 +543,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
 
 def test_torchrun_deals_out_the_runs(tmp_path):
     copied(tmp_path)
-    flags = ["--nproc-per-node", "2", "--master-port", "29613", "toy.py", "--seed", "0", "1", "2", "--overwrite"]
-    done = run_command("-m", "torch.distributed.run", *flags, cwd=tmp_path)
+
+    def torchrun(n):
+        flags = ["--nproc-per-node", n, "--master-port", "29613", "toy.py", "--seed", "0", "1", "2", "--overwrite"]
+        return run_command("-m", "torch.distributed.run", *flags, cwd=tmp_path)
+
+    # of eight processes one nearly always aborts at its exit where the process group is left open
+    done = torchrun(8)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": new") == 3 and done.stdout.count("model") == 1
     assert len(list((tmp_path / "out" / "toy").glob("*/results.json"))) == 3
@@ -552,7 +557,7 @@ def test_torchrun_deals_out_the_runs(tmp_path):
     script = tmp_path / "toy.py"
     bad = 'def train(args, run):\n    if args.seed == 1:\n        raise ValueError("seed 1")'
     script.write_text(script.read_text().replace("def train(args, run):", bad))
-    done = run_command("-m", "torch.distributed.run", *flags, cwd=tmp_path)
+    done = torchrun(2)
     assert done.returncode == 1 and "1 of 3 runs did not finish" in done.stderr
 
 
