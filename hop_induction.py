@@ -42,29 +42,30 @@ import common
 # ---- The task (Sec. 4, App. G.1) ----------------------------------------------------------------
 
 def follow(f, positions, undefined=-1):
-    """f[positions], row by row, for (B, N) each; `undefined` where a position is -1."""
+    """f[positions], row by row, for (B, length) each; `undefined` where a position is -1."""
     found = f.gather(1, positions.clamp_min(0))
     return torch.where(positions < 0, undefined, found)
 
 def find(chars, k, max_hops=None):
-    """Positions find^k of every position, (B, N), -1 where undefined.
+    """Positions find^k of every position, (B, length), -1 where undefined.
 
-    chars (B, N); k, the number of hops, is an int or (B,). find^1(i) = 1 + max{j < i : X_j = X_i},
-    the position after the last occurrence of the same character before i; find^k is find^1 of
-    find^(k-1), find^0(i) = i (Sec. 4). Found by doubling, as the transformer does: f, f f, ...
-    A bound max_hops on k saves doublings; a k above it comes out wrong, without an error.
+    chars (B, length); k, the number of hops, is an int or (B,).
+    find^1(i) = 1 + max{j < i : X_j = X_i}, the position after the last occurrence of the same
+    character before i; find^k is find^1 of find^(k-1), find^0(i) = i (Sec. 4). Found by doubling,
+    as the transformer does: f, f f, ... A bound max_hops on k saves doublings; a k above it comes
+    out wrong, without an error.
     """
-    N = chars.shape[1]
+    length = chars.shape[1]
     # find^1: a stable sort puts equal characters side by side, in the order of their positions:
     # for a b a a, the positions 0 2 3 | 1. Each learns of the one before it: f[2] = 1, f[3] = 3.
     ordered, order = chars.sort(dim=1, stable=True)
     same = ordered[:, 1:] == ordered[:, :-1]
     before = torch.where(same, order[:, :-1] + 1, -1)
     f = torch.full_like(order, -1).scatter(1, order[:, 1:], before)
-    # find^1(i) <= i, so after N hops every position is undefined or stays: beyond, find^k = find^N
-    k = torch.as_tensor(k, device=chars.device).view(-1, 1).clamp_max(N)     # (B, 1) or (1, 1)
-    positions = torch.arange(N, device=chars.device).expand_as(chars)
-    for bit in range((max_hops or N).bit_length()):          # here f is find^(2^bit)
+    # find^1(i) <= i, so after `length` hops every position is undefined or stays, whatever k
+    k = torch.as_tensor(k, device=chars.device).view(-1, 1).clamp_max(length)    # (B, 1) or (1, 1)
+    positions = torch.arange(length, device=chars.device).expand_as(chars)
+    for bit in range((max_hops or length).bit_length()):     # here f is find^(2^bit)
         is_one = (k >> bit & 1).bool()
         positions = torch.where(is_one, follow(f, positions), positions)
         f = follow(f, f)
@@ -73,10 +74,10 @@ def find(chars, k, max_hops=None):
 class HopTask:
     """k-hop induction: tokens are the number of hops k, then X; targets are X at find^k.
 
-    Of seq_len positions counted by the paper, seq_len - 1 are fed. Ids: 0 .. max_hops the number of
-    hops, then the characters, `undefined` (no k-th hop) and `blank` (the target at the k token); in
-    the paper's setting the authors' ids, in their vocabulary of 30. ValueError where no sequence of
-    that length has max_hops hops.
+    Of N = seq_len positions counted by the paper, T = N - 1 are fed: k and N - 2 characters. Ids:
+    0 .. max_hops the number of hops, then the characters, `undefined` (no k-th hop) and `blank`
+    (the target at the k token); in the paper's setting the authors' ids, in their vocabulary of 30.
+    ValueError where no sequence of that length has max_hops hops.
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
@@ -96,7 +97,7 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, seq_len-1), by a generator of the task's device. hops: None (uniform
+        """tokens, targets (B, T), by a generator of the task's device. hops: None (uniform
         in 0..max_hops), an int, or (B,)."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
@@ -108,7 +109,7 @@ class HopTask:
         # no two neighbours are equal: a uniform first character, then steps of 1 .. n_chars - 1
         steps = torch.randint(1, self.n_chars, (batch, self.seq_len - 2), **on)
         steps[:, 0] = torch.randint(self.n_chars, (batch,), **on)
-        chars = self.char + steps.cumsum(1) % self.n_chars   # (B, seq_len-2)
+        chars = self.char + steps.cumsum(1) % self.n_chars   # (B, N-2)
         targets = follow(chars, find(chars, hops, self.max_hops), self.undefined)
         tokens = torch.cat([hops[:, None], chars], dim=1)
         return tokens, F.pad(targets, (1, 0), value=self.blank)
@@ -131,8 +132,8 @@ class HopTransformer(nn.Module):
         common.gpt2_init_(self, n_layer)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, N) -> logits (B, N, V), with return_attn also a list by layer (B, H, N, N)."""
-        x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])      # (B, N, d)
+        """tokens (B, T) -> logits (B, T, V), with return_attn also a list by layer (B, H, T, T)."""
+        x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])      # (B, T, d)
         attns = []
         for block in self.h:
             if return_attn:
@@ -161,8 +162,8 @@ class HopLSTM(nn.Module):
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
 
     def forward(self, tokens):
-        """tokens (B, N) -> logits (B, N, V)."""
-        hidden, _ = self.lstm(self.drop(self.wte(tokens)))   # (B, N, d)
+        """tokens (B, T) -> logits (B, T, V)."""
+        hidden, _ = self.lstm(self.drop(self.wte(tokens)))   # (B, T, d)
         return self.lm_head(self.drop(hidden))
 
 ARCHS = {"transformer": HopTransformer, "lstm": HopLSTM}     # --arch; only the former has heads
@@ -173,7 +174,7 @@ class Construction(nn.Module):
     """Explicit weights that solve max_hops hops in floor(log2 max_hops) + 2 layers, without error.
 
     The theorem's depth, not its size: it has one head and a width that does not grow with N. Here
-    layer 1 has a second head, as k is read from the input, and N dimensions tell a position from
+    layer 1 has a second head, as k is read from the input, and T dimensions tell a position from
     all others, with which a head looks at the strict past alone. Each layer writes features of its
     own, so that nothing is ever erased. Heads are given by two bilinear forms: the score of looking
     from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
@@ -191,7 +192,7 @@ class Construction(nn.Module):
         if seq_len > self.longest:
             raise ValueError(f"seq_len {seq_len} is above {self.longest}: float32 is not exact")
         task = HopTask(seq_len, n_chars, max_hops)
-        N = task.block_size
+        T = task.block_size
         C = n_chars + 1                                      # a character, or `undefined`
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
@@ -200,7 +201,7 @@ class Construction(nn.Module):
         # the same everywhere (layer 1 writes it); new_l, the character c_l at f_l(i). Layer l + 2
         # reads level l and writes new_l, f_(l+1) and c_(l+1).
         level = [1, C, 1, 1, C]                              # f_l, c_l, k_l, b_l, new_l
-        sizes = [1, 1, 1, 1, N] + level * n_bits + [1, C]    # the last f and c have no k, b, new
+        sizes = [1, 1, 1, 1, T] + level * n_bits + [1, C]    # the last f and c have no k, b, new
         d = self.n_embd = sum(sizes)
         one, pos, pos2, is_k, where, *others = torch.eye(d).split(sizes)
         f, c, k, b, new = [others[i::5] for i in range(5)]   # lists by level
@@ -211,14 +212,14 @@ class Construction(nn.Module):
         undefined = c[0][-1]
         wte[:task.char] = is_k + undefined + bits @ torch.cat(k)
         wte[task.char:task.undefined] = c[0][:-1]
-        j = torch.arange(float(N))[:, None]                  # (N, 1)
+        j = torch.arange(float(T))[:, None]                  # (T, 1)
         self.wte = nn.Parameter(wte)
         self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), oneself less than anything, and the k token ranks between matches and
-        # the rest: the score is 4N [X_i = X_j] + j + 2N [j is the k token] - 8N [i = j]. Brings
+        # the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
         # back j + 1, or 0.
-        same = 4.0 * N
+        same = 4.0 * T
         find_QK = same * (c[0].T @ c[0]) + one.T @ pos
         find_QK += same / 2 * (one.T @ is_k) - 2 * same * (where.T @ where)
         find_OV = f[0].T @ (pos + one - is_k)
@@ -249,14 +250,14 @@ class Construction(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, N) -> logits (B, N, V), with return_attn also a list by layer (B, H, N, N)."""
-        N = tokens.shape[1]
-        x = self.wte[tokens] + self.wpe[:N]                  # (B, N, d)
-        future = torch.full((N, N), -math.inf, device=tokens.device).triu(1)
+        """tokens (B, T) -> logits (B, T, V), with return_attn also a list by layer (B, H, T, T)."""
+        T = tokens.shape[1]
+        x = self.wte[tokens] + self.wpe[:T]                  # (B, T, d)
+        future = torch.full((T, T), -math.inf, device=tokens.device).triu(1)
         attns = []
         for W_QK, W_OV, W_in, W_out in self.layers:
-            each = x.unsqueeze(1)                            # (B, 1, N, d), for every head
-            scores = each @ W_QK @ each.mT                   # (B, H, N, N)
+            each = x.unsqueeze(1)                            # (B, 1, T, d), for every head
+            scores = each @ W_QK @ each.mT                   # (B, H, T, T)
             attn = (self.inverse_temperature * scores + future).softmax(-1)
             x = x + (attn @ (each @ W_OV.mT)).sum(1)
             x = x + F.relu(x @ W_in.mT) @ W_out.mT
@@ -429,7 +430,7 @@ def train(args, run):
     )
     data = torch.Generator(args.device).manual_seed(args.seed)
     if args.n_train:                                         # fixed sequences, in a fixed order
-        fixed = torch.stack(task.sample(args.n_train, data)) # (2, n_train, N)
+        fixed = torch.stack(task.sample(args.n_train, data)) # (2, n_train, T)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
     # the rows of `fixed` that the next step takes; moved in place, which a CUDA graph repeats
@@ -439,12 +440,12 @@ def train(args, run):
     def training_step():
         if args.n_train:
             rows = cursor % args.n_train
-            tokens, targets = fixed[:, rows]                 # (B, N)
+            tokens, targets = fixed[:, rows]                 # (B, T)
             cursor.add_(args.batch_size)
         else:
-            tokens, targets = task.sample(args.batch_size, data)                 # (B, N)
+            tokens, targets = task.sample(args.batch_size, data)                 # (B, T)
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens)                           # (B, N, V)
+            logits = model(tokens)                           # (B, T, V)
         # every position counts, the undefined ones and the k token, too
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
@@ -502,17 +503,17 @@ def head_alignment(model, task, n=10):
     """
     data = torch.Generator(task.device).manual_seed(20_000)
     tokens, _ = task.sample(n, data, hops=task.max_hops)
-    _, attns = model(tokens, return_attn=True)               # (n, H, N, N) by layer
+    _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
     found = [find(tokens[:, 1:], j) for j in range(1, task.max_hops + 1)]
     # among tokens, where 0, the k token, stands for undefined: no hop leads there
-    positions = torch.stack(found, dim=1) + 1                # (n, J, N - 1)
-    positions = F.pad(positions, (1, 0))                     # (n, J, N)
-    matrices = F.one_hot(positions, tokens.shape[1]).float() # (n, J, N, N)
+    positions = torch.stack(found, dim=1) + 1                # (n, J, T - 1)
+    positions = F.pad(positions, (1, 0))                     # (n, J, T)
+    matrices = F.one_hot(positions, tokens.shape[1]).float() # (n, J, T, T)
     matrices[..., 0] = 0
-    targets = F.normalize(matrices.flatten(2), dim=2)        # (n, J, N N)
+    targets = F.normalize(matrices.flatten(2), dim=2)        # (n, J, T T)
     alignment = []
     for attn in attns:
-        heads = F.normalize(attn.float().flatten(2), dim=2)  # (n, H, N N)
+        heads = F.normalize(attn.float().flatten(2), dim=2)  # (n, H, T T)
         products = heads @ targets.mT                        # (n, H, J)
         alignment.append(products.mean(0).cpu())
     return alignment

@@ -429,15 +429,21 @@ PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 # learn, not their best (see RESULTS.md)
 LR_NOT_INJECTED = {"quick": 2e-3, "medium": 1e-3, "paper": 1e-4}
 
+# What is a part of another setting is at most as large, where it is not given
+PART_OF = {"points_start": "n_points", "dims_start": "n_dims", "window": "loops"}
+
 def resolve(args):
     """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
     task = TASKS[args.task]
     for name in vars(task):
         if name in args and getattr(args, name) is None:
             setattr(args, name, getattr(task, name))
+    given = getattr(args, "given", [])                       # a preset's own settings have none
+    for name, whole in PART_OF.items():
+        if name not in given and getattr(args, name) is not None:
+            setattr(args, name, min(getattr(args, name), getattr(args, whole)))
     _, _, inject = MODELS[args.model](args)
-    # sweep() also resolves a preset's settings, which have no .given
-    if inject == "none" and "lr" not in getattr(args, "given", []):
+    if inject == "none" and "lr" not in given:
         args.lr = LR_NOT_INJECTED[args.preset]
     if args.task == "openml" and args.data_dir is None:
         args.data_dir = Path("tables")

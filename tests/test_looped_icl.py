@@ -670,6 +670,17 @@ def test_the_curriculum_of_the_paper():
     assert args.curriculum_every == 700 and at(0) == (1, 6, 6) and at(700) == (2, 6, 20)
 
 
+def test_a_smaller_setting_takes_its_part_along():
+    args = settings("--n-points", "4", "--n-dims", "1", "--loops", "3")
+    assert (args.points_start, args.dims_start, args.window) == (4, 1, 3)
+    args = settings("--n-dims", "7", "--n-points", "9")
+    assert (args.points_start, args.dims_start, args.window) == (6, 2, 6)
+    for part, whole in looped_icl.PART_OF.items():                               # what is given is not changed
+        flags = [f"--{part.replace('_', '-')}", "5", f"--{whole.replace('_', '-')}", "4"]
+        with pytest.raises(SystemExit):
+            looped_icl.parse_args(flags)
+
+
 @pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
                                              (["--schedule", "cosine", "--warmup", "10"], [0.1, 0.5, 0.5, 0.0027])])
 def test_learning_rates(tmp_path, monkeypatch, flags, expected):
