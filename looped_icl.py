@@ -102,7 +102,7 @@ def relu_2nn(xs, generator):
     return (math.sqrt(2 / 100) * hidden @ W2)[..., 0]
 
 @dataclass
-class Task:
+class FunctionClass:
     """A function class with all that depends on it. One that lacks an entry fails here, by name."""
     f: Callable | None          # (xs, generator) -> ys; None: real tables
     variance: Callable          # of y, without noise, by d
@@ -121,20 +121,24 @@ USUAL = ["least squares", "averaging", "3-NN"]
 LONG = {"n_points": 101, "points_start": 26, "points_step": 5}
 
 TASKS = {
-    "linear": Task(linear, lambda d: d, False, USUAL, loops=20, window=15),
-    "noisy-linear": Task(noisy_linear, lambda d: d, False, USUAL, loops=20, window=15),
-    "sparse-linear": Task(sparse_linear, lambda d: min(d, 3), False, USUAL + ["Lasso"],
-                          loops=20, window=10),
-    "decision-tree": Task(decision_tree, lambda d: 1, True,
-                          USUAL + ["greedy tree", "2-layer network"],
-                          loops=70, window=15, **LONG),
-    "relu-2nn": Task(relu_2nn, lambda d: d, False, USUAL + ["2-layer network"],
-                     loops=12, window=5, **LONG),
-    "openml": Task(None, lambda d: 1, True, [], loops=30, window=15,
-                   points_start=41, steps=100_000, batch_size=40),
+    "linear": FunctionClass(
+        linear, lambda d: d, False, USUAL, loops=20, window=15),
+    "noisy-linear": FunctionClass(
+        noisy_linear, lambda d: d, False, USUAL, loops=20, window=15),
+    "sparse-linear": FunctionClass(
+        sparse_linear, lambda d: min(d, 3), False, USUAL + ["Lasso"], loops=20, window=10),
+    "decision-tree": FunctionClass(
+        decision_tree, lambda d: 1, True, USUAL + ["greedy tree", "2-layer network"],
+        loops=70, window=15, **LONG),
+    "relu-2nn": FunctionClass(
+        relu_2nn, lambda d: d, False, USUAL + ["2-layer network"],
+        loops=12, window=5, **LONG),
+    "openml": FunctionClass(
+        None, lambda d: 1, True, [], loops=30, window=15,
+        points_start=41, steps=100_000, batch_size=40),
 }
 
-def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
+def sample_prompts(name, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
     """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others,
     and y = f(x), f a new one of the task's class for each prompt. The generator is one of `device`.
 
@@ -142,9 +146,9 @@ def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, d
     tree would branch on zeros, so its x has all dimensions from the start.
     """
     xs = torch.randn(batch, n_points, n_dims, generator=generator, device=device)
-    if active_dims is not None and not TASKS[task].signs_only:
+    if active_dims is not None and not TASKS[name].signs_only:
         xs[..., active_dims:] = 0
-    return xs, TASKS[task].f(xs, generator)
+    return xs, TASKS[name].f(xs, generator)
 
 class Prompts:
     """The prompts of one function class. `scale`: the variance of y, without noise, by which
@@ -434,10 +438,10 @@ PART_OF = {"points_start": "n_points", "dims_start": "n_dims", "window": "loops"
 
 def resolve(args):
     """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
-    task = TASKS[args.task]
-    for name in vars(task):
+    function_class = TASKS[args.task]
+    for name, value in vars(function_class).items():
         if name in args and getattr(args, name) is None:
-            setattr(args, name, getattr(task, name))
+            setattr(args, name, value)
     given = getattr(args, "given", [])                       # a preset's own settings have none
     for name, whole in PART_OF.items():
         if name not in given and getattr(args, name) is not None:
@@ -447,14 +451,14 @@ def resolve(args):
         args.lr = LR_NOT_INJECTED[args.preset]
     if args.task == "openml" and args.data_dir is None:
         args.data_dir = Path("tables")
-    dims_grow = not task.signs_only and args.dims_start < args.n_dims
+    dims_grow = not function_class.signs_only and args.dims_start < args.n_dims
     points_grow = args.points_start < args.n_points
     without_effect = [
         (args.model == "looped", ["n_layer"]),
         (args.model != "looped", ["inject", "loops", "window", "loops_every", "eval_loops"]),
         (args.task == "openml", ["ood", "probe"]),
         (args.task != "openml", ["data_dir", "fetch", "held_out"]),
-        (task.signs_only, ["dims_start"]),
+        (function_class.signs_only, ["dims_start"]),
         (not points_grow, ["points_step"]),
         (not dims_grow and not points_grow, ["curriculum_every"]),
         (args.loops == args.window, ["loops_every"]),
@@ -712,10 +716,10 @@ BASELINES = {
     "2-layer network": gd_network,
 }
 
-for name, task in TASKS.items():
-    if not set(task.baselines) <= set(BASELINES):
-        raise ValueError(f"TASKS[{name!r}]: not all of {task.baselines} are in BASELINES")
-del name, task
+for name, function_class in TASKS.items():
+    if not set(function_class.baselines) <= set(BASELINES):
+        raise ValueError(f"TASKS[{name!r}]: not all of its baselines are in BASELINES")
+del name, function_class
 
 # ---- Measurement: the models --------------------------------------------------------------------
 
@@ -748,8 +752,9 @@ def shifted_prompts(task, n, n_points, generator):
     """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of y, by which
     squared errors are divided: to answer 0 scores 1 on each."""
     d = task.n_dims
-    f = TASKS[task.name].f
-    degree = 0 if TASKS[task.name].signs_only else 2                    # E y^2 ~ |x|^degree
+    function_class = TASKS[task.name]
+    f = function_class.f
+    degree = 0 if function_class.signs_only else 2                      # E y^2 ~ |x|^degree
 
     def prompts(name, xs, growth=1, factor=1):
         """growth: of E y^2, through x; factor: of y itself."""

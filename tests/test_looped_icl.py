@@ -796,7 +796,7 @@ def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
     def square(xs, generator):
         """(w . x)^2 of one coordinate."""
         return looped_icl.randn(generator, len(xs), 1) * xs[..., 0].square()
-    toy = looped_icl.Task(square, lambda d: 1, False, ["averaging", "Lasso"], loops=2, window=1, n_points=5, points_start=5, steps=6, batch_size=4)
+    toy = looped_icl.FunctionClass(square, lambda d: 1, False, ["averaging", "Lasso"], loops=2, window=1, n_points=5, points_start=5, steps=6, batch_size=4)
     monkeypatch.setitem(looped_icl.TASKS, "square", toy)
     results, = call_main(looped_icl, "--device", "cpu", "--preset", "paper", "--task", "square", "--n-embd", "16", "--n-dims", "2",
                          "--dims-start", "1", "--n-eval", "20", "--ood", "--out-dir", tmp_path)
@@ -804,7 +804,7 @@ def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
     assert metrics_of(Path(results["folder"]))[-1]["step"] == 6
     assert "square: squared error" in capsys.readouterr().out
     with pytest.raises(TypeError, match="baselines"):                            # what is missing is named
-        looped_icl.Task(square, 1, False, loops=2, window=1)
+        looped_icl.FunctionClass(square, 1, False, loops=2, window=1)
     with pytest.raises(KeyError, match="cube"):
         sample_prompts("cube", 2, 5, 3, generator())
 
