@@ -717,9 +717,10 @@ BASELINES = {
 }
 
 for name, function_class in TASKS.items():
-    if not set(function_class.baselines) <= set(BASELINES):
-        raise ValueError(f"TASKS[{name!r}]: not all of its baselines are in BASELINES")
-del name, function_class
+    unknown = set(function_class.baselines) - set(BASELINES)
+    if unknown:
+        raise ValueError(f"TASKS[{name!r}]: {unknown} not in BASELINES")
+del name, function_class, unknown
 
 # ---- Measurement: the models --------------------------------------------------------------------
 
