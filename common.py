@@ -554,12 +554,14 @@ def bring_up_to_date(run, train, measure):
         for key, value in run.measured.items():
             if value and value != old["measured"].get(key):
                 again.append(key)
+        if old.get("code") != run.config["code"]:
+            again.append("the changed code")
         how = f"measured again for {', '.join(again)}" if again else "read"
         run.say(f"finished on {old['finished'][:10]}, {how}", "settings", "code", "data")
     if again or old is None:
         print(f"{run.number} measuring", flush=True)
         now = datetime.datetime.now().isoformat(timespec="seconds")
-        about = {"finished": now, "measured": run.measured}
+        about = {"finished": now, "measured": run.measured, "code": run.config["code"]}
         run.write("results.json", {**about, **measure(run.args, run)})
 
 def attempt(run, train, measure):

@@ -651,7 +651,7 @@ def measure(args, run):
     results = {key: metrics[-1][key] for key in last}
     for name in STAGE:
         parts = straight_parts(curves(metrics, name))
-        results[f"norm_{name}"] = line_fit(*parts["norm"])   # slope, R^2
+        results[f"norm_{name}_rate"] = line_fit(*parts["norm"])     # slope, R^2
         results[f"loss_{name}_rate"] = line_fit(*parts["loss"])
         results[f"exponent_{name}"] = line_fit(*parts["gap"])
     results.update(generalisation(model, task, args.seed))
@@ -705,8 +705,8 @@ def print_panels(run, title):
 SUMMARY = [                                                  # label, format, key, index in its list
     ("stage 1: L_0 (nats)", ".1e", "loss_ov", None),
     ("alignment of W_OV", ".4f", "cosine_ov", None),
-    ("|W_OV| a step", ".4f", "norm_ov", 0),
-    ("  R^2", ".5f", "norm_ov", 1),
+    ("|W_OV| a step", ".4f", "norm_ov_rate", 0),
+    ("  R^2", ".5f", "norm_ov_rate", 1),
     ("log L_0 a step, second half", ".5f", "loss_ov_rate", 0),
     ("  R^2", ".4f", "loss_ov_rate", 1),
     ("1 - alignment ~ t^", ".2f", "exponent_ov", 0),
@@ -714,8 +714,8 @@ SUMMARY = [                                                  # label, format, ke
     ("stage 2: L (nats)", ".1e", "loss_kq", None),
     ("training accuracy", ".3f", "accuracy", None),
     ("alignment of W_KQ", ".4f", "cosine_kq", None),
-    ("|W_KQ| a step", ".4f", "norm_kq", 0),
-    ("  R^2", ".5f", "norm_kq", 1),
+    ("|W_KQ| a step", ".4f", "norm_kq_rate", 0),
+    ("  R^2", ".5f", "norm_kq_rate", 1),
     ("log(L - L_min) a step, second half", ".5f", "loss_kq_rate", 0),
     ("  R^2", ".4f", "loss_kq_rate", 1),
     ("1 - alignment ~ t^", ".2f", "exponent_kq", 0),

@@ -375,7 +375,7 @@ def test_an_optimizer_is_added_in_one_place(tmp_path, monkeypatch):
 def test_a_small_run_converges_as_the_theorems_say(tmp_path):
     results, _ = one_run(tmp_path, "--steps", "4000", "--steps-ov", "1000")
     assert results["loss_ov"] < 1e-6 and results["cosine_ov"] > 0.99 and results["cosine_kq"] > 0.98 and results["accuracy"] == 1
-    assert results["norm_ov"][1] > 0.999 and results["norm_kq"][1] > 0.999
+    assert results["norm_ov_rate"][1] > 0.999 and results["norm_kq_rate"][1] > 0.999
     assert results["loss_kq_rate"][0] < 0 and results["loss_kq_rate"][1] > 0.99 and results["exponent_kq"][0] < -0.3
     assert results["accuracy_decided"] == 1
     assert ntp.line_fit([1, 2, 3], [5, 7, 9]) == pytest.approx((2, 1))
@@ -595,7 +595,7 @@ def test_the_figure_is_drawn_with_every_setting(tmp_path, monkeypatch):
 def test_quick_shows_the_theorems_on_a_seed_that_nothing_was_chosen_on(tmp_path, seed):
     results, = call_main(ntp, "--device", "cpu", "--out-dir", tmp_path, "--seed", seed)
     assert results["cosine_ov"] >= 0.99 and results["cosine_kq"] >= 0.99
-    assert results["norm_ov"][1] >= 0.999 and results["norm_kq"][1] >= 0.999 and results["loss_kq_rate"][1] > 0.99
+    assert results["norm_ov_rate"][1] >= 0.999 and results["norm_kq_rate"][1] >= 0.999 and results["loss_kq_rate"][1] > 0.99
     assert results["accuracy"] == 1 and results["accuracy_decided"] == 1 and results["accuracy_extended"] > 0.9
 
 
@@ -605,4 +605,4 @@ def test_gaussian_embeddings_converge_more_slowly(tmp_path):
     lines = (Path(results["folder"]) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["cosine_ov"] < 0.8
     assert results["cosine_ov"] > 0.97 and results["cosine_kq"] > 0.97 and results["accuracy"] == 1
-    assert results["accuracy_decided"] == 1 and results["norm_ov"][1] > 0.999
+    assert results["accuracy_decided"] == 1 and results["norm_ov_rate"][1] > 0.999
