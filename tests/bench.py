@@ -1,10 +1,11 @@
 """
 Speed of each script's training step: python tests/bench.py [--device cpu|cuda] [--threads N] [script ...]
+What --dtype bfloat16 buys on this machine: python tests/bench.py --dtype float32 bfloat16
 
 Prints milliseconds a step, the share of it that goes into sampling, and the GFLOP/s that the step achieves beside those of
-a large float32 matrix product, measured in the same run before and after it. Operations are those of the matrix products
-that the step executes (torch's FlopCounterMode): attention that is written out counts its whole T x T square, torch's
-fused attention on a CPU and elementwise work count nothing.
+a large float32 matrix product, measured in the same run before and after it; "times" is a step's time over that in the first
+dtype. Operations are those of the matrix products that the step executes (torch's FlopCounterMode): attention that is written
+out counts its whole T x T square, torch's fused attention on a CPU and elementwise work count nothing.
 """
 import argparse
 import statistics
@@ -82,11 +83,13 @@ class Stopwatch(common.Run):
         self.times = self.times[5:-1]
 
 
-def bench(name, device, steps):
-    """Times one script; returns a row of the table."""
+def bench(name, device, steps, dtype):
+    """Times one script; returns a row of the table, and the seconds of a step."""
     script = __import__(name.split()[0])
     with tempfile.TemporaryDirectory() as folder:
-        args = script.parse_args(["--device", str(device), "--steps", str(steps), "--out-dir", folder, *SETTINGS[name]])
+        dtype_flags = [] if name == "ntp_convergence" else ["--dtype", dtype]
+        flags = ["--device", str(device), "--steps", str(steps), "--out-dir", folder, *dtype_flags, *SETTINGS[name]]
+        args = script.parse_args(flags)
         first = common.sweep(args, script.SWEEP, script.resolve)[0]
         run = Stopwatch(first.args, first.folder, first.sweep, [])
         before = matrix_product(device)
@@ -98,8 +101,21 @@ def bench(name, device, steps):
     else:                                                                        # ntp_convergence: the dataset is the batch
         sampling = seconds(lambda: task.sample(run.args.batch_size, data), device) if hasattr(task, "sample") else 0
     product = (before + after) / 2
-    return [name, " ".join(SETTINGS[name]), f"{1e3 * step:.1f}", f"{100 * sampling / step:.1f}%", f"{1e-9 * run.flops:.1f}",
-            f"{1e-9 * run.flops / step:.0f}", f"{product:.0f}", f"{100e-9 * run.flops / step / product:.0f}%"]
+    kind = dtype if dtype_flags else "float64"
+    return [name, " ".join(SETTINGS[name]), kind, f"{1e3 * step:.1f}", f"{100 * sampling / step:.1f}%", f"{1e-9 * run.flops:.1f}",
+            f"{1e-9 * run.flops / step:.0f}", f"{product:.0f}", f"{100e-9 * run.flops / step / product:.0f}%"], step
+
+
+def bench_all(names, device, steps, dtypes):
+    """The rows of all scripts, each in all dtypes (ntp_convergence in its own), with the ratio of a step's time to the first's."""
+    rows = []
+    for name in names:
+        first = None
+        for dtype in dtypes[:1] if name == "ntp_convergence" else dtypes:
+            row, step = bench(name, device, steps, dtype)
+            first = first or step
+            rows.append([*row, f"{step / first:.2f}"])
+    return rows
 
 
 def savings(device):
@@ -134,14 +150,16 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=common.number(int, 7, 10**6), default=12,
                         help="steps; the first five warm up and the last one evaluates")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="as the scripts' flag")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     flags = parser.parse_args()
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = common.pick_device(flags.device)
+    names = [name for name in SETTINGS if name.split()[0] in flags.script]
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
-    common.print_table(["script", "setting", "ms a step", "sampling", "GFLOP a step", "GFLOP/s", "matrix product", "share"],
-                       [bench(name, device, flags.steps) for name in SETTINGS if name.split()[0] in flags.script])
+    common.print_table(["script", "setting", "dtype", "ms a step", "sampling", "GFLOP a step", "GFLOP/s", "matrix product", "share", "times"],
+                       bench_all(names, device, flags.steps, flags.dtype))
     if "random_transformer" in flags.script:
         print("\nrandom_transformer, the same setting: forward and backward with what the script leaves out")
         common.print_table(["step", "ms", "times"], savings(device))
