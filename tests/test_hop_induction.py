@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import hop_induction
@@ -527,3 +528,70 @@ def test_hops_double_with_each_layer(tmp_path, one_thread, seed):
     results = call_main(hop_induction, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     two, three, four = [hop_induction.solved(result["errors"]) for result in results]
     assert two == 1 and three in (2, 3) and four >= 4
+
+
+# ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
+
+def test_the_table_of_errors_has_each_number_of_hops_in_its_column(capsys):
+    runs = runs_of(*TINY)
+    hop_induction.print_errors(runs, [dict(errors=[0.0, 0.01, 0.02], se=[0.0, 0.001, 0.002], n_params=7)])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].split() == ["2", "layers", "7", "0.010", "0.020", "2"] and "up to 0.002" in out
+
+
+def test_the_loss_counts_all_positions_of_the_sequences_of_the_seed(tmp_path):
+    run = one_run(tmp_path, "--steps", "1", "--seed", "3")
+    task, model = hop_induction.build(run.args)
+    common.seed_everything(0)
+    hop_induction.train(run.args, run)                                           # the same initial weights
+    tokens, targets = task.sample(8, generator(3))
+    expected = F.cross_entropy(model(tokens).mT, targets).item()
+    assert metrics_of(run.folder)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_published_errors_rise_with_the_number_of_hops():
+    rows = [line.split() for line in hop_induction.PUBLISHED.splitlines()[2:]]
+    assert len(rows) == 21 and all(row[5:] == sorted(row[5:]) for row in rows)
+
+
+def test_standard_errors_are_those_of_a_ratio_over_sequences():
+    task = HopTask(seq_len=20, max_hops=3)
+
+    def always_the_first_character(tokens):
+        return F.one_hot(torch.full_like(tokens, task.char), task.vocab_size).float()
+    errors, se = hop_errors(always_the_first_character, task, 50, generator(7), return_se=True)
+    data = generator(7)
+    for k in range(4):
+        _, targets = task.sample(50, data, hops=k)
+        scored = (targets >= task.char) & (targets < task.undefined)
+        wrong = (scored & (targets != task.char)).sum(1).double()
+        n = scored.sum(1)
+        error = wrong.sum() / n.sum()
+        expected = ((wrong - error * n)**2).sum().sqrt() / n.sum()
+        assert errors[k].item() == pytest.approx(error.item(), rel=1e-5)
+        assert se[k].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_dropout_is_where_gpt2_has_it(monkeypatch):
+    shapes = []
+    dropout = F.dropout
+
+    def watched(x, *rest, **more):
+        shapes.append(tuple(x.shape))
+        return dropout(x, *rest, **more)
+    monkeypatch.setattr(F, "dropout", watched)
+    HopTransformer(2, 2, 16, 30, 9, 0.1)(torch.zeros(1, 9, dtype=torch.long))
+    assert shapes == [(1, 9, 16)] * 5                                            # embeddings; twice in each layer
+
+
+@pytest.mark.parametrize("other", ["--warmup 10", "--beta2 0.98", "--weight-decay 0.1"])
+def test_another_optimizer_is_not_the_papers_setting(capsys, other):
+    (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4", *other.split()])
+    assert rows == {}
+
+
+def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
+    flags = ["--beta2", "0.9", "--weight-decay", "0.3", "--steps", "1", "--out-dir", tmp_path]
+    result, = call_main(hop_induction, *TINY, *flags)
+    group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.3

@@ -822,3 +822,88 @@ def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thr
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_and_bfloat16(tmp_path):
     call_main(looped_icl, *BOTH, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--out-dir", tmp_path)
+
+
+# ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
+
+def test_a_table_held_out_is_what_accuracy_is_measured_on(tmp_path):
+    for i in range(2):
+        write_table(tmp_path / f"{i}.csv", seed=i)
+    flags = ["--task", "openml", "--n-dims", "20", "--steps", "2", "--data-dir", tmp_path, "--out-dir", tmp_path / "out"]
+    result, = call_main(looped_icl, *TINY, *flags)
+    task, model = looped_icl.load(result["folder"])
+    xs, ys = task.sample(20, 6, generator(20_000), part="test")
+    wrong = model(xs, ys, 4)[0].argmax(-1) != ys
+    assert result["curve"][0] == pytest.approx(wrong.double().mean(0).tolist())
+
+
+def test_errors_baselines_and_other_inputs_are_means_over_all_prompts_in_units_of_the_variance(tmp_path):
+    result, = call_main(looped_icl, *TINY, "--steps", "2", "--n-eval", "300", "--ood", "--out-dir", tmp_path)
+    task, model = looped_icl.load(result["folder"])
+    draw = generator(20_000)
+    xs, ys = task.sample(300, 6, draw)
+
+    def mean(predictions):
+        return (predictions - ys).square().div(3).mean(0).tolist()
+    assert result["curve"][0] == pytest.approx(mean(model(xs, ys, 4)[0]), rel=1e-4)
+    assert len(result["by_loops"]) == 40
+    for name, curves in result["baselines"].items():
+        assert curves[0] == pytest.approx(mean(looped_icl.BASELINES[name](xs, ys)), rel=1e-4)
+    for name, x, y, variance in looped_icl.shifted_prompts(task, 300, 6, draw):
+        for key, predictions in ("ood", model(x, y, 4)[0]), ("ood of least squares", least_squares(x, y)):
+            expected = (predictions - y)[:, -1].square().mean().item() / variance
+            assert result[key][name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    twelve = InContextTransformer(3, 6, 12, 2, 16)
+    assert result["n_params_12"] == sum(p.numel() for p in twelve.parameters())
+
+
+def test_the_curriculum_that_is_logged_is_the_one_that_is_trained_on(tmp_path, monkeypatch):
+    flags = [*TINY, "--steps", "30", "--loops", "6", "--dims-start", "1", "--seed", "3"]
+    forward = InContextTransformer.forward
+    first, seen = [], []
+
+    def watched(self, xs, ys, loops=1, window=1, **rest):
+        if torch.is_grad_enabled():
+            first.append(xs)
+            active_dims = (xs != 0).any(1).any(0).sum().item()
+            seen.append((active_dims, xs.shape[1], loops, window))
+        return forward(self, xs, ys, loops, window, **rest)
+    monkeypatch.setattr(InContextTransformer, "forward", watched)
+    call_main(looped_icl, *flags, "--out-dir", tmp_path)
+    args = settings(*flags)
+    assert seen == [(*looped_icl.curriculum(args, step), 2) for step in range(30)]
+    assert torch.equal(first[0], Prompts("linear", 3).sample(8, 4, generator(3), 1)[0])          # of the run's own seed
+
+
+def test_the_loss_is_the_mean_over_loops_prompts_and_points():
+    predictions, ys = torch.randn(3, 4, 5, generator=generator()), torch.randn(4, 5, generator=generator(1))
+    by_loop = [((p - ys)**2).mean().item() for p in predictions]
+    assert looped_icl.loss_of(predictions, ys).item() == pytest.approx(np.mean(by_loop), rel=1e-5)
+    logits = torch.randn(3, 4, 5, 2, generator=generator())
+    labels = torch.randint(2, (4, 5), generator=generator())
+    expected = F.cross_entropy(logits.flatten(0, 2), labels.expand(3, 4, 5).flatten())
+    torch.testing.assert_close(looped_icl.loss_of(logits, labels.float()), expected)
+
+
+def test_the_settings_and_numbers_of_the_paper():
+    xs, ys = sample_prompts("sparse-linear", 4, 9, 6, generator())
+    assert torch.equal(lasso(xs, ys), lasso(xs, ys, 0.01))
+    paper = {name: (f.loops, f.window, f.n_points, f.points_start, f.points_step, f.steps, f.batch_size)
+             for name, f in looped_icl.TASKS.items()}
+    assert paper == {"linear": (20, 15, 41, 11, 2, 500_000, 64), "noisy-linear": (20, 15, 41, 11, 2, 500_000, 64),
+                     "sparse-linear": (20, 10, 41, 11, 2, 500_000, 64), "decision-tree": (70, 15, 101, 26, 5, 500_000, 64),
+                     "relu-2nn": (12, 5, 101, 26, 5, 500_000, 64), "openml": (30, 15, 41, 41, 2, 100_000, 40)}
+    for model, total in ("standard", 5.392), ("looped", 5.649):                  # of ten accuracies
+        assert sum(row[model] for row in looped_icl.PUBLISHED.values()) == pytest.approx(total)
+
+
+def test_examples_count_from_0_and_loops_from_1():
+    run = dict(curve=[[0.0] * 6] * 3, curve_loops=4, by_loops=[0.0] * 40, baselines={})
+    by_examples, by_loops = looped_icl.panels("linear", {"looped": (settings(*TINY), [run])})
+    assert list(by_examples[3]) == [0, 1, 2, 3, 4, 5] and list(by_loops[3]) == list(range(1, 41))
+
+
+def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
+    result, = call_main(looped_icl, *TINY, "--beta2", "0.9", "--steps", "1", "--out-dir", tmp_path)
+    group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["betas"] == (0.9, 0.9)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import memory_birth
@@ -606,3 +607,76 @@ def test_two_layers_do_what_one_cannot(tmp_path):
     flags = ["--model", "full", "--n-layer", "1", "2", "--loss", "all", "--n-embd", "64", "--steps", "400"]
     one, two = call_main(memory_birth, "--device", "cpu", "--out-dir", tmp_path, *flags)
     assert one["accuracy"] < 0.65 and two["accuracy"] > one["accuracy"] + 0.2
+
+
+# ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
+
+def test_a_batch_in_chunks_is_one_batch(tmp_path, monkeypatch):
+    found = []
+    for chunk in 4_096, 7:
+        monkeypatch.setattr(memory_birth, "chunk_size", lambda task: chunk)
+        _, _, model, result = trained(tmp_path / f"{chunk}", "--steps", 5, "--lr", 1.0)
+        numbers = {key: value for key, value in result.items() if isinstance(value, float)}
+        found.append((model.state_dict(), numbers))
+    (whole, one), (in_chunks, many) = found
+    assert many == pytest.approx(one, rel=1e-4)
+    for name in whole:
+        torch.testing.assert_close(in_chunks[name], whole[name])
+
+
+def test_losses_are_means_over_the_positions_of_their_kind():
+    task = BigramTask(seq_len=20)
+    torch.manual_seed(0)
+    model = SimpleTransformer(65, 20, 16)
+    tokens, occurrence = task.sample(64, generator(10_000))
+    losses = F.cross_entropy(model(tokens[:, :-1]).mT, tokens[:, 1:], reduction="none")
+    found = memory_birth.evaluate(model, task, n=64)
+    for name, at in ("all", occurrence >= 0), ("global", occurrence == 0), ("in_context", occurrence >= 2):
+        assert found[f"loss_{name}"] == pytest.approx(losses[at].mean().item(), rel=1e-5)
+
+
+def test_the_first_positions_alone_are_those_before_the_bound():
+    model = constructed(BigramTask(k=5, seq_len=48), d=512)
+    P = model.P.detach() / math.sqrt(512)
+    model.W_K1.data = P[1:8].mT @ P[:7] - P[8:].mT @ P[7:-1]                     # right for t < 8, then wrong
+    assert memory_birth.recall_wk1(model, 8) == 1 > 0.3 > memory_birth.recall_wk1(model)
+
+
+def test_attention_is_that_of_the_best_head():
+    def two_heads(z, return_attn):
+        own = torch.eye(12).expand(len(z), 1, -1, -1)
+        attn = torch.cat([own, own.roll(1, 2)], 1)                               # at itself; at the previous token
+        return torch.zeros(*z.shape, 65), [attn, attn]
+    assert memory_birth.evaluate(two_heads, BigramTask(seq_len=12), n=20)["attn_prev"] == 1
+
+
+@pytest.mark.parametrize("loss, least", [("all", 0), ("in-context", 2)])
+def test_the_loss_of_the_flag_on_sequences_of_the_seed_is_what_moves_the_weights(tmp_path, loss, least):
+    flags = ["--steps", 1, "--lr", 1e-3, "--weight-decay", 0, "--loss", loss, "--seed", 3]
+    run, model, after, _ = trained(tmp_path, *flags)
+    tokens, occurrence = memory_birth.build(run.args)[0].sample(32, generator(3))
+    at = occurrence >= least
+    F.cross_entropy(model(tokens[:, :-1])[at], tokens[:, 1:][at]).backward()
+    torch.testing.assert_close(after.W_O2.detach(), model.W_O2.detach() - 1e-3 * model.W_O2.grad)
+    line = metrics_of(run.folder)[-1]
+    assert line["loss"] == line["loss_" + loss.replace("-", "_")]
+
+
+def test_the_summary_has_each_number_under_its_name(capsys):
+    ends = dict(loss_global=0.1, loss_in_context=0.2, accuracy_uniform=0.3, accuracy_bigram=0.4)
+    memory_birth.print_summary(runs_of(), [{**ends, "first": dict(wo2=1, wk2=2, wk1_64=3, accuracy=4)}])
+    out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "setting global in context acc uniform acc bigram paper" in out
+    assert "simple model 0.100 0.200 0.300 0.400 -" in out
+    assert out[-2:] == ["setting wo2 wk2 wk1 accuracy", "simple model 1 2 3 4"]
+    for name, label in memory_birth.COLUMNS.items():
+        if name[:2] in ("wo", "wk"):
+            assert label.partition("<")[0] == name.partition("_")[0]
+
+
+@pytest.mark.parametrize("model, expected", [("simple", dict(momentum=0.9)), ("full", dict(betas=(0.9, 0.99)))])
+def test_the_optimizer_is_told_what_the_flags_say(tmp_path, model, expected):
+    flags = ["--model", model, "--weight-decay", "0.3", "--steps", "1", "--out-dir", tmp_path]
+    result, = call_main(memory_birth, *TINY, *flags)
+    group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.3 and {key: group[key] for key in expected} == expected

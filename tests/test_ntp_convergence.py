@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import ntp_convergence as ntp
@@ -606,3 +607,45 @@ def test_gaussian_embeddings_converge_more_slowly(tmp_path):
     assert json.loads(lines[0])["cosine_ov"] < 0.8
     assert results["cosine_ov"] > 0.97 and results["cosine_kq"] > 0.97 and results["accuracy"] == 1
     assert results["accuracy_decided"] == 1 and results["norm_ov_rate"][1] > 0.999
+
+
+# ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
+
+def test_the_fit_of_a_line_is_least_squares_with_its_r_squared():
+    assert ntp.line_fit([0, 1, 2, 3], [0, 1, 0, 1]) == pytest.approx((0.2, 0.2))
+    t = np.arange(1.0, 1_001)
+    parts = ntp.straight_parts(dict(t=t, loss=1 / t, total=1 / t, gap=1 / t, norm=t))
+    begins = {name: x[0] for name, (x, y) in parts.items()}
+    assert begins == pytest.approx({"norm": 1, "loss": 500, "gap": math.log(100)})
+
+
+def test_each_label_of_the_tables_shows_its_own_number():
+    quantities = {"|W": "norm", "log": "loss", "1 - ": "exponent", "alignment of": "cosine"}
+    stage, above = "ov", None
+    for label, _, key, index in ntp.SUMMARY[:17]:
+        stage = "kq" if label.startswith("stage 2") else stage
+        assert key == "accuracy" or stage in key
+        if "R^2" in label:
+            assert (key, index) == (above, 1)                                    # of the line above
+            continue
+        above = key
+        assert index == (0 if "a step" in label or "t^" in label else None)
+        for start, quantity in quantities.items():
+            assert not label.startswith(start) or key.startswith(quantity)
+    assert [key for _, _, key, _ in ntp.SUMMARY[17:]] == [
+        "steps_to_1e_3", "share_decided", "accuracy_decided", "share_extended", "accuracy_extended", "accuracy_on_top",
+        "true_extended", "share_undecided", "true_undecided"]
+    assert {label: key for _, label, key, _ in ntp.PANELS} == {
+        "L_0": "loss_ov", "cosine W_OV": "cosine_ov", "|W_OV|": "norm_ov", "L": "loss_kq", "L - L_min": "excess",
+        "cosine W_KQ": "cosine_kq", "|W_KQ|": "norm_kq", "accuracy": "accuracy"}
+
+
+def test_joint_training_moves_w_ov_by_pairs_and_sentences(tmp_path):
+    flags = ["--steps", 1, "--optimizer", "gd", "--stages", "joint", "--lr-ov", 1, "--out-dir", tmp_path]
+    result, = call_main(ntp, *JOINT, *flags)
+    task, model = ntp.load(result["folder"])
+    fresh, data = ntp.OneLayer(model.E), task.tensors("cpu")
+    of_pairs = F.cross_entropy(fresh(torch.arange(6)[:, None]), data.collocation, reduction="none")
+    loss = data.weights @ of_pairs + F.cross_entropy(fresh(data.sentences), data.next_tokens)
+    loss.backward()
+    torch.testing.assert_close(model.W_OV.data, -fresh.W_OV.grad / math.sqrt(6))

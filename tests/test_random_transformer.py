@@ -1,4 +1,5 @@
 """random_transformer.py: tasks against plain rules, models against NumPy, what is frozen, the probes, the download, the command."""
+import argparse
 import hashlib
 import importlib.util
 import math
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import common
 import random_transformer
 from random_transformer import TASKS, TRAINABLE, Recurrent, Transformer, answers, explained_variance, train_only
-from test_common import call_main, cut_and_continued, numpy_block
+from test_common import call_main, cut_and_continued, metrics_of, numpy_block
 
 SCRIPT = Path(random_transformer.__file__)
 TINY = ["--device", "cpu", "--n-embd", "16", "--train", "embeddings", "--batch-size", "8", "--steps", "60",
@@ -921,3 +922,94 @@ def test_cuda_graph_and_bfloat16(tmp_path):
     command = [sys.executable, str(SCRIPT), *TINY, *flags, "--size", "6", "--out-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+# ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
+
+def test_bits_a_parameter_are_nine_for_each_recalled_pair():
+    args = argparse.Namespace(size=512)
+    found = random_transformer.bits(args, dict(accuracy=0.5, n_trained=262_784))
+    assert found == pytest.approx(9 * 512**2 / 2 / 262_784)
+
+
+def test_the_subspace_and_the_attention_of_a_run_are_those_of_its_checkpoint(tmp_path):
+    result, = call_main(random_transformer, *TINY, "--task", "needle", "--size", 3, "--steps", 2, "--out-dir", tmp_path)
+    task, model = random_transformer.load(result["folder"])
+    tokens, scored = (x[:20_000 // 8] for x in task.test_set)
+    end = scored.int().argmax(1).tolist()                                        # the answer: what follows is padding
+    with torch.no_grad():
+        states = model.hidden_states(tokens[:, :-1])
+        attns = model(tokens[:, :-1], return_attn=True)[1]
+    for i, state in enumerate(states):
+        rows = torch.cat([x[:n] for x, n in zip(state, end)])
+        assert (result["components"][i], result["neurons"][i]) == pytest.approx(explained_variance(rows))
+    assert result["attention"] == random_transformer.find_needles(attns, tokens, scored)
+
+
+def test_the_logged_loss_is_the_mean_over_the_answers_of_the_batch_of_the_seed(tmp_path):
+    run = one_run(tmp_path, "--task", "addition", "--size", 2, "--steps", 1, "--seed", 3)
+    task, model = random_transformer.build(run.args)
+    common.seed_everything(0)
+    random_transformer.train(run.args, run)                                      # the same initial weights
+    tokens, scored = task.sample(8, generator(3))
+    scored = scored & ~task.held_out(tokens)[:, None]
+    expected = random_transformer.evaluate(model, task, tokens, scored)["loss"]
+    assert metrics_of(run.folder)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_are_clipped_to_a_norm_of_one(tmp_path, monkeypatch):
+    norms = []
+    step, losses = torch.optim.AdamW.step, TASKS["parens"].losses
+
+    def watched(self):
+        gradients = [p.grad.norm().item() for group in self.param_groups for p in group["params"]]
+        norms.append(math.hypot(*gradients))
+        return step(self)
+    monkeypatch.setattr(TASKS["parens"], "losses", lambda self, *rest: 1_000 * losses(self, *rest))
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run = one_run(tmp_path, "--steps", "2")
+    random_transformer.train(run.args, run)
+    assert norms == pytest.approx([1, 1], rel=1e-3)
+
+
+def test_the_target_to_imitate_is_one_for_all_seeds_and_moves_no_random_number():
+    targets = []
+    for seed in 1, 2:
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        targets.append(TASKS["imitate"](6).target.state_dict())
+        assert torch.equal(torch.get_rng_state(), before)                        # the students' weights are their seed's
+    for name, weights in targets[0].items():
+        assert torch.equal(weights, targets[1][name])
+
+
+def test_each_task_is_shown_by_its_own_metric(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "complete", fake_complete)
+    flags = ["--task", "parens", "imitate", "--train", "full", "--n-embd", "16", "--device", "cpu", "--out-dir", tmp_path]
+    call_main(random_transformer, *flags)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["parens", "0.500"] in lines and ["imitate", "16", "1.000"] in lines
+
+
+def test_the_published_numbers_that_no_other_test_names():
+    published = {name: list(task.published.values()) for name, task in TASKS.items()}
+    assert published["modadd"] == "1.000 0.013 1.000 0.972 1.000 fails fails".split()
+    assert published["addition"] == "1.000 0.266 1.000 0.675 0.530 fails fails".split()
+    of_memorize = {("transformer", "embeddings", 128): "0.41 bits", ("transformer", "full", 128): "2.88 bits"}
+    assert TASKS["memorize"].published == of_memorize
+    fails = {name: [key[1] for key, x in task.published.items() if x == "fails"] for name, task in TASKS.items()}
+    assert fails == {"modadd": ["unembed", "embed"], "needle": ["unembed"], "addition": ["unembed", "token_unembed"],
+                     "parens": ["unembed"], "memorize": [], "imitate": [], "lm": []}
+
+
+def test_needles_are_found_by_one_head_and_not_by_the_best_of_each_sequence():
+    tokens, scored = TASKS["needle"](3).sample(50, generator())
+    attns = torch.rand(2, 50, 2, 7, 7, generator=generator())
+    to_marker, to_value = [], []                                                 # (H,) each
+    for b, (row, answer) in enumerate(zip(tokens.tolist(), scored.tolist())):
+        query = answer.index(True) - 1
+        for value in range(1, query, 2):
+            to_marker.append(attns[0, b, :, value, value - 1])
+        to_value.append(attns[1, b, :, query, row.index(row[query] - 30) + 1])
+    expected = [torch.stack(found).mean(0).max().item() for found in (to_marker, to_value)]
+    assert random_transformer.find_needles(list(attns), tokens, scored) == pytest.approx(expected, rel=1e-5)
