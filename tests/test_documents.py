@@ -41,12 +41,8 @@ def test_a_documented_command_parses(document, name, flags, tmp_path, monkeypatc
     script = importlib.import_module(name)
     data = tmp_path / "data.txt"
     data.write_text("0 1 2 1\n" * 3 if name == "ntp_convergence" else "one two three. " * 2_000)
-    if name == "random_transformer":                                             # no download, no large tables
-        monkeypatch.setattr(script, "tinystories", lambda: data)
     if "openml" in flags:
         pytest.skip("needs the tables")
-    if "--sentences FILE" in flags:
-        flags = "--help"                                                         # the file's content is its user's
     if "--plot" in flags:
         pytest.importorskip("matplotlib")
     words = [str(data) if word == "FILE" else word for word in flags.split()]

@@ -175,8 +175,13 @@ def test_generalisation_agrees_with_plain_loops(tmp_path, order):
 def test_long_sentences_that_partial_orders_seldom_decide_are_refused():
     with pytest.raises(ValueError, match="of 10000 random sentences of 50 tokens only 0 have an optimal token"):
         ntp.make_dataset(4, 10, 50, 0, "partial")
-    sentences, optimal = ntp.draw_sentences(5, 50, np.zeros((6, 6, 6), dtype=bool), np.random.default_rng(0))
-    assert len(sentences) <= 5 and len(optimal) == len(sentences)
+
+
+def test_without_an_order_only_a_repeated_token_is_optimal():
+    no_order = np.zeros((6, 6, 6), dtype=bool)
+    sentences, optimal = ntp.draw_sentences(5, 3, no_order, np.random.default_rng(0))
+    assert sentences.tolist() == [[token] * 3 for token in optimal] and len(optimal) == 5
+    assert len(ntp.draw_sentences(5, 50, no_order, np.random.default_rng(0))[0]) == 0
 
 
 @pytest.mark.parametrize("sentences, following, collocation, error", [
