@@ -991,6 +991,16 @@ def test_each_task_is_shown_by_its_own_metric(tmp_path, monkeypatch, capsys):
     assert ["parens", "0.500"] in lines and ["imitate", "16", "1.000"] in lines
 
 
+def test_the_settings_of_the_paper():
+    paper = {name: (task.paper["steps"], task.paper["batch_size"], task.paper["lr"]) for name, task in TASKS.items()}
+    online = (10_000, 1_000, 1e-3)
+    assert paper == {"modadd": (50_000, 4_000, 1e-3), "needle": online, "addition": online, "parens": online,
+                     "memorize": (168_000, 2**15, 1e-3), "imitate": online, "lm": (230_000, 20, 6e-4)}
+    decay = {name: task.paper.get("weight_decay", task.usual["weight_decay"]) for name, task in TASKS.items()}
+    assert {name for name in decay if decay[name] != 1e-3} == {"memorize", "lm"}
+    assert (decay["memorize"], decay["lm"]) == (1e-4, 0.1)
+
+
 def test_the_published_numbers_that_no_other_test_names():
     published = {name: list(task.published.values()) for name, task in TASKS.items()}
     assert published["modadd"] == "1.000 0.013 1.000 0.972 1.000 fails fails".split()
