@@ -595,3 +595,41 @@ def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
     result, = call_main(hop_induction, *TINY, *flags)
     group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
     assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.3
+
+
+def test_the_figure_of_errors_shows_medians_ranges_and_what_is_published(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
+    runs = runs_of("--preset", "paper", "--n-layer", "4", "--seed", "0", "1", "2", "--out-dir", str(tmp_path))
+    hop_induction.plot_errors(runs, [dict(errors=[x] * 17) for x in (0.1, 0.2, 0.9)])
+    axis, = figures[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert lines["4 layers"] == [[k, 0.2] for k in range(17)]
+    assert dict(lines["paper, dropout off"])[8] == 0.068 and len(lines["paper, dropout off"]) == 8
+    band = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (0.1, 0.9)
+
+
+def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
+    run = one_run(tmp_path, "--steps", "1")
+    hop_induction.train(run.args, run)
+    alignment = [[[0.1, 0.2], [0.3, 0.1], [0.1, 0.1], [0.1, 0.1]], [[0.2, 0.1], [0.1, 0.6], [0.1, 0.1], [0.1, 0.1]]]
+    hop_induction.plot_heads([run], [(run.args, dict(alignment=alignment, folder=str(run.folder)))])
+    task, model = hop_induction.load(run.folder)
+    tokens, _ = task.sample(1, generator(0), hops=2)
+    attns = model(tokens, return_attn=True)[1]
+    text = "".join(map(chr, tokens[0, 1:]))
+    for j, layer, head in (1, 0, 1), (2, 1, 1):
+        axis = figures[0].axes[j]
+        assert axis.get_title().startswith(f"attention of {layer + 1}.{head + 1}")
+        assert torch.equal(torch.tensor(axis.images[0].get_array().data), attns[layer][0, head].detach())
+        expected = []
+        for i in range(len(text)):
+            found = plain_find(text, i, j)
+            if found is not None:
+                expected.append([found + 1, i + 1])
+        assert axis.lines[0].get_xydata().tolist() == expected
