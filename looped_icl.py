@@ -138,7 +138,7 @@ TASKS = {
         points_start=41, steps=100_000, batch_size=40),
 }
 
-def sample_prompts(name, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
+def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
     """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others,
     and y = f(x), f a new one of the task's class for each prompt. The generator is one of `device`.
 
@@ -146,9 +146,9 @@ def sample_prompts(name, batch, n_points, n_dims, generator, active_dims=None, d
     tree would branch on zeros, so its x has all dimensions from the start.
     """
     xs = torch.randn(batch, n_points, n_dims, generator=generator, device=device)
-    if active_dims is not None and not TASKS[name].signs_only:
+    if active_dims is not None and not TASKS[task].signs_only:
         xs[..., active_dims:] = 0
-    return xs, TASKS[name].f(xs, generator)
+    return xs, TASKS[task].f(xs, generator)
 
 class Prompts:
     """The prompts of one function class. `scale`: the variance of y, without noise, by which
