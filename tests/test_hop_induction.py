@@ -633,3 +633,12 @@ def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(
             if found is not None:
                 expected.append([found + 1, i + 1])
         assert axis.lines[0].get_xydata().tolist() == expected
+
+
+def test_the_settings_of_the_paper():
+    runs = runs_of("--preset", "paper")
+    paper = dict(seq_len=100, n_chars=4, max_hops=16, n_head=4, n_embd=128, dropout=0.1, batch_size=32, steps=100_000,
+                 warmup=1_000, lr=1e-4, beta2=0.999, weight_decay=0.01)
+    assert [run.args.n_layer for run in runs] == [2, 3, 4, 5, 6]
+    for run in runs:
+        assert {key: getattr(run.args, key) for key in paper} == paper

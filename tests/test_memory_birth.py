@@ -680,3 +680,11 @@ def test_the_optimizer_is_told_what_the_flags_say(tmp_path, model, expected):
     result, = call_main(memory_birth, *TINY, *flags)
     group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.3 and {key: group[key] for key in expected} == expected
+
+
+def test_the_settings_of_the_paper():
+    args = runs_of("--preset", "paper")[0].args
+    paper = dict(seq_len=256, batch_size=512, n_triggers=5, n_embd=128, triggers="random", outputs="uniform", use_wf=True,
+                 loss="all", lr=0.2, weight_decay=1e-4, steps=10_000)
+    assert {key: getattr(args, key) for key in paper} == paper
+    assert memory_birth.PAPER == {1: 0.55, 2: 0.99}
