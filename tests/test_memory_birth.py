@@ -683,8 +683,9 @@ def test_the_optimizer_is_told_what_the_flags_say(tmp_path, model, expected):
 
 
 def test_the_settings_of_the_paper():
-    args = runs_of("--preset", "paper")[0].args
+    args = memory_birth.parse_args(["--preset", "paper", "--device", "cpu"])
+    run, = common.sweep(args, memory_birth.SWEEP, memory_birth.resolve)
     paper = dict(seq_len=256, batch_size=512, n_triggers=5, n_embd=128, triggers="random", outputs="uniform", use_wf=True,
                  loss="all", lr=0.2, weight_decay=1e-4, steps=10_000)
-    assert {key: getattr(args, key) for key in paper} == paper
+    assert {key: getattr(run.args, key) for key in paper} == paper
     assert memory_birth.PAPER == {1: 0.55, 2: 0.99}
