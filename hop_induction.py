@@ -3,12 +3,12 @@ Transformers, Parallel Computation, and Logarithmic Depth.
 Sanford, Hsu, Telgarsky. ICML 2024, arXiv 2402.09268.
 
 k-hop induction heads, a chain of k look-ups, need depth Theta(log k) and no more: floor(log2 k) + 2
-layers are enough (Theorem 4.2), as each layer can double the number of hops; that transformers of
-bounded size need as many rests on a conjecture about parallel machines. Trained ones obey the same
-threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
+layers are enough (Theorem 4.2), as each layer can double the number of hops; that such a depth is
+also necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones obey the
+same threshold, and their heads find the same doubling: find^1, find^2, find^4, ...
 
-What to look for: the largest number of hops that each depth solves (last column: errors below 5%
-up to it). By Theorem 4.2 two, three and four layers can solve 1, 3 and 7. The quick preset's short
+What to look for: the largest number of hops that each depth solves (last column: up to it all
+errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
 training gets to 1, 3 (rarely 2) and 4 to 6; see RESULTS.md. Its heads align with find^1 and less
 with find^2; those of the medium preset show the doubling.
 

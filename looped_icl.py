@@ -3,9 +3,9 @@ Looped Transformers are Better at Learning Learning Algorithms
 Yang, Lee, Nowak, Papailiopoulos. ICLR 2024, arXiv 2311.12424.
 
 One transformer block, looped b times with the prompt injected anew at every loop, matches a
-12-layer transformer at regression in context with less than a tenth of its parameters. It keeps its
-answer when it is looped far past b: it has learned an iterative algorithm with a fixed point. Look
-in the first table for the looped model beside least squares, and in the second for an error that
+12-layer transformer at in-context regression with less than a tenth of its parameters. It keeps its
+answer when looped far past b: it has learned an iterative algorithm with a fixed point. In the
+first table, compare the looped model with least squares; in the second, look for an error that
 stays flat from b loops on.
 
     python looped_icl.py                                two dimensions, in minutes
@@ -30,8 +30,8 @@ Tables of OpenML, downloaded by id (the paper's, as we read it: 720 725 737 803 
 
 What the paper preset leaves open (points, loops, window, steps, batch) is the task's: see TASKS.
 
-To lift: InContextTransformer needs common's Block and gpt2_init_; sample_prompts needs what stands
-above it under its ruler; a baseline needs torch, and of this file randn, sum_before or best_splits.
+To lift: InContextTransformer needs common's Block and gpt2_init_; sample_prompts needs all that is
+above it in its section; a baseline needs torch, and from here randn, sum_before or best_splits.
 """
 import copy
 import csv

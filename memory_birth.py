@@ -9,12 +9,12 @@ pairs it holds. The memories are learned from the top down: what to output (W_O2
 look for (W_K2), then how to attend to the previous token (W_K1). W_K2 learns nothing while W_O2
 stays as it is at random, nor W_K1 while W_K2 does.
 
-What to look for, in the order in which each first reaches a half: wo2, then wk2, then the accuracy
-in context, and with it wk1. Higher thresholds hide that order, as wk2 is a share of five triggers
-and wo2 one of 65 characters, whose last ones are slow. Self-loops hide it, too: where a trigger's
-output may be the trigger itself, the sequence is stuck in it, which teaches W_K2 its pairs while
-W_O2 is still below a half. The simple model's quick and medium presets leave them out, --preset
-paper and the full model have them.
+What to look for, in the order in which each first reaches one half: wo2, then wk2, then the
+accuracy in context together with wk1. Higher thresholds hide this order: wk2 is a share of five
+triggers, but wo2 one of 65 characters, the last of which are slow. Self-loops hide it, too: once a
+trigger's output is the trigger itself, the sequence repeats it to the end, which teaches W_K2 its
+pairs while wo2 is still below one half. The simple model's quick and medium presets leave
+self-loops out; --preset paper and the full model have them.
 
     python memory_birth.py                          the birth of an induction head, in a minute
     python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
@@ -23,7 +23,7 @@ paper and the full model have them.
     Fig. 3 at the paper's size, some matrices frozen until step 300:
     python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf \\
         --steps 1000 --freeze none wo2:300 wk1:300+wk2:300 wk1:300 wk2:300 --plot
-    Fig. 4, global before in-context, fixed before random triggers; outputs and their transfer:
+    Fig. 4, global before in-context, fixed before random triggers; each kind of output on both:
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
     Sec. 3, one layer against two, everything trained:
     python memory_birth.py --model full --n-layer 1 2 --loss all

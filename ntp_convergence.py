@@ -2,11 +2,11 @@ r"""
 Non-asymptotic Convergence of Training Transformers for Next-token Prediction.
 Huang, Liang, Yang. NeurIPS 2024, arXiv 2409.17335. The paper has no public code.
 
-In a realizable dataset each query has an order on the tokens, and the token of a sentence that is
-above all its others decides what follows. A one-layer transformer trained on it by two-stage
-normalised gradient descent converges: each matrix in direction to its max-margin solution at a
-sub-linear rate, its norm linearly, the loss to its minimum at a linear rate (Theorems 1, 2). And
-it predicts sentences that it never saw, by an order that extends the data's (Theorem 3).
+In a realizable dataset each query has an order on the tokens, and the one token x* of a sentence
+that is above all the others in it decides what follows. A one-layer transformer trained on it by
+two-stage normalised gradient descent converges: each matrix, in direction, to its max-margin
+solution at a sub-linear rate, its norm growing linearly; the loss to its minimum at a linear rate
+(Theorems 1, 2). And it predicts unseen sentences, by an order that extends the data's (Theorem 3).
 
 What to look for: both alignments pass 0.99, and 1 - alignment falls roughly like a power of the
 step; both norms are straight lines; log L_0 and log(L - L_min) end as straight lines (L itself
@@ -27,9 +27,9 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --sentences FILE         your own data, lines of token ids: "0 3" for
         each token and what follows it, then sentences, all of one length, each with its next token
 
-To lift: max_margin needs numpy alone, max_margin_kq also max_margin_matrix and said_orders;
-OneLayer (a float64 embedding) and gradients, with loss_and_residual, torch; the task, numpy, and
-torch for Task.tensors; panels takes that Task of tensors, generalisation the one of arrays.
+To lift: max_margin needs only numpy, max_margin_kq also max_margin_matrix and said_orders;
+OneLayer (with a float64 embedding) and gradients (with loss_and_residual) need torch; the task
+needs numpy, and torch for Task.tensors. panels takes the Task as tensors, generalisation as arrays.
 """
 import math
 from pathlib import Path

@@ -4,13 +4,13 @@ Zhong, Andreas. NeurIPS 2024, arXiv 2410.04368.
 
 Freeze every attention and MLP weight of a transformer at its random initialisation and train only
 the embeddings and the unembedding: it still learns modular addition, associative recall, decimal
-addition, balancing parentheses, even some language. The abilities were there, training picks the
-subspace that uses them. Only wide models can.
+addition, balancing parentheses, even some language. The abilities were there; training picks the
+subspace that uses them. This takes a wide model.
 
-What to look for: in the table of accuracies, the columns `embeddings`, the random transformer,
-which solves the task when wide and not when narrow, beside `full`, full training, which solves
-parentheses when narrow, too. (Wide it may fall a little short: 0.92 in the paper's Table 1.) The
-narrow random one only sees that an odd number of brackets is not balanced, which makes 0.683.
+What to look for in the table of accuracies: `embeddings`, the random transformer, solves the task
+when wide but not when narrow; `full`, full training, solves parentheses even when narrow. (When
+wide, it may fall a little short: 0.92 in the paper's Table 1.) The narrow random model only notices
+that an odd number of brackets cannot be balanced, which gives 0.683.
 
     python random_transformer.py                             parentheses, widths 128 and 16
     python random_transformer.py --preset medium --plot      the threshold in width, four tasks
