@@ -554,7 +554,9 @@ def bring_up_to_date(run, train, measure):
         for key, value in run.measured.items():
             if value and value != old["measured"].get(key):
                 again.append(key)
-        if old.get("code") != run.config["code"]:
+        there = run.read("config.json") or {}
+        same_settings = there.get("settings") == run.config["settings"]      # else build() may fail
+        if same_settings and old.get("code") != run.config["code"]:
             again.append("the changed code")
         how = f"measured again for {', '.join(again)}" if again else "read"
         run.say(f"finished on {old['finished'][:10]}, {how}", "settings", "code", "data")

@@ -492,14 +492,19 @@ def test_changed_code_is_told_and_another_name_and_standard_input_work(tmp_path)
     script = copied(tmp_path, "mine.py")
     assert run_command("mine.py", cwd=tmp_path).returncode == 0
     assert (tmp_path / "out" / "mine" / "quick,seed=0" / "results.json").exists()
-    trained = (tmp_path / "out" / "mine" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns
+    run = tmp_path / "out" / "mine" / "quick,seed=0"
+    trained = (run / "ckpt.pt").stat().st_mtime_ns
     # a number that measure() has learnt to tell is there for the old run, too, which is not trained again
     script.write_text(script.read_text().replace("dict(error=", "dict(answer=42, error="))
     changed = run_command("mine.py", cwd=tmp_path).stdout
     assert "measured again for the changed code; changed since: code; --overwrite" in changed
-    run = tmp_path / "out" / "mine" / "quick,seed=0"
     assert '"answer": 42' in (run / "results.json").read_text() and (run / "ckpt.pt").stat().st_mtime_ns == trained
     assert "read; changed since: code; --overwrite" in run_command("mine.py", cwd=tmp_path).stdout
+    # a setting that the old run does not have: its model cannot be built by the new code, its results are read
+    text = script.read_text().replace("nn.Linear(1, 1)", "nn.Linear(1, 1, bias=args.bias > 0)").replace("width=", "bias=1, width=", 1)
+    script.write_text(text.replace('    add("--depth"', '    add("--bias", type=int, help="new")\n    add("--depth"'))
+    done = run_command("mine.py", cwd=tmp_path)
+    assert done.returncode == 0 and "read; changed since: settings, code; --overwrite" in done.stdout, done.stderr
     assert run_command("-", cwd=tmp_path, input=script.read_text()).returncode == 0
     assert (tmp_path / "out" / "stdin" / "quick,seed=0" / "results.json").exists()
 
