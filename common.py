@@ -130,7 +130,9 @@ def pick_device(name, kinds=("cuda", "mps", "cpu")):
         return torch.device(kind)
     torch.set_float32_matmul_precision("high")               # TF32
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", int(index) if index else rank % counts["cuda"])
+    index = int(index) if index else rank % counts["cuda"]
+    torch.cuda.set_device(index)                             # for streams and graphs, as well
+    return torch.device("cuda", index)
 
 def keep_freed_memory():
     """Tells glibc to keep what is freed: to get new pages takes up to a fifth of a step."""
@@ -154,13 +156,14 @@ def compile_step(step, model, *generators):
 
     def calls():
         torch.cuda.synchronize()
-        torch.cuda.set_stream(torch.cuda.Stream())           # the default one cannot be captured
+        stream = torch.cuda.Stream()                         # the default one cannot be captured
+        torch.cuda.set_stream(stream)
         for _ in range(3):
             yield step()
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):                        # records, does not run
+        with torch.cuda.graph(graph, stream=stream):         # records, does not run
             loss = step()
         while True:
             graph.replay()

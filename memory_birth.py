@@ -13,8 +13,8 @@ What to look for, in the order in which each first reaches one half: wo2, then w
 accuracy in context together with wk1. Higher thresholds hide this order: wk2 is a share of five
 triggers, but wo2 one of 65 characters, the last of which are slow. Self-loops hide it, too: once a
 trigger's output is the trigger itself, the sequence repeats it to the end, which teaches W_K2 its
-pairs while wo2 is still below one half. The simple model's quick and medium presets leave
-self-loops out; --preset paper and the full model have them.
+pairs while wo2 is still below one half; and so does a loss on all tokens (Fig. 4). The simple
+model's quick and medium presets leave both out; --preset paper and the full model have them.
 
     python memory_birth.py                          the birth of an induction head, in a minute
     python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
@@ -25,8 +25,9 @@ self-loops out; --preset paper and the full model have them.
         --steps 1000 --freeze none wo2:300 wk1:300+wk2:300 wk1:300 wk2:300 --plot
     Fig. 4, global before in-context, fixed before random triggers; each kind of output on both:
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
-    Sec. 3, one layer against two, everything trained:
+    Sec. 3, one layer against two, everything trained; small, and at the paper's size:
     python memory_birth.py --model full --n-layer 1 2 --loss all
+    python memory_birth.py --preset paper --model full --n-layer 1 2
     Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:
     python memory_birth.py --three-steps
 
@@ -318,7 +319,7 @@ def three_steps(args, seed, case):
     large as gives its memory's pairs a mean logit of --step-logits, or of minus that where too few
     sequences point it the wrong way. (A first one above 1 makes the model too sure of its answer
     for the gradients after it.) Returns a row, probes and accuracy, for the start and for each
-    step, all on sequences without self-loops.
+    step, all on sequences without self-loops. ValueError where the sequences have no repeat.
     """
     common.seed_everything(seed)
     setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
@@ -347,7 +348,10 @@ def three_steps(args, seed, case):
                 gradient += torch.autograd.grad(loss, W)[0]
         with torch.no_grad():
             W.copy_(-gradient)
-            W *= logit / mean_logit(model, name).abs()       # the sign is the gradient's own
+            size = mean_logit(model, name).abs()             # the sign is the gradient's own
+            if not 0 < size.item() < math.inf:
+                raise ValueError(f"the step on {name} has no direction: a larger --batch-size")
+            W *= logit / size
         rows.append(row(name))
     return rows
 
@@ -460,10 +464,6 @@ def chunk_size(task):
         return 2**20
     return max(1, 2**20 // task.seq_len**2)
 
-def learning_rate(step, args):
-    """Constant (App. E)."""
-    return args.lr
-
 def parse_freeze(text):
     """E.g. wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: until when each stays frozen."""
     if text in (None, "none"):
@@ -474,7 +474,7 @@ def parse_freeze(text):
 def train(args, run):
     """Trains one run, or what is left of it, and leaves its checkpoint."""
     task, model = build(args)
-    rates = dict(lr=args.lr, weight_decay=args.weight_decay)
+    rates = dict(lr=args.lr, weight_decay=args.weight_decay)                     # constant
     if args.model == "simple":
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **rates)
     else:
@@ -511,7 +511,6 @@ def train(args, run):
                 getattr(model, MATRICES[name]).requires_grad_(step >= until)
             if args.compile:                                 # other gradients: a new CUDA graph
                 step_once = common.compile_step(training_step, model, data)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             run.log(step + 1, **snapshot(args, model, task))
@@ -749,7 +748,8 @@ def plot_curves(runs):
                 axis.fill_between(sorted(steps), np.min(seeds, 0), np.max(seeds, 0), alpha=0.2)
             for step in parse_freeze(args.freeze).values():
                 axis.axvline(step, color="black", linewidth=0.6)
-            axis.set(xscale="log", xlabel="step", title=in_words(args, runs))
+            axis.set_xscale("symlog", linthresh=min(steps - {0}))            # it shows step 0
+            axis.set(xlabel="step", title=in_words(args, runs))
             axis.legend(fontsize=8)
         row[0].set_ylabel("loss (nats)")
         row[1].set(ylabel="share", ylim=(-0.02, 1.02))
@@ -758,8 +758,9 @@ def plot_curves(runs):
 
 @torch.no_grad()
 def plot_attention(runs, length=32):
-    """Both layers' attention for one sequence, a row a run; triggers are red, and in bold."""
-    figure, axes = common.new_figure(len(runs), 2, width=5.2, height=5.4)
+    """All layers' attention for one sequence, a row a run; triggers are red, and in bold."""
+    most_layers = max(run.args.n_layer or 2 for run in runs)
+    figure, axes = common.new_figure(len(runs), most_layers, width=5.2, height=5.4)
     for run, row in zip(runs, axes):
         task, model = load(run.folder, run.args.device)
         data = torch.Generator(run.args.device).manual_seed(1)
@@ -877,7 +878,10 @@ def main(argv=None):
         rows = []
         for seed in args.seed:
             for case in CASES:
-                rows += three_steps(args, seed, case)
+                try:
+                    rows += three_steps(args, seed, case)
+                except ValueError as error:                  # no repeat to learn, or to test
+                    common.fail(f"--three-steps: {error}", 2)
         print_three_steps(rows)
         return rows
     runs = common.sweep(args, SWEEP, resolve)

@@ -109,7 +109,8 @@ class Task:
 
         logits (B, Q, V); targets (B, Q), -100 for none, whose loss is 0; tokens (B, T).
         """
-        return F.cross_entropy(logits.mT, targets, reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view_as(targets)
 
     def scored_from(self, tokens, first):
         """tokens (B, T), and that all of them from position `first` on are answers."""
@@ -176,7 +177,7 @@ class Modadd(Lookup):
 
 class Memorize(Lookup):
     """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n. The test is what is
-    trained."""
+    trained, shuffled: a part of it has all x."""
     sizes = range(5, 2_000)
     vocab_size = None                                        # 2 n
     quick = dict(size=64, steps=2_000, batch_size=512, lr=5e-3)
@@ -196,7 +197,8 @@ class Memorize(Lookup):
         generator = torch.Generator().manual_seed(0)
         z = torch.randint(n, (n * n,), generator=generator)
         self.train_rows = torch.stack([x, y, z], dim=1).to(device)
-        self.test_set = self.scored_from(self.train_rows, 2)
+        order = torch.randperm(n * n, generator=generator).to(device)
+        self.test_set = self.scored_from(self.train_rows[order], 2)
 
 class Needle(HashedTask):
     """Associative recall: k ~ U[1, size] pairs of marker and value, then a marker's query, a value.
@@ -390,7 +392,8 @@ class Imitate(Task):
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
         with torch.random.fork_rng(), torch.no_grad():
-            common.seed_everything(0)                        # the same target for every student
+            # The same target for every student, and no student's own initial weights
+            common.seed_everything(10**9)
             self.target = Transformer(self.vocab_size, self.block_size, 3, 2, width)
             for block in self.target.h:
                 block.attn.c_attn.weight *= 10
@@ -722,15 +725,16 @@ def shared_task(kind, size, device, text, changed):
     text = dict(text=text) if kind.needs_text else {}
     return kind(size, device=device, **text)
 
-def make_task(args, device="cpu"):
+def make_task(args):
     """The task of a run."""
     kind = TASKS[args.task]
     changed = Path(args.text).stat().st_mtime_ns if args.text else None
-    return shared_task(kind, getattr(args, kind.size_flag), str(device), args.text, changed)
+    text = str(args.text) if args.text else None             # a path, or what config.json has of it
+    return shared_task(kind, getattr(args, kind.size_flag), str(args.device), text, changed)
 
 def build(args):
     """The task and the model of a run."""
-    task = make_task(args, args.device)
+    task = make_task(args)
     if args.model in RECURRENT:
         model = Recurrent(task.vocab_size, RECURRENT[args.model], args.n_embd, args.dropout)
     else:
@@ -878,8 +882,11 @@ def circuit(model, task):
         logits = model.lm_head(model.ln_f(x[:, -1]))                         # (500, V)
         gradient, = torch.autograd.grad(logits.gather(1, output).sum(), embedded)
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
-    logits = model(task.table[:, :2])[:, -1]                 # (p^2, V), a row a pair
-    right = logits.gather(1, task.table[:, 2:]).view(p, p)
+    right = []                                               # the logit of a + b, for all pairs
+    for pairs in task.table.split(5_000):
+        logits = model(pairs[:, :2])[:, -1]                  # (5000, V)
+        right.append(logits.gather(1, pairs[:, 2:]))
+    right = torch.cat(right).view(p, p)
     a = torch.arange(p)
     by_distance = right[a, (a - a[:, None]) % p]             # row d: all pairs a, a - d
     spread = by_distance.std(1, correction=0).mean() / right.std(correction=0)
@@ -1136,7 +1143,7 @@ def plot(runs, results):
         if args.model == "transformer" and args.seed == runs[0].args.seed:
             if args.task == "needle":
                 plot_attention(run)
-            if args.task == "modadd":
+            if args.task == "modadd" and args.n_embd > 1:    # two components
                 plot_circle(run)
 
 # ---- The command --------------------------------------------------------------------------------

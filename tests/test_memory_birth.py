@@ -400,6 +400,32 @@ def test_half_of_what_is_scored_are_self_loops():
         assert loops == pytest.approx(share, abs=0.02)
 
 
+@pytest.mark.parametrize("flags, reason", [
+    (["--batch-size", "1"], "has no direction"),                                 # no repeat to learn: a step of 0 / 0
+    (["--seq-len", "4", "--n-triggers", "1", "--vocab-size", "600", "--n-embd", "1808", "--batch-size", "1"], "twice"),
+])
+def test_three_steps_without_a_repeat_end_in_one_line(flags, reason, capsys):
+    with pytest.raises(SystemExit) as stop:
+        memory_birth.main([*THREE_TINY, "--seed", "2", *flags])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and reason in error and len(error.splitlines()) == 1
+
+
+def test_every_layers_attention_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, *_: drawn.append(figure))
+    runs = []
+    for n_layer in 3, 1:
+        run, = runs_of("--model", "full", "--n-layer", n_layer, "--steps", 1, "--n-embd", 16, "--out-dir", tmp_path)
+        run.folder.mkdir(parents=True)
+        memory_birth.train(run.args, run)
+        runs.append(run)
+    memory_birth.plot_attention(runs)
+    titles = [axis.get_title() for axis in drawn[0].axes if axis.axison]
+    assert [title[-7:] for title in titles] == ["layer 1", "layer 2", "layer 3", "layer 1"]
+
+
 def test_three_steps_print_the_theorem_beside_what_breaks_it(capsys):
     flags = ["--device", "cpu", "--three-steps", "--vocab-size", "8", "--seq-len", "8", "--n-embd", "40", "--batch-size", "512"]
     rows = call_main(memory_birth, *flags)

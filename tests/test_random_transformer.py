@@ -306,6 +306,8 @@ def test_memorize_is_one_fixed_table():
     assert set(table) == {(x, 16 + y) for x in range(16) for y in range(16)} and set(table.values()) <= set(range(16))
     assert all(table[x, y] == z for x, y, z in task.sample(3_000, generator())[0].tolist())
     assert len(set(table.values())) > 12 and torch.equal(TASKS["memorize"](16).test_set[0], task.test_set[0])
+    first_part = task.test_set[0][:64]
+    assert len(set(first_part[:, 0].tolist())) > 12                              # shuffled: scores of a part are of all x
 
 
 # What the recipe of the paper's text gives: means over inputs of the entropy of a target's output and of the KL between two
@@ -584,9 +586,10 @@ def test_find_needles_reads_the_attention():
     assert random_transformer.find_needles(attns, tokens, scored) == pytest.approx([0.7, 0.4])
 
 
-def test_circuit_tells_a_pizza_from_a_clock():
-    task = TASKS["modadd"](23)
-    angle = 2 * math.pi * torch.arange(23) / 23
+@pytest.mark.parametrize("p", [23, 73])                                          # 73: more pairs than go at once
+def test_circuit_tells_a_pizza_from_a_clock(p):
+    task = TASKS["modadd"](p)
+    angle = 2 * math.pi * torch.arange(p) / p
 
     class Fake(nn.Module):
         """Numbers on a circle. The pizza adds a's and b's points, the clock adds their angles by a product."""
@@ -809,6 +812,8 @@ def test_runs_share_a_task_until_its_text_changes(tmp_path, short_lm):
     run = one_run(tmp_path, "--task", "lm", "--size", 6, "--text", text)
     first = random_transformer.make_task(run.args)
     assert random_transformer.make_task(run.args) is first and "two" in first.words
+    read = argparse.Namespace(**{**vars(run.args), "text": str(text)})           # as load has it from config.json
+    assert random_transformer.make_task(read) is first
     text.write_text("four five six. " * 3_000)
     os.utime(text, ns=(1, 1))
     assert "five" in random_transformer.make_task(run.args).words
@@ -981,6 +986,16 @@ def test_the_target_to_imitate_is_one_for_all_seeds_and_moves_no_random_number()
         assert torch.equal(torch.get_rng_state(), before)                        # the students' weights are their seed's
     for name, weights in targets[0].items():
         assert torch.equal(weights, targets[1][name])
+
+
+def test_no_student_begins_as_its_target():
+    task = TASKS["imitate"](32)
+    torch.manual_seed(0)                                                         # the default seed's student
+    student = dict(random_transformer.Transformer(512, 40, 3, 2, 32).named_parameters())
+    for name, weights in task.target.named_parameters():
+        if weights.dim() == 2:
+            cosine = F.cosine_similarity(weights.flatten(), student[name].flatten(), dim=0)
+            assert cosine.abs() < 0.1, name
 
 
 def test_each_task_is_shown_by_its_own_metric(tmp_path, monkeypatch, capsys):
