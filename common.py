@@ -222,7 +222,7 @@ def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "
     def add(flag, **settings):
         if flag not in without:
             parser.add_argument(flag, **settings)
-    how = "minutes, an hour, the paper's setting"
+    how = "minutes, up to an hour, the paper's setting"
     add("--preset", choices=list(presets), default="quick", help=how)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")

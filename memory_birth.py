@@ -749,7 +749,7 @@ def plot_curves(runs):
             for step in parse_freeze(args.freeze).values():
                 axis.axvline(step, color="black", linewidth=0.6)
             axis.set_xscale("symlog", linthresh=min(steps - {0}))            # it shows step 0
-            axis.set(xlabel="step", title=in_words(args, runs))
+            axis.set(xlim=0, xlabel="step", title=in_words(args, runs))
             axis.legend(fontsize=8)
         row[0].set_ylabel("loss (nats)")
         row[1].set(ylabel="share", ylim=(-0.02, 1.02))

@@ -342,11 +342,16 @@ def max_margin(A, tolerance=1e-12):
         raise ValueError("no max-margin solution: the constraints cannot all be met")
     return w, l
 
+def check_constraints(n):
+    """ValueError for more constraints in one problem than a quarter of an hour is enough for."""
+    if n > 4_000:
+        raise ValueError(f"{n:,} max-margin constraints at once: take fewer tokens")
+
 def max_margin_matrix(differences, queries, embedding):
     """argmin |W|_F subject to differences[i]^T W x_queries[i] >= 1: W (a, d).
 
     For differences (m, a), token ids queries (m,) and an embedding (d, V). ValueError for more than
-    4,000 constraints in one problem, which take a quarter of an hour already.
+    4,000 constraints in one problem.
     """
     d, V = embedding.shape
     if np.allclose(embedding.T @ embedding, np.eye(V)):
@@ -356,8 +361,7 @@ def max_margin_matrix(differences, queries, embedding):
             w, _ = max_margin(differences[queries == q])
             W += np.outer(w, embedding[:, q])
         return W
-    if len(queries) > 4_000:
-        raise ValueError(f"{len(queries):,} max-margin constraints at once: take fewer tokens")
+    check_constraints(len(queries))
     A = differences[:, :, None] * embedding[:, queries].T[:, None, :]                # (m, a, d)
     w, _ = max_margin(A.reshape(len(A), -1))
     return w.reshape(A.shape[1:])
@@ -426,6 +430,10 @@ def get_dataset(args):
     sentences = dataset[0]
     if (sentences == sentences[:, -1:]).all():
         raise ValueError("each sentence repeats one token, so that attention has nothing to learn")
+    if args.embedding == "gaussian":                         # all constraints in one problem
+        V = len(dataset[2])                                  # of the collocation
+        n_orders = said_orders(sentences, dataset[3], V).sum()
+        check_constraints(max(V * (V - 1), n_orders))
     return dataset, orders
 
 def build(args):
@@ -570,7 +578,7 @@ def straight_parts(curve):
     """Where Theorems 1 and 2 promise a straight line: x and y of a fit, for each panel."""
     t, loss, gap = curve["t"], curve["loss"], curve["gap"]
     half = (t >= t[-1] / 2) & (loss > 1e-12 * curve["total"])                # above rounding
-    late = (t >= 100) & (gap > 0)                            # after the first bend
+    late = (t >= 100) & (gap > 1e-12)                        # after the first bend; above rounding
     # norm ~ t, loss ~ e^(-t), gap ~ a power of t
     return {
         "norm": (t, curve["norm"]),

@@ -321,6 +321,7 @@ stray  ->  stray
 --sentences TOKENS --n-sentences 9  ->  --n-sentences has no effect
 --sentences TOKENS --seq-len 9  ->  --seq-len has no effect
 --sentences BINARY  ->  decode
+--embedding gaussian --vocab-size 64  ->  4,032 max-margin constraints at once: take fewer tokens
 """,
     "memory_birth": """
 --device cuda:99

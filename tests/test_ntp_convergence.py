@@ -622,6 +622,9 @@ def test_the_fit_of_a_line_is_least_squares_with_its_r_squared():
     parts = ntp.straight_parts(dict(t=t, loss=1 / t, total=1 / t, gap=1 / t, norm=t))
     begins = {name: x[0] for name, (x, y) in parts.items()}
     assert begins == pytest.approx({"norm": 1, "loss": 500, "gap": math.log(100)})
+    rounding = 2e-16 * np.cos(t)                                                 # already aligned: nothing to fit
+    parts = ntp.straight_parts(dict(t=t, loss=rounding, total=1 / t, gap=rounding, norm=t))
+    assert len(parts["loss"][0]) == len(parts["gap"][0]) == 0
 
 
 def test_each_label_of_the_tables_shows_its_own_number():
