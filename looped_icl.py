@@ -35,6 +35,7 @@ above it in its section; a baseline needs torch, and from here randn, sum_before
 """
 import copy
 import csv
+import http.client
 import itertools
 import json
 import math
@@ -166,141 +167,6 @@ class Prompts:
         """xs (B, n, d), ys (B, n). `part` has no meaning here: every prompt is a new one."""
         shape = batch, n_points, self.n_dims
         return sample_prompts(self.name, *shape, generator, active_dims, self.device)
-
-# ---- The task on real tables (OpenML) -----------------------------------------------------------
-
-def is_number(cell):
-    """Whether a cell of a table is a finite number."""
-    try:
-        return math.isfinite(float(cell))
-    except ValueError:
-        return False
-
-def read_table(path, n_dims=20):
-    """A CSV with a header, the label in the last column -> features (n, n_dims), standardised and
-    padded with zeros in front, labels (n,) in 0, 1. ValueError, with row or column, where it is not
-    such a table (OpenML's conditions of the paper)."""
-    def check(good, reason):
-        if not good:
-            raise ValueError(f"{path}{reason}")
-
-    with open(path, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    n_features = len(header) - 1
-    named = not all(map(is_number, header[:-1]))
-    check(named, ", row 1: a header with the columns' names is missing")
-    fits = 5 <= n_features <= n_dims
-    check(fits, f": {n_features} features, not 5 to --n-dims {n_dims} (the paper's is 20)")
-    check(1_000 <= len(rows) <= 10_000, f": {len(rows)} rows are not in 1000 .. 10000")
-    for number, row in enumerate(rows, start=2):
-        check(len(row) == len(header), f", row {number}: {len(row)} values, not {len(header)}")
-        for name, cell in zip(header[:-1], row):
-            check(is_number(cell), f", column {name}, row {number}: {cell!r} is not a number")
-    *columns, labels = zip(*rows)
-    classes, labels = np.unique(np.char.strip(labels), return_inverse=True)
-    balanced = len(classes) == 2 and 1 / 3 <= labels.mean() <= 2 / 3
-    check(balanced, f", column {header[-1]}: not two classes of which one has at least half of "
-                    "the other's rows")
-    features = np.array(columns, dtype=float).T                         # (n, features)
-    deviation = features.std(0)
-    deviation[deviation == 0] = 1
-    features = (features - features.mean(0)) / deviation
-    features = np.pad(features, ((0, 0), (n_dims - n_features, 0)))
-    return features.astype(np.float32), labels
-
-def download(url):
-    """The text at an address. OSError."""
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        return answer.read().decode("utf-8", "replace")
-
-def fetch(number, folder):
-    """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, without the
-    row's number and what OpenML says to ignore, then its target. OSError where that fails,
-    ValueError where it is no dense table with a target."""
-    about = json.loads(download(f"https://www.openml.org/api/v1/json/data/{number}"))
-    about = about["data_set_description"]
-    # ARFF: a line "@attribute name type" for each column, then the rows; % begins a comment
-    text = download(about["url"])
-    attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", text)
-    names = [name.strip("'\"") for name, kind in attributes]
-    lines = [line for line in text.splitlines() if line.strip() and line[0] not in "%@"]
-    rows = list(csv.reader(lines, quotechar="'", skipinitialspace=True))
-    target = about.get("default_target_attribute")
-    if target not in names or {len(row) for row in rows} != {len(names)}:
-        raise ValueError(f"OpenML {number}: not a dense table with one target")
-    ignored = about.get("ignore_attribute") or []                       # one name, or a list
-    left_out = [target, about.get("row_id_attribute"), *np.ravel(ignored)]
-    kinds = [kind.lower() for name, kind in attributes]
-    keep = []
-    for i, name in enumerate(names):
-        if kinds[i] in ("numeric", "real", "integer") and name not in left_out:
-            keep.append(i)
-    keep.append(names.index(target))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(folder) / f"{number}.{os.getpid()}.part"        # several processes may fetch it
-    with open(part, "w", newline="") as file:
-        for row in [names, *rows]:
-            csv.writer(file).writerow([row[i] for i in keep])
-    part.replace(Path(folder) / f"{number}.csv")
-
-def table_number(path):
-    """What tables are ordered by: 720.csv before 1462.csv, both before names without number."""
-    name = path.stem
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-class Tables:
-    """Prompts from real tables, all but the one held out: rows of one table, in random order,
-    without repetition. ValueError where the tables do not serve.
-
-    The paper's protocol: each of ten tables is held out in turn; the model is trained on prompts
-    from 95% of the rows of the others (5% are kept for validation) and tested on prompts from it.
-    `held_out` counts the folder's tables in the order of their numbers.
-    """
-
-    scale = 1
-    n_out = 2                                                           # two logits
-
-    def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
-        paths = sorted(Path(folder).glob("*.csv"), key=table_number)
-        if held_out >= len(paths) or len(paths) < 2:
-            needed = max(held_out + 1, 2)
-            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), --held-out {held_out} "
-                             f"takes {needed}: give --data-dir FOLDER, or --fetch")
-        self.name = paths[held_out].stem
-        self.device = device
-        rng = np.random.default_rng(0)
-        tables = {"train": [], "valid": [], "test": []}
-        for number, path in enumerate(paths):
-            xs, ys = map(torch.from_numpy, read_table(path, n_dims))
-            rows = rng.permutation(len(ys))
-            train, valid = np.split(rows, [len(rows) * 95 // 100])
-            if len(valid) < n_points:
-                raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
-                                 f"--n-points {n_points}")
-            if number == held_out:
-                tables["test"].append((xs[rows], ys[rows]))
-            else:
-                tables["train"].append((xs[train], ys[train]))
-                tables["valid"].append((xs[valid], ys[valid]))
-        # tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths
-        self.parts = {}
-        for part, pairs in tables.items():
-            xs, ys = zip(*pairs)
-            lengths = torch.tensor([len(y) for y in ys], device=device)
-            xs = nn.utils.rnn.pad_sequence(xs, batch_first=True).to(device)
-            ys = nn.utils.rnn.pad_sequence(ys, batch_first=True).to(device)
-            self.parts[part] = xs, ys, lengths
-
-    def sample(self, batch, n_points, generator, active_dims=None, part="train"):
-        """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test
-        (the table held out). All dimensions are active."""
-        xs, ys, lengths = self.parts[part]
-        n_rows = xs.shape[1]                                            # of the longest table
-        table = torch.randint(len(xs), (batch, 1), generator=generator, device=self.device)
-        keys = torch.rand(batch, n_rows, generator=generator, device=self.device)
-        is_row = torch.arange(n_rows, device=self.device) < lengths[table]
-        rows = keys.masked_fill(~is_row, -1.0).topk(n_points, dim=1).indices            # distinct
-        return xs[table, rows], ys[table, rows].float()
 
 # ---- The model (Sec. 4) -------------------------------------------------------------------------
 
@@ -446,6 +312,8 @@ def resolve(args):
     for name, whole in PART_OF.items():
         if name not in given and getattr(args, name) is not None:
             setattr(args, name, min(getattr(args, name), getattr(args, whole)))
+    if args.model == "looped" and args.eval_loops is None:
+        args.eval_loops = args.loops
     _, _, inject = MODELS[args.model](args)
     if inject == "none" and "lr" not in given:
         args.lr = LR_NOT_INJECTED[args.preset]
@@ -528,6 +396,10 @@ def train(args, run):
     optimizer.param_groups[0]["lr"] = lr                        # the checkpoint has brought its own
     _, passes, _ = MODELS[args.model](args)
     window = args.window or 1
+    *sizes, _ = curriculum(args, args.steps - 1)
+    if sizes != [args.n_dims, args.n_points]:
+        print(f"{run.number} ends its curriculum at {sizes[0]} of {args.n_dims} dimensions and "
+              f"{sizes[1]} of {args.n_points} points; it is scored on all")
     stage = None
 
     def training_step():
@@ -806,11 +678,15 @@ def hidden_states(model, xs, ys, loops):
 def probe(model, task, n_points, loops, n=1_000):
     """Sec. 6: what a linear probe reads off the hidden states after each loop or layer: X^T y / k,
     and the least-squares w. Relative squared errors on n prompts of "linear", {name: a list by
-    loop}. The probe is fitted in closed form (ridge) on n other prompts; as a control on n prompts
-    that all have w = (1, .., 1): another w is then found only if the states hold it."""
+    loop}. The probe is fitted in closed form (ridge), on 8 other prompts for each of its numbers,
+    and on n at least.
+
+    The control is fitted on prompts that all have w = (1, .., 1), and tested on the same n. Its w
+    is then a constant, which the bias alone predicts: at other w it is wrong by about 2, that is
+    E|w - 1|^2 / E|w|^2, whatever the states hold. X^T y varies, and can be found."""
     draw = torch.Generator(task.device).manual_seed(40_000)
 
-    def states_and_targets(constant):
+    def states_and_targets(n, constant):
         xs, ys = sample_prompts("linear", n, n_points, task.n_dims, draw, device=task.device)
         if constant:
             ys = xs.sum(2)
@@ -822,10 +698,11 @@ def probe(model, task, n_points, loops, n=1_000):
         }
         return hidden_states(model, xs, ys, loops), targets
 
-    test_states, test_targets = states_and_targets(constant=False)
+    test_states, test_targets = states_and_targets(n, constant=False)
+    n_fit = max(n, 8 * test_states[0].shape[1])
     found = {}
     for suffix, constant in [("", False), (" (control)", True)]:
-        states, targets = states_and_targets(constant)
+        states, targets = states_and_targets(n_fit, constant)
         for name, target in targets.items():
             wanted = test_targets[name]
             by_loop = []
@@ -873,6 +750,146 @@ def measure(args, run):
         results["probe"] = probe(model, task, args.n_points, passes)
     return results
 
+# ---- The same on real tables (OpenML, App.) -----------------------------------------------------
+
+def is_number(cell):
+    """Whether a cell of a table is a finite number."""
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
+
+def read_table(path, n_dims=20):
+    """A CSV with a header, the label in the last column -> features (n, n_dims), standardised and
+    padded with zeros in front, labels (n,) in 0, 1. ValueError, with row or column, where it is not
+    such a table (OpenML's conditions of the paper)."""
+    def check(good, reason):
+        if not good:
+            raise ValueError(f"{path}{reason}")
+
+    try:
+        with open(path, newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from None
+    n_features = len(header) - 1
+    named = not all(map(is_number, header[:-1]))
+    check(named, ", row 1: a header with the columns' names is missing")
+    fits = 5 <= n_features <= n_dims
+    check(fits, f": {n_features} features, not 5 to --n-dims {n_dims} (the paper's is 20)")
+    check(1_000 <= len(rows) <= 10_000, f": {len(rows)} rows are not in 1000 .. 10000")
+    for number, row in enumerate(rows, start=2):
+        check(len(row) == len(header), f", row {number}: {len(row)} values, not {len(header)}")
+        for name, cell in zip(header[:-1], row):
+            check(is_number(cell), f", column {name}, row {number}: {cell!r} is not a number")
+    *columns, labels = zip(*rows)
+    classes, labels = np.unique(np.char.strip(labels), return_inverse=True)
+    balanced = len(classes) == 2 and 1 / 3 <= labels.mean() <= 2 / 3
+    check(balanced, f", column {header[-1]}: not two classes of which one has at least half of "
+                    "the other's rows")
+    features = np.array(columns, dtype=float).T                         # (n, features)
+    deviation = features.std(0)
+    deviation[deviation == 0] = 1
+    features = (features - features.mean(0)) / deviation
+    features = np.pad(features, ((0, 0), (n_dims - n_features, 0)))
+    return features.astype(np.float32), labels
+
+def download(url):
+    """The text at an address. OSError."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return answer.read().decode("utf-8", "replace")
+
+def fetch(number, folder):
+    """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, without the
+    row's number and what OpenML says to ignore, then its target. OSError where that fails,
+    ValueError where it is no dense table with a target."""
+    answer = json.loads(download(f"https://www.openml.org/api/v1/json/data/{number}"))
+    about = answer.get("data_set_description")
+    if about is None:
+        raise ValueError(f"OpenML {number}: no such data set")
+    # ARFF: a line "@attribute name type" for each column, then the rows; % begins a comment
+    text = download(about["url"])
+    attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", text)
+    names = [name.strip("'\"") for name, kind in attributes]
+    lines = [line for line in text.splitlines() if line.strip() and line[0] not in "%@"]
+    rows = list(csv.reader(lines, quotechar="'", skipinitialspace=True))
+    target = about.get("default_target_attribute")
+    if target not in names or {len(row) for row in rows} != {len(names)}:
+        raise ValueError(f"OpenML {number}: not a dense table with one target")
+    ignored = about.get("ignore_attribute") or []                       # one name, or a list
+    left_out = [target, about.get("row_id_attribute"), *np.ravel(ignored)]
+    kinds = [kind.lower() for name, kind in attributes]
+    keep = []
+    for i, name in enumerate(names):
+        if kinds[i] in ("numeric", "real", "integer") and name not in left_out:
+            keep.append(i)
+    keep.append(names.index(target))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    part = Path(folder) / f"{number}.{os.getpid()}.part"        # several processes may fetch it
+    with open(part, "w", newline="") as file:
+        for row in [names, *rows]:
+            csv.writer(file).writerow([row[i] for i in keep])
+    part.replace(Path(folder) / f"{number}.csv")
+
+def table_number(path):
+    """What tables are ordered by: 720.csv before 1462.csv, both before names without number."""
+    name = path.stem
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+class Tables:
+    """Prompts from real tables, all but the one held out: rows of one table, in random order,
+    without repetition. ValueError where the tables do not serve.
+
+    The paper's protocol: each of ten tables is held out in turn; the model is trained on prompts
+    from 95% of the rows of the others (5% are kept for validation) and tested on prompts from it.
+    `held_out` counts the folder's tables in the order of their numbers.
+    """
+
+    scale = 1
+    n_out = 2                                                           # two logits
+
+    def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
+        paths = sorted(Path(folder).glob("*.csv"), key=table_number)
+        if held_out >= len(paths) or len(paths) < 2:
+            needed = max(held_out + 1, 2)
+            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), --held-out {held_out} "
+                             f"takes {needed}: give --data-dir FOLDER, or --fetch")
+        self.name = paths[held_out].stem
+        self.device = device
+        rng = np.random.default_rng(0)
+        tables = {"train": [], "valid": [], "test": []}
+        for number, path in enumerate(paths):
+            xs, ys = map(torch.from_numpy, read_table(path, n_dims))
+            rows = rng.permutation(len(ys))
+            train, valid = np.split(rows, [len(rows) * 95 // 100])
+            if len(valid) < n_points:
+                raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
+                                 f"--n-points {n_points}")
+            if number == held_out:
+                tables["test"].append((xs[rows], ys[rows]))
+            else:
+                tables["train"].append((xs[train], ys[train]))
+                tables["valid"].append((xs[valid], ys[valid]))
+        # tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths
+        self.parts = {}
+        for part, pairs in tables.items():
+            xs, ys = zip(*pairs)
+            lengths = torch.tensor([len(y) for y in ys], device=device)
+            xs = nn.utils.rnn.pad_sequence(xs, batch_first=True).to(device)
+            ys = nn.utils.rnn.pad_sequence(ys, batch_first=True).to(device)
+            self.parts[part] = xs, ys, lengths
+
+    def sample(self, batch, n_points, generator, active_dims=None, part="train"):
+        """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test
+        (the table held out). All dimensions are active."""
+        xs, ys, lengths = self.parts[part]
+        n_rows = xs.shape[1]                                            # of the longest table
+        table = torch.randint(len(xs), (batch, 1), generator=generator, device=self.device)
+        keys = torch.rand(batch, n_rows, generator=generator, device=self.device)
+        is_row = torch.arange(n_rows, device=self.device) < lengths[table]
+        rows = keys.masked_fill(~is_row, -1.0).topk(n_points, dim=1).indices            # distinct
+        return xs[table, rows], ys[table, rows].float()
+
 # ---- Tables and figures -------------------------------------------------------------------------
 
 # The paper's accuracy on each table of OpenML, held out. It numbers them 0 .. 9: the ids in their
@@ -899,7 +916,7 @@ def describe(args, results):
     name = "looped" if args.model == "looped" else f"{args.n_layer} layers"
     name += ", tied" if args.model == "tied" else ""
     name += {"none": ", no injection", "multiply": ", multiplied"}.get(args.inject, "")
-    name += f", {results[0]['table']}" if args.task == "openml" else ""
+    name += f", table {results[0]['table']}" if args.task == "openml" else ""
     return name
 
 def panels(task, groups):
@@ -921,7 +938,9 @@ def panels(task, groups):
             for target, curve in first["probe"].items():
                 columns[target] = [run["probe"][target] for run in results]
             passes = range(1, len(curve) + 1)
-            probes.append((name, "relative error of the probe", "loop or layer", passes, columns))
+            subject = f"{task}, {name}"
+            measure = "relative error of the probe"
+            probes.append((subject, measure, "loop or layer", passes, columns))
         if all("ood" in run for run in results):
             by_input[name] = [list(run["ood"].values()) for run in results]
             others = first["ood of least squares"]
@@ -980,6 +999,8 @@ def plot(runs, by_task):
         found.append([panel for panel in panels(task, groups) if panel[2] != "other inputs"])
     figure, axes = common.new_figure(len(found), max(map(len, found)))
     for row, of_task in zip(axes, found):
+        for axis in row[len(of_task):]:                                 # another task has more
+            axis.remove()
         for axis, (subject, measure, x_name, x, lines) in zip(row, of_task):
             for style, (name, curves) in zip(itertools.cycle(STYLES), lines.items()):
                 middle = np.median(curves, 0)
@@ -1082,8 +1103,8 @@ def check_task(parser, args, task):
         Tables(own.data_dir, max(args.held_out), own.n_dims, own.n_points)
     except urllib.error.URLError as error:
         parser.error(f"--fetch: OpenML did not answer: {error}; give --data-dir a folder of CSVs")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, ValueError, csv.Error, http.client.HTTPException) as error:
+        parser.error(str(error) or type(error).__name__)
 
 def main(argv=None):
     """The command: trains what the flags ask for, prints the tables, returns the results."""

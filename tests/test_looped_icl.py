@@ -1,5 +1,6 @@
 """looped_icl.py: function classes and baselines against plain NumPy, what a loop and a window are, tables, the command."""
 import csv
+import http.client
 import io
 import json
 import math
@@ -462,6 +463,30 @@ def test_errors_by_examples_at_converged_loops(tmp_path, capsys):
     assert results["curve"][0][-1] == pytest.approx(results["by_loops"][10], rel=1e-5)
     assert usual["curve"][0][-1] == pytest.approx(usual["by_loops"][3], rel=1e-5)
     assert results["by_loops"] == usual["by_loops"] and results["curve"] != usual["curve"]
+    call_main(looped_icl, *TINY, "--seed", "0", "1", "--out-dir", tmp_path)
+    again = looped_icl.main([*TINY, "--seed", "0", "1", "--out-dir", str(tmp_path)])
+    assert [run["curve_loops"] for run in again] == [4, 4]                       # without the flag: b again, for each seed
+
+
+def test_a_run_that_ends_within_its_curriculum_says_so(tmp_path, capsys):
+    call_main(looped_icl, *TINY, "--out-dir", tmp_path)
+    said = "ends its curriculum at 2 of 3 dimensions and 4 of 6 points; it is scored on all"
+    assert "ends its curriculum" not in capsys.readouterr().out
+    call_main(looped_icl, *TINY, "--n-dims", 3, "--dims-start", 2, "--curriculum-every", 1_000, "--out-dir", tmp_path)
+    assert said in capsys.readouterr().out
+
+
+def test_the_probe_at_the_papers_width_is_not_fitted_by_heart():
+    noise = generator()
+
+    class Noise(Fake):
+        """Its states, of the paper's width, say nothing."""
+        def forward(self, xs, ys, loops):
+            self.h[0](torch.randn(len(xs), 11, 256, generator=noise))
+            self.h[1](torch.randn(len(xs), 11, 256, generator=noise))
+            self.h[2](torch.randn(len(xs), 11, 256, generator=noise))
+    found = looped_icl.probe(Noise(), Prompts("linear", 3), 6, 1)
+    assert max(found["w"]) < 1.25                                                # chance is 1; fitted on 1,000 prompts, 2
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------------------
@@ -519,6 +544,7 @@ def test_tables_are_ordered_by_number(tmp_path):
     (lambda header, lines: lines.extend(lines * 10), "11000 rows are not in 1000 .. 10000"),
     (lambda header, lines: lines[7].__setitem__(2, "?"), "column f2, row 9: '?' is not a number"),
     (lambda header, lines: lines[7].__setitem__(2, ""), "column f2, row 9: '' is not a number"),
+    (lambda header, lines: lines[7].__setitem__(2, "1" * 200_000), "field larger than field limit"),
     (lambda header, lines: lines[7].pop(), "row 9: 6 values, not 7"),
     (lambda header, lines: lines[7].__setitem__(2, "1e999"), "is not a number"),
     (lambda header, lines: header.__setitem__(slice(None), map(str, range(7))), "row 1: a header"),
@@ -606,6 +632,23 @@ def test_fetch_leaves_out_row_ids_and_ignored_columns(tmp_path, monkeypatch, mor
         assert next(csv.reader(file)) == left
 
 
+def broken_off(url, timeout):
+    raise http.client.IncompleteRead(b"{")
+
+
+def no_data_set(url, timeout):
+    return io.BytesIO(b'{"error": {"code": "111"}}')
+
+
+@pytest.mark.parametrize("answer, reason", [(no_data_set, "OpenML 7: no such data set"), (broken_off, "IncompleteRead")])
+def test_an_answer_without_a_data_set_ends_in_one_line(tmp_path, monkeypatch, capsys, answer, reason):
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    with pytest.raises(SystemExit) as stop:
+        looped_icl.parse_args(["--device", "cpu", "--task", "openml", "--fetch", "7", "--data-dir", str(tmp_path / "tables")])
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and reason in line
+
+
 @pytest.mark.parametrize("arff, target", [(ARFF, None), (ARFF.replace("40, 2, c, 7", "{0 40, 1 2}"), "Class"), ("<html>", "Class")])
 def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch, capsys, arff, target):
     serve(monkeypatch, arff, target)
@@ -638,7 +681,7 @@ def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
     assert "0.662" not in capsys.readouterr().out                               # no longer the paper's setting
     lines = [line.split() for line in out.splitlines()]
     rows = [line for line in lines if line[:1] == ["looped,"] and len(line) > 4]
-    assert [(row[1], row[-1]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]         # the paper's
+    assert [(row[2], row[-1]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]         # the paper's
     assert [float(row[-2]) for row in rows] == pytest.approx([1 - result["curve"][0][-1] for result in results], abs=1e-3)
     assert "share of wrong labels" in out
     folders = {path.name for path in (tmp_path / "out" / "looped_icl").iterdir()}
