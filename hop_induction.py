@@ -469,7 +469,7 @@ def train(args, run):
 
 # ---- Measurement --------------------------------------------------------------------------------
 
-# Evaluation has seeds of its own, from 10,000 on, far from those that a run is given.
+# Evaluation has seeds of its own, from 10,000 on: those of runs are meant to be smaller.
 
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
@@ -504,18 +504,22 @@ def head_alignment(model, task, n=10):
     data = torch.Generator(task.device).manual_seed(20_000)
     tokens, _ = task.sample(n, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
-    found = [find(tokens[:, 1:], j) for j in range(1, task.max_hops + 1)]
-    # among tokens, where 0, the k token, stands for undefined: no hop leads there
-    positions = torch.stack(found, dim=1) + 1                # (n, J, T - 1)
-    positions = F.pad(positions, (1, 0))                     # (n, J, T)
-    matrices = F.one_hot(positions, tokens.shape[1]).float() # (n, J, T, T)
-    matrices[..., 0] = 0
-    targets = F.normalize(matrices.flatten(2), dim=2)        # (n, J, T T)
+    looked_for = []
+    for j in range(1, task.max_hops + 1):
+        positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
+        looked_for.append(F.pad(positions, (1, 0)))          # (n, T); k looks for nothing
     alignment = []
     for attn in attns:
-        heads = F.normalize(attn.float().flatten(2), dim=2)  # (n, H, T T)
-        products = heads @ targets.mT                        # (n, H, J)
-        alignment.append(products.mean(0).cpu())
+        size_A = attn.float().flatten(2).norm(dim=2)         # (n, H)
+        products = []
+        for positions in looked_for:
+            defined = positions > 0
+            size_F = defined.sum(1).sqrt()                   # a one for each row
+            column = positions[:, None, :, None].expand(-1, attn.shape[1], -1, 1)
+            attended = attn.gather(3, column)[..., 0]        # (n, H, T): to find^j
+            inner = (attended * defined[:, None]).sum(2)     # <A, F_j>
+            products.append(inner / (size_A * size_F.clamp_min(1)[:, None]))
+        alignment.append(torch.stack(products, dim=2).mean(0).cpu())
     return alignment
 
 def plain(values):
@@ -602,6 +606,8 @@ def in_words(args, runs):
             value = "fresh"
         if varies or key == "n_layer":
             phrase = PHRASES.get(key, key + " {}")
+            if key == "n_layer" and args.arch == "lstm":
+                phrase = "size of {} layers"
             words.append(phrase.format(value))
     return ", ".join(words)
 
@@ -633,9 +639,10 @@ enough.""")
 
 def print_heads(args, runs=(), shown=()):
     """Figs. 3 and 4 as numbers: each head's best find^j. shown: args, results of first seeds."""
-    print("""
-Heads: the find^j that each looks at most, and its normalised inner product with it (undefined hops
-count against it; the construction's first layer looks for characters and for k, at no find^j)""")
+    seed = f", seed {shown[0][0].seed}" if shown else ""
+    print(f"""
+Heads{seed}: the find^j that each looks at most, and its normalised inner product with it (undefined
+hops count against it; the construction's first layer looks for characters and for k, at no find^j)""")
     alignments = {in_words(own, runs): result["alignment"] for own, result in shown}
     if args.seq_len <= Construction.longest:
         task = HopTask(args.seq_len, args.n_chars, args.max_hops)
@@ -672,7 +679,8 @@ def plot_errors(runs, results):
             state = "off" if "off" in paper else "on"
             look.update(linestyle="none", fillstyle="none", markersize=9)
             axis.plot(SHOWN, paper[state], label=f"paper, dropout {state}", **look)
-    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="chance")
+    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="random character")
+    axis.axhline(0.05, color="black", linewidth=0.6, linestyle=":", label="solved: below")
     axis.set(xlabel="number of hops k", ylabel="error (share of characters)",
              ylim=(-0.02, 0.9), xticks=hops)
     axis.legend(fontsize=8)
@@ -686,7 +694,7 @@ def plot_heads(runs, shown):
     n_layer, n_head, n_hops = alignment.shape
     heads = [f"{layer + 1}.{head + 1}" for layer, head in np.ndindex(n_layer, n_head)]
     figure, axes = common.new_figure(1, 1 + n_hops.bit_length(), width=3, height=3.6)
-    figure.suptitle(in_words(args, runs))
+    figure.suptitle(f"{in_words(args, runs)}, seed {args.seed}")
     axis = axes[0, 0]
     grey = dict(cmap="Greys", vmin=0, vmax=1)
     image = axis.imshow(np.concatenate(alignment), aspect="auto", **grey)
@@ -775,7 +783,7 @@ def parse_args(argv=None):
     add("--dropout", type=common.number(float, 0, 0.99), help="share of units dropped in training")
     add("--seq-len", type=count,
         help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
-    add("--n-chars", type=common.number(int, 2, 1000), help="characters of the alphabet")
+    add("--n-chars", type=common.number(int, 2, 100), help="characters of the alphabet")
     add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
     add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000), help="0: fresh sequences")
     add("--batch-size", type=count, help="sequences a step")
@@ -802,6 +810,8 @@ def parse_args(argv=None):
     for n_head in args.n_head:
         if "transformer" in args.arch and args.n_embd % n_head:
             parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
+    if args.mpc and args.machines > args.seq_len:
+        parser.error(f"--machines {args.machines}: more than --seq-len {args.seq_len} characters")
     try:
         HopTask(args.seq_len, args.n_chars, args.max_hops)
         if args.construct:

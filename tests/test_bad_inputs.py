@@ -133,6 +133,8 @@ quick  ->  quick
 parens  ->  unrecognized
 """,
     "hop_induction": """
+--mpc --machines 1001  ->  --machines 1001: more than --seq-len 1000
+--n-chars 101
 --n-layer 0
 --n-layer -1
 --n-layer 2.5
