@@ -641,8 +641,9 @@ def print_heads(args, runs=(), shown=()):
     """Figs. 3 and 4 as numbers: each head's best find^j. shown: args, results of first seeds."""
     seed = f", seed {shown[0][0].seed}" if shown else ""
     print(f"""
-Heads{seed}: the find^j that each looks at most, and its normalised inner product with it. Undefined
-hops count against it; the construction's first layer looks for characters and k, at no find^j.""")
+Heads{seed}: the find^j that each looks at most, and its normalised inner product with it.
+Undefined hops count against it; the construction's first layer looks for characters and for k, at
+no find^j.""")
     alignments = {in_words(own, runs): result["alignment"] for own, result in shown}
     if args.seq_len <= Construction.longest:
         task = HopTask(args.seq_len, args.n_chars, args.max_hops)
