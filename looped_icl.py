@@ -10,7 +10,7 @@ stays flat from b loops on.
 
     python looped_icl.py                                two dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width
-    python looped_icl.py --inject none --loops-every 150 --steps 1500       lost past b loops
+    python looped_icl.py --inject none                  lost past b loops
     python looped_icl.py --preset medium --plot         all of this in five dimensions, in an hour
 
 Fig. 2, error by loops, at its own b = 30, T = 15 (--loops, --window):
@@ -295,10 +295,6 @@ PAPER = {
 }
 PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
 
-# Without injection, also for standard and tied, where --lr is not given: rates at which all of them
-# learn, not their best (see RESULTS.md)
-LR_NOT_INJECTED = {"quick": 2e-3, "medium": 1e-3, "paper": 1e-4}
-
 # What is a part of another setting is at most as large, where it is not given
 PART_OF = {"points_start": "n_points", "dims_start": "n_dims", "window": "loops"}
 
@@ -314,9 +310,6 @@ def resolve(args):
             setattr(args, name, min(getattr(args, name), getattr(args, whole)))
     if args.model == "looped" and args.eval_loops is None:
         args.eval_loops = args.loops
-    _, _, inject = MODELS[args.model](args)
-    if inject == "none" and "lr" not in given:
-        args.lr = LR_NOT_INJECTED[args.preset]
     if args.task == "openml" and args.data_dir is None:
         args.data_dir = Path("tables")
     dims_grow = not function_class.signs_only and args.dims_start < args.n_dims
@@ -1012,7 +1005,7 @@ def plot(runs, by_task):
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
             axis.set(title=subject, xlabel=x_name, ylabel=measure)
             if x_name == "examples":
-                axis.set_ylim(0, 1.5)
+                axis.set_ylim(0, 2)                                     # some baselines begin above
             if x_name == "loops":
                 axis.set_yscale("log")
                 axis.axvline(x[-1] / 10, color="gray", lw=1, label="loops trained with")
@@ -1058,8 +1051,7 @@ def parse_args(argv=None):
     add("--curriculum-every", type=count, help="steps of a stage")
     add("--steps", type=count, help="training steps")
     add("--batch-size", type=count, help="prompts a step")
-    add("--lr", type=common.positive_float,
-        help="peak learning rate of Adam (not given: another for standard, tied, --inject none)")
+    add("--lr", type=common.positive_float, help="peak learning rate of Adam")
     add("--beta2", type=common.number(float, 0, 0.99999),
         help="of Adam: how slowly it forgets squared gradients")
     add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")

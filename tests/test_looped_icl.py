@@ -797,16 +797,11 @@ def test_a_preset_has_a_value_for_every_flag():
         assert set(looped_icl.PRESETS[preset]) == set(vars(args)) - shared - {"given", "usual", "script"}
 
 
-def test_without_injection_the_learning_rate_is_lower_unless_it_is_given():
-    def rates(*flags):
-        args = looped_icl.parse_args(["--device", "cpu", "--model", "looped", "standard", "--inject", "add", "none", *flags])
+def test_all_models_of_a_preset_have_one_learning_rate():
+    for preset, lr in ("quick", 8e-3), ("medium", 2e-3), ("paper", 1e-4):
+        args = looped_icl.parse_args(["--device", "cpu", "--preset", preset, "--model", *looped_icl.MODELS, "--inject", "add", "none"])
         runs = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
-        return [(run.args.model, run.args.inject, run.args.lr) for run in runs], [run.name for run in runs]
-    found, names = rates()
-    assert found == [("looped", "add", 8e-3), ("looped", "none", 2e-3), ("standard", None, 2e-3)]
-    assert not any("lr=" in name for name in names)
-    found, names = rates("--lr", "4e-3")
-    assert [lr for _, _, lr in found] == [4e-3] * 3 and all("lr=0.004" in name for name in names)
+        assert len(runs) == 4 and {run.args.lr for run in runs} == {lr}
 
 
 def test_a_baseline_that_is_not_there_is_named_at_import():
