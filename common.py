@@ -7,6 +7,7 @@ else of this file; the command line needs pick_device; runs need all but blocks 
 import argparse
 import ctypes
 import datetime
+import errno
 import hashlib
 import importlib.util
 import io
@@ -243,7 +244,7 @@ def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "
     args.usual = usual
     args.given = list(given)
     parent = Path(args.out_dir).absolute()
-    while not os.path.exists(parent):
+    while not os.path.exists(parent) and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         parser.error(f"--out-dir {args.out_dir}: {parent} is no folder that can be written to")
@@ -266,6 +267,8 @@ def fail(message, code=1):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
+GO_ON = "the same command goes on from what the folders hold (without --overwrite)"
+
 def command(main):
     """Runs main as a command: an interruption or a closed output ends it with one line."""
     try:
@@ -276,7 +279,7 @@ def command(main):
         fail(line, code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # what Python flushes at its end
-        fail("the output was closed; the same command goes on from what the folders hold")
+        fail(f"the output was closed; {GO_ON}")
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
@@ -291,7 +294,8 @@ def print_table(header, rows, keys=1, width=100):
         columns.append(["  " + cell.rjust(longest) for cell in cells])
     parts = [columns[:keys]]
     for column in columns[keys:]:
-        if sum(len(c[0]) for c in parts[-1] + [column]) > width + 2:
+        too_wide = sum(len(c[0]) for c in parts[-1] + [column]) > width + 2
+        if too_wide and len(parts[-1]) > keys:
             parts.append(columns[:keys])
         parts[-1] = parts[-1] + [column]
     for part in parts:
@@ -300,9 +304,14 @@ def print_table(header, rows, keys=1, width=100):
 
 def spread(values, form=".3f"):
     """Median and range over seeds, "0.95 [0.93, 0.97]"; - stands for None, a number not reached."""
+    def text(x):
+        if x == math.inf:
+            return "-"
+        between = form == ".0f" and x != round(x)            # the median of two counts
+        return f"{x:.1f}" if between else f"{x:{form}}"
+
     values = [math.inf if value is None else value for value in values]
-    three = statistics.median(values), min(values), max(values)
-    median, low, high = [f"{x:{form}}" if x < math.inf else "-" for x in three]
+    median, low, high = text(statistics.median(values)), text(min(values)), text(max(values))
     return median if low == high else f"{median} [{low}, {high}]"
 
 def by_setting(runs, results):
@@ -353,6 +362,7 @@ class Run:
             "settings": {key: str(x) if isinstance(x, Path) else x for key, x in settings.items()},
             "data": {key: fingerprint(x) for key, x in settings.items() if isinstance(x, Path)},
             "code": fingerprint(args.script) + fingerprint(Path(__file__)),
+            "eval_every": getattr(args, "eval_every", None),
             "device": torch.device(args.device).type,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -375,18 +385,26 @@ class Run:
         if not isinstance(content, bytes):
             content = json.dumps(content, indent=1).encode()
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / name)
+        except OSError:                                      # a full disk is not to be filled more
+            temporary.unlink(missing_ok=True)
+            raise
 
     def say(self, text, *parts):
         """A line on what happens to the run, and which of these `parts` of its config changed."""
         there = self.read("config.json") or {}
         changed = [part for part in parts if there.get(part) != self.config[part]]
-        since = f"; changed since: {', '.join(changed)}; --overwrite starts anew" if changed else ""
-        print(f"{self.number} {self.name}: {text}{since}", flush=True)
+        if changed:
+            text += f"; changed since: {', '.join(changed)}; --overwrite starts anew"
+        mixed = there.get("changed_on_the_way")
+        if mixed:
+            text += f"; changed on the way: {', '.join(mixed)}"
+        print(f"{self.number} {self.name}: {text}", flush=True)
 
     def restore(self, **objects):
         """Takes what training changes (model, optimizer, generators), and loads the checkpoint.
@@ -403,21 +421,32 @@ class Run:
             dropout = torch.cuda.default_generators[device.index]
         self.objects = {**objects, "dropout": dropout}
         state = {"step": 0, "seconds": 0}
+        config = {**self.config, "measured": self.measured}
         path = self.folder / "ckpt.pt"
         if path.exists():
+            there = self.read("config.json") or {}
+            begun_on = there.get("device", device.type)
+            if begun_on != device.type:                      # generators differ
+                raise RunError(f"begun on {begun_on}: give --device {begun_on}, or --overwrite")
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 for name, thing in self.objects.items():
                     generator = isinstance(thing, torch.Generator)
                     load_state = thing.set_state if generator else thing.load_state_dict
                     load_state(state[name])
+            except (MemoryError, OSError):
+                raise
             except Exception as error:                       # of many kinds, for a damaged file
                 reason = f"{path} does not fit: {error}".partition("\n")[0]
                 raise RunError(f"{reason}; --overwrite starts anew") from None
             self.say(f"continues at step {state['step']:,}", *self.config)
+            changed = set(there.get("changed_on_the_way", []))
+            changed |= {part for part in self.config if there.get(part) != self.config[part]}
+            if changed:
+                config["changed_on_the_way"] = sorted(changed)
         else:
             self.say("new")
-        self.write("config.json", {**self.config, "measured": self.measured})
+        self.write("config.json", config)
         lines = self.read("metrics.jsonl") if path.exists() else None
         self.metrics = [line for line in lines or [] if line["step"] <= state["step"]]
         self.started = time.perf_counter() - state["seconds"]
@@ -452,9 +481,12 @@ class Run:
             for step in self.bar:
                 yield step
                 if Run.caught:
-                    self.save(step + 1)
                     line = f"interrupted, saved at step {step + 1:,}; the same command continues it"
                     line += " (without --overwrite)" if self.args.overwrite else ""
+                    try:
+                        self.save(step + 1)
+                    except OSError as error:                 # a full disk
+                        line = f"interrupted, not saved: {error}; {GO_ON}"
                     raise KeyboardInterrupt(line, 128 + Run.caught)
         finally:
             Run.in_step = False
@@ -533,6 +565,10 @@ def load(folder, build, device="cpu"):
     if not (Path(folder) / "ckpt.pt").exists():
         raise FileNotFoundError(f"{folder} holds no trained run")
     config = json.loads((Path(folder) / "config.json").read_text())
+    for key, digest in config["data"].items():
+        path = Path(config["settings"][key])
+        if fingerprint(path) != digest:
+            print(f"{folder}: {path} has changed since training", file=sys.stderr)
     task, model = build(argparse.Namespace(**config["settings"], device=str(device)))
     state = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
@@ -543,8 +579,7 @@ def caught(number, frame):
     if Run.in_step and not Run.caught:
         Run.caught = number
     else:
-        line = "interrupted; the same command goes on from the last checkpoint"
-        raise KeyboardInterrupt(line, 128 + number)
+        raise KeyboardInterrupt(f"interrupted; {GO_ON}", 128 + number)
 
 def bring_up_to_date(run, train, measure):
     """Trains and measures a run, or what of that its folder does not hold yet."""
@@ -562,12 +597,24 @@ def bring_up_to_date(run, train, measure):
         if same_settings and old.get("code") != run.config["code"]:
             again.append("the changed code")
         how = f"measured again for {', '.join(again)}" if again else "read"
-        run.say(f"finished on {old['finished'][:10]}, {how}", "settings", "code", "data")
+        parts = "settings", "code", "data", "eval_every"
+        run.say(f"finished on {old['finished'][:10]}, {how}", *parts)
     if again or old is None:
         print(f"{run.number} measuring", flush=True)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         about = {"finished": now, "measured": run.measured, "code": run.config["code"]}
         run.write("results.json", {**about, **measure(run.args, run)})
+
+def hold_alone(file):
+    """Locks a file until it is closed. BlockingIOError where another process holds it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"{file.name}: no locks here; leave the folder to one command", flush=True)
 
 def attempt(run, train, measure):
     """Brings a run up to date, alone in its folder. Returns whether it succeeded."""
@@ -575,8 +622,7 @@ def attempt(run, train, measure):
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / ".lock", "a+") as lock:       # locked until it is closed
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold_alone(lock)
             lock.truncate(0)
             print(f"process {os.getpid()}", file=lock, flush=True)
             bring_up_to_date(run, train, measure)
@@ -585,7 +631,7 @@ def attempt(run, train, measure):
         raise                                                # nobody reads the output: command()
     except BlockingIOError:
         holder = (run.folder / ".lock").read_text().strip()
-        reason = f"{holder} is at work on it; the same command reads it later"
+        reason = f"{holder} is at work on it; later, {GO_ON}"
     except RunError as error:
         reason = str(error)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:

@@ -483,6 +483,7 @@ def train(args, run):
         optimizer = torch.optim.AdamW(model.parameters(), **how, **rates)
     data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches
     start = run.restore(model=model, optimizer=optimizer, data=data)
+    optimizer.param_groups[0]["lr"] = args.lr                # the checkpoint has brought its own
     chunk = chunk_size(task)
     bfloat16 = args.dtype == "bfloat16"
 

@@ -35,6 +35,8 @@ SETTINGS = {"random_transformer": [*NEEDLE, "--eval-every", "1000000"],
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
 
 
 def seconds(function, device, least=1.0):
@@ -72,7 +74,7 @@ class Stopwatch(common.Run):
         for step in range(start, stop):                                          # the last step evaluates as well
             synchronize(torch.device(self.args.device))
             begin = time.perf_counter()
-            if step == 4:                                                        # looped_icl has all its loops by then
+            if step == 6:                # looped_icl has all its loops by then, and ntp_convergence does not evaluate here
                 with FlopCounterMode(display=False) as counter:
                     yield step
                 self.flops = counter.get_total_flops()
@@ -80,7 +82,7 @@ class Stopwatch(common.Run):
                 yield step
             synchronize(torch.device(self.args.device))
             self.times.append(time.perf_counter() - begin)
-        self.times = self.times[5:-1]
+        self.times = self.times[7:-1]
 
 
 def bench(name, device, steps, dtype):
@@ -148,8 +150,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", nargs="*", default=[name.split()[0] for name in SETTINGS], help="names without .py; default: all")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=common.number(int, 7, 10**6), default=12,
-                        help="steps; the first five warm up and the last one evaluates")
+    parser.add_argument("--steps", type=common.number(int, 9, 10**6), default=14,
+                        help="steps; the first seven warm up and the last one evaluates")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="as the scripts' flag")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     flags = parser.parse_args()
@@ -157,6 +159,9 @@ if __name__ == "__main__":
         torch.set_num_threads(flags.threads)
     device = common.pick_device(flags.device)
     names = [name for name in SETTINGS if name.split()[0] in flags.script]
+    unknown = set(flags.script) - {name.split()[0] for name in SETTINGS}
+    if unknown:
+        parser.error(f"no script: {', '.join(sorted(unknown))}; names are without .py")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
     common.print_table(["script", "setting", "dtype", "ms a step", "sampling", "GFLOP a step", "GFLOP/s", "matrix product", "share", "times"],
                        bench_all(names, device, flags.steps, flags.dtype))

@@ -182,11 +182,17 @@ def test_spread():
     assert common.spread([3, 1, 2], ".0f") == "2 [1, 3]"
     assert common.spread([None, 100, 200], ".0f") == "200 [100, -]"
     assert common.spread([None]) == "-"
+    assert common.spread([2, 3], ".0f") == "2.5 [2, 3]"                           # not the 2 that rounding to even gives
 
 
 def test_a_table_is_aligned(capsys):
     common.print_table(["a", "long"], [["100", "2"]])
     assert capsys.readouterr().out == "  a  long\n100     2\n"
+
+
+def test_a_table_of_one_wide_column_has_no_part_of_keys_alone(capsys):
+    common.print_table(["setting", "number"], [["s" * 98, "0.5"], ["t", "0.7"]])
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["number", "0.5", "0.7"]
 
 
 def test_a_wide_table_is_split_and_repeats_what_names_the_rows(capsys):
@@ -414,6 +420,48 @@ def test_a_folder_without_a_config_is_told(tmp_path, capsys):
     assert "changed since: settings, code, data" in capsys.readouterr().out
 
 
+def test_a_run_begun_by_other_code_says_so_to_its_end(tmp_path, capsys):
+    toy.main(["--out-dir", str(tmp_path)])
+    folder = tmp_path / "toy" / "quick,seed=0"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "code": "another"}))
+    for told in "changed since: code; --overwrite", "changed on the way: code":
+        (folder / "results.json").unlink()
+        capsys.readouterr()
+        toy.main(["--out-dir", str(tmp_path)])
+        assert told in capsys.readouterr().out.splitlines()[0]
+    toy.main(["--out-dir", str(tmp_path)])
+    assert "read; changed on the way: code" in capsys.readouterr().out
+
+
+def test_a_run_begun_on_another_device_is_not_called_damaged(tmp_path, capsys):
+    toy.main(["--out-dir", str(tmp_path)])
+    folder = tmp_path / "toy" / "quick,seed=0"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "device": "cuda"}))
+    (folder / "results.json").unlink()
+    with pytest.raises(SystemExit):
+        toy.main(["--out-dir", str(tmp_path), "--device", "cpu"])
+    assert "begun on cuda: give --device cuda" in capsys.readouterr().err
+
+
+def test_another_pace_of_evaluation_than_a_finished_runs_is_told(tmp_path, capsys):
+    toy.main(["--out-dir", str(tmp_path), "--eval-every", "10"])
+    toy.main(["--out-dir", str(tmp_path), "--eval-every", "5"])
+    assert "read; changed since: eval_every; --overwrite" in capsys.readouterr().out
+
+
+def test_load_tells_of_data_that_has_changed(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    result, = toy.main(["--out-dir", str(tmp_path / "out"), "--text", str(text)])
+    toy.load(result["folder"])
+    assert capsys.readouterr().err == ""
+    text.write_text("two")
+    toy.load(result["folder"])
+    assert "text.txt has changed since training" in capsys.readouterr().err
+
+
 def test_changed_data_is_told(tmp_path, capsys):
     text = tmp_path / "text.txt"
     for content, told in ("one", False), ("two", True):
@@ -430,6 +478,30 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
         toy.main(["--out-dir", str(tmp_path)])
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "No space left on device" in error and "config.json" in error and error.count("\n") == 2
+    assert not list(tmp_path.rglob("*.tmp"))                                     # nothing that fills it further
+
+
+def test_an_interruption_on_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):
+    args = toy.parse_args(["--out-dir", str(tmp_path)])
+    run, = common.sweep(args, toy.SWEEP, toy.resolve)
+
+    def full(step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(run, "save", full)
+    monkeypatch.setattr(common.Run, "caught", signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        next(steps := run.steps(0, 5)), next(steps)
+    assert "not saved" in stop.value.args[0] and "No space" in stop.value.args[0] and stop.value.args[1] == 130
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", none)
+    toy.main(["--out-dir", str(tmp_path)])
+    assert "no locks here" in capsys.readouterr().out
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
