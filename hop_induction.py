@@ -2,10 +2,11 @@
 Transformers, Parallel Computation, and Logarithmic Depth.
 Sanford, Hsu, Telgarsky. ICML 2024, arXiv 2402.09268.
 
-k-hop induction heads, a chain of k look-ups, need depth Theta(log k) and no more: floor(log2 k) + 2
-layers are enough (Theorem 4.2), as each layer can double the number of hops; that such a depth is
-also necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones solve more
-hops with each layer, too, and their heads find the same doubling: find^1, find^2, find^4, ...
+A hop leads one position on from the last earlier occurrence of the same character: find^1; k hops
+are find^k. k-hop induction heads need depth Theta(log k) and no more: floor(log2 k) + 2 layers are
+enough (Theorem 4.2), as each layer can double the number of hops; that such a depth is also
+necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones solve more hops
+with each layer, too, and their heads find the same doubling: find^1, find^2, find^4, ...
 
 What to look for: the largest number of hops that each depth solves (last column: up to it all
 errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short

@@ -5,8 +5,8 @@ Yang, Lee, Nowak, Papailiopoulos. ICLR 2024, arXiv 2311.12424.
 One transformer block, looped b times with the prompt injected anew at every loop, matches a
 12-layer transformer at in-context regression with less than a tenth of its parameters. It keeps its
 answer when looped far past b: it has learned an iterative algorithm with a fixed point. In the
-first table, compare the looped model with least squares; in the second, look for an error that
-stays flat from b loops on.
+first table, its error with all examples comes near that of least squares, 0, and far below those of
+averaging and nearest neighbours; in the second, it stays flat from b loops on.
 
     python looped_icl.py                                two dimensions, in minutes
     python looped_icl.py --model looped standard        beside 12 layers of the same width

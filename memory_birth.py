@@ -14,7 +14,8 @@ accuracy in context together with wk1. Higher thresholds hide this order: wk2 is
 triggers, but wo2 one of 65 characters, the last of which are slow. Self-loops hide it, too: once a
 trigger's output is the trigger itself, the sequence repeats it to the end, which teaches W_K2 its
 pairs while wo2 is still below one half; and so does a loss on all tokens (Fig. 4). The simple
-model's quick and medium presets leave both out; --preset paper and the full model have them.
+model's quick and medium presets leave both out, so that the loss on global tokens, which is not
+trained, rises; --preset paper has both, the full model self-loops.
 
     python memory_birth.py                          the birth of an induction head, in a minute
     python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
