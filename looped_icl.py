@@ -1006,6 +1006,7 @@ def plot(runs, by_task):
             axis.set(title=subject, xlabel=x_name, ylabel=measure)
             if x_name == "examples":
                 axis.set_ylim(0, 2)                                     # some baselines begin above
+                axis.xaxis.get_major_locator().set_params(integer=True)
             if x_name == "loops":
                 axis.set_yscale("log")
                 axis.axvline(x[-1] / 10, color="gray", lw=1, label="loops trained with")
