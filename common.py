@@ -396,7 +396,8 @@ class Run:
             raise
 
     def say(self, text, *parts):
-        """A line on what happens to the run, and which of these `parts` of its config changed."""
+        """A line on what happens to the run, and which of these `parts` of its config changed.
+        Returns those."""
         there = self.read("config.json") or {}
         changed = [part for part in parts if there.get(part) != self.config[part]]
         if changed:
@@ -405,6 +406,7 @@ class Run:
         if mixed:
             text += f"; changed on the way: {', '.join(mixed)}"
         print(f"{self.number} {self.name}: {text}", flush=True)
+        return changed
 
     def restore(self, **objects):
         """Takes what training changes (model, optimizer, generators), and loads the checkpoint.
@@ -439,11 +441,9 @@ class Run:
             except Exception as error:                       # of many kinds, for a damaged file
                 reason = f"{path} does not fit: {error}".partition("\n")[0]
                 raise RunError(f"{reason}; --overwrite starts anew") from None
-            self.say(f"continues at step {state['step']:,}", *self.config)
-            changed = set(there.get("changed_on_the_way", []))
-            changed |= {part for part in self.config if there.get(part) != self.config[part]}
-            if changed:
-                config["changed_on_the_way"] = sorted(changed)
+            changed = self.say(f"continues at step {state['step']:,}", *self.config)
+            before = there.get("changed_on_the_way", [])
+            config["changed_on_the_way"] = sorted({*before, *changed})
         else:
             self.say("new")
         self.write("config.json", config)

@@ -420,11 +420,17 @@ def test_a_folder_without_a_config_is_told(tmp_path, capsys):
     assert "changed since: settings, code, data" in capsys.readouterr().out
 
 
+def run_with(folder, **changes):
+    """The toy's default run in that folder, its config.json changed; the run's own folder."""
+    toy.main(["--out-dir", str(folder)])
+    run = folder / "toy" / "quick,seed=0"
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, **changes}))
+    return run
+
+
 def test_a_run_begun_by_other_code_says_so_to_its_end(tmp_path, capsys):
-    toy.main(["--out-dir", str(tmp_path)])
-    folder = tmp_path / "toy" / "quick,seed=0"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "code": "another"}))
+    folder = run_with(tmp_path, code="another")
     for told in "changed since: code; --overwrite", "changed on the way: code":
         (folder / "results.json").unlink()
         capsys.readouterr()
@@ -435,10 +441,7 @@ def test_a_run_begun_by_other_code_says_so_to_its_end(tmp_path, capsys):
 
 
 def test_a_run_begun_on_another_device_is_not_called_damaged(tmp_path, capsys):
-    toy.main(["--out-dir", str(tmp_path)])
-    folder = tmp_path / "toy" / "quick,seed=0"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "device": "cuda"}))
+    folder = run_with(tmp_path, device="cuda")
     (folder / "results.json").unlink()
     with pytest.raises(SystemExit):
         toy.main(["--out-dir", str(tmp_path), "--device", "cpu"])
