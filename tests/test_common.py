@@ -243,7 +243,7 @@ def test_a_folder_is_named_for_what_differs_from_the_preset():
     assert names("--steps", 20, "--lr", 0.1, "--model", "linear", "--seed", 0) == ["quick,seed=0"]         # nothing differs
     assert names("--steps", 30, "--seed", 0, 1) == ["quick,steps=30,seed=0", "quick,steps=30,seed=1"]
     assert names("--lr", 0.5, "--preset", "paper") == ["paper,model=linear,lr=0.5,seed=0", "paper,model=mlp,lr=0.5,seed=0"]
-    assert names("--n-eval", 3, "--eval-every", 2, "--plot", "--overwrite", "--device", "cpu") == ["quick,seed=0"]
+    assert names("--n-eval", 3, "--eval-every", 2, "--overwrite", "--device", "cpu") == ["quick,seed=0"]
 
 
 def test_equal_trainings_are_one_run():
@@ -297,10 +297,16 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path, capsys):
     result, = toy.main(["--out-dir", str(tmp_path)])
     before = (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns
-    again, = toy.main(["--out-dir", str(tmp_path), "--n-eval", "9", "--eval-every", "3", "--plot"])
+    again, = toy.main(["--out-dir", str(tmp_path), "--n-eval", "9", "--eval-every", "3"])
     assert "measured again for n_eval" in capsys.readouterr().out
     assert again["n_eval"] == 9 and again["error"] != result["error"]
     assert (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_is_drawn_beside_its_folder(tmp_path):
+    pytest.importorskip("matplotlib")
+    toy.main(["--out-dir", str(tmp_path)])
+    toy.main(["--out-dir", str(tmp_path), "--plot"])
     assert (tmp_path / "toy" / "curve,quick.png").exists()
 
 
