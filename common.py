@@ -1,43 +1,38 @@
 """
-What the five scripts share: GPT-2's blocks, seeds, devices, the command line, the folder of a run.
+What the five scripts share: GPT-2's blocks, seeds, devices, a folder a run, tables and figures.
 
-To lift: GPT-2's blocks need torch alone; compile_step, print_table, spread and new_figure nothing
-else of this file; the command line needs pick_device; runs need all but blocks and tables.
+A run is a folder, out/<script>/<preset>,<flags that differ>,seed=N, with three files: ckpt.pt, all
+that training needs to go on (weights, optimizer, generators, metrics, flags), metrics.jsonl, the
+metrics again, and results.json, what was measured. Each is written under another name, then moved:
+a kill at any moment leaves the old file or the new one. So recovery is one thing: repeat the
+command. To start anew, delete the folder.
 """
 import argparse
 import ctypes
-import datetime
-import errno
-import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
-import signal
 import statistics
 import sys
-import threading
 import time
-import traceback
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:                                          # Windows: no lock on a run's folder
-    fcntl = None
-
 # ---- GPT-2's blocks (Radford et al. 2019), under GPT-2's parameter names ------------------------
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention. ValueError where n_head does not divide n_embd."""
+    """Multi-head causal self-attention. ValueError if n_head does not divide n_embd."""
 
     def __init__(self, n_embd, n_head, dropout=0.0):
         super().__init__()
@@ -103,580 +98,410 @@ def gpt2_init_(module, n_layer):
         if isinstance(m, nn.Linear) and m.bias is not None:
             m.bias.zero_()
 
-# ---- Seeds, devices, compilation ----------------------------------------------------------------
+# ---- Seeds and devices --------------------------------------------------------------------------
 
 def seed_everything(seed):
-    """Seeds torch's global generators: initial weights and dropout. Data has its own generators."""
+    """Seeds initial weights and dropout. Data has generators of its own, in each script."""
     torch.manual_seed(seed)
 
-def pick_device(name, kinds=("cuda", "mps", "cpu")):
-    """auto (the first of `kinds` that is here), cpu, cuda, cuda:N or mps -> torch.device.
+def pick_device(name):
+    """auto (CUDA if there is any), cpu, cuda or cuda:N -> torch.device; on CUDA, turns TF32 on.
 
-    Under torchrun, cuda is this process's own GPU. On CUDA, matrix products then use TF32; on a
-    CPU, malloc keeps freed memory. ValueError where there is no such device.
+    Under torchrun, cuda is this process's own GPU. ValueError if there is no such device.
     """
-    mps = int(torch.backends.mps.is_available())
-    counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
-    counts = {kind: counts[kind] for kind in kinds}
+    n_gpus = torch.cuda.device_count()
     if name == "auto":
-        name = next(kind for kind in kinds if counts[kind])
-    kind, colon, index = name.partition(":")
-    readable = index.isdecimal() or not colon                # "cuda:" and "cuda:x" are not
-    if not readable or int(index or 0) >= counts.get(kind, 0):
-        there = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        raise ValueError(f"{name} is not here; there are {there}")
-    if kind == "cpu":
+        name = "cuda" if n_gpus else "cpu"
+    if name == "cuda" and n_gpus:
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % n_gpus}"
+    here = ["cpu"] + [f"cuda:{i}" for i in range(n_gpus)]
+    if name not in here:
+        raise ValueError(f"--device {name} is not here; here: {', '.join(here)}")
+    if name == "cpu":
         keep_freed_memory()
-    if kind != "cuda":
-        return torch.device(kind)
-    torch.set_float32_matmul_precision("high")               # TF32
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    index = int(index) if index else rank % counts["cuda"]
-    torch.cuda.set_device(index)                             # for streams and graphs, as well
-    return torch.device("cuda", index)
+    else:
+        torch.set_float32_matmul_precision("high")           # TF32
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed: to get new pages takes up to a fifth of a step."""
+    """Tells glibc to keep what is freed: fetching new pages takes up to a fifth of a step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
         libc.mallopt(-2, 2**28)                              # M_TOP_PAD
         libc.mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD
 
-def compile_step(step, model, *generators):
-    """--compile: torch.compile for the model and, on CUDA, all of step() as one CUDA graph.
-
-    Small models are bound by the launching of kernels; a graph launches a whole step at once.
-    step() has no arguments, may return the loss, works on tensors that stay in place (the learning
-    rate, too) and draws from `generators`. Its first three calls run eagerly, as a capture needs
-    them to; they train as well.
-    """
-    model.compile()
-    if not next(model.parameters()).is_cuda:
-        return step
-
-    def calls():
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()                         # the default one cannot be captured
-        torch.cuda.set_stream(stream)
-        for _ in range(3):
-            yield step()
-        graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=stream):         # records, does not run
-            loss = step()
-        while True:
-            graph.replay()
-            yield loss
-    return calls().__next__                                  # a call goes on to the next yield
-
 # ---- The command line ---------------------------------------------------------------------------
 
+class UsageError(ValueError):
+    """What was asked for cannot be: a command ends with this one line."""
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is an exception, so that main(argv) can be called from Python."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help shows the docstring as it stands, and the defaults as they would be typed."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
+
 def number(cast, low, high):
-    """argparse type: a number, int or float by `cast`, from low to high."""
+    """An argparse type: an int or a float from low to high."""
     def parse(text):
         value = cast(text)                                   # ValueError: argparse says "invalid"
         if not low <= value <= high:                         # nan is not, either
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
     parse.__name__ = cast.__name__                           # argparse: "invalid int value: 'x'"
     return parse
 
 positive_int = number(int, 1, 10**9)
-positive_float = number(float, 1e-9, 1000)                   # a learning rate
-non_negative = number(float, 0, 1000)                        # a weight decay
+positive_float = number(float, 1e-9, 1000)
+non_negative = number(float, 0, 1000)
 seed_int = number(int, 0, 2**62)
 
-def data_path(text):
-    """argparse type: a file or folder of data. A run records a hash of what it holds."""
-    if not os.path.exists(text):
-        raise argparse.ArgumentTypeError(f"there is no {text!r}")
-    return Path(text)
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """--help shows the docstring as it stands, and defaults as they would be typed."""
-
-    def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or action.default is False:
-            return action.help                               # 0 is not False: it is shown
-        values = action.default if isinstance(action.default, list) else [action.default]
-        return f"{action.help} (default: {' '.join(map(str, values))})"
-
-def make_parser(main):
-    """A parser whose help is the docstring of main's module; that file names the runs' folder."""
-    parser = argparse.ArgumentParser(
-        description=main.__globals__["__doc__"],
-        formatter_class=Help,
-        allow_abbrev=False,
-        usage=argparse.SUPPRESS,                             # errors are one line
-    )
-    parser.set_defaults(script=Path(main.__code__.co_filename))
-    return parser
-
-def parse_args(parser, presets, argv=None, without=(), devices=("cuda", "mps", "cpu")):
-    """Adds the flags that every script has, but those in `without`; flags beat the preset.
-
-    Adds .script, the script's path, .given, the names of the flags on the command line, and .usual,
-    what all flags are where none is given.
-    """
-    def add(flag, **settings):
-        if flag not in without:
-            parser.add_argument(flag, **settings)
-    how = "minutes, up to an hour, the paper's setting"
-    add("--preset", choices=list(presets), default="quick", help=how)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
-    add("--compile", action="store_true", help="torch.compile; on CUDA one graph a step")
-    add("--eval-every", type=positive_int, default=100, help="steps between two evaluations")
-    add("--out-dir", default="out", help="OUT_DIR/<script>/<preset>,<what differs>,seed=N/")
-    add("--overwrite", action="store_true", help="start anew and replace what those folders hold")
-    add("--plot", action="store_true", help="draw the figure, too (needs matplotlib)")
-    argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    no_help = [word for word in argv if word not in ("-h", "--help")]
-    preset = parser.parse_args(no_help).preset
-    parser.set_defaults(**presets[preset])
-    usual = vars(parser.parse_args(["--preset", preset]))
-    # argparse leaves alone what a namespace has: what is still None was not on the command line
-    asked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(usual)))
-    given = {key: value for key, value in vars(asked).items() if value is not None}
-    args = argparse.Namespace(**{**usual, **given})
-    args.usual = usual
-    args.given = list(given)
-    parent = Path(args.out_dir).absolute()
-    while not os.path.exists(parent) and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        parser.error(f"--out-dir {args.out_dir}: {parent} is no folder that can be written to")
+def parse_args(parser, presets, argv=None):
+    """Adds the flags that all scripts have. A preset is a dict of defaults; flags beat it."""
+    add = parser.add_argument
+    add("--preset", choices=list(presets), default="quick", help="the size")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--out-dir", default="out", help="where the runs' folders are")
+    add("--plot", action="store_true", help="draw the figures, too (needs matplotlib)")
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    preset = first.parse_known_args(argv)[0].preset
+    parser.set_defaults(**presets.get(preset, {}))           # --help shows them, too
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        lists = [action.option_strings[0] for action in parser._actions if action.nargs == "+"]
+        parser.error(f"not understood: {' '.join(unknown)} (several values: {' '.join(lists)})")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
-        args.device = str(pick_device(args.device, devices))
+        args.device = str(pick_device(args.device))
     except ValueError as error:
-        parser.error(f"--device {error}")
+        parser.error(str(error))
+    args.defaults = {key: parser.get_default(key) for key in vars(args)}
     return args
 
-def refuse_others(parser, args, mode, *used):
-    """One line for flags that have no effect on `mode`, a flag that trains nothing."""
-    for flag in args.given:
-        if flag not in (mode, "preset", "device", *used):
-            parser.error(f"--{flag} has no effect on --{mode}: leave it out".replace("_", "-"))
-
-def fail(message, code=1):
-    """Ends the program with one line."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-GO_ON = "the same command goes on from what the folders hold (without --overwrite)"
+def say(text):
+    """Prints a line. If the output is closed, as by `| head`, training goes on without it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 def command(main):
-    """Runs main as a command: an interruption or a closed output ends it with one line."""
+    """Runs main as a command: a UsageError is one line, exit status 2; a failed run is status 1."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")         # None: closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="replace")                 # what the terminal cannot show
     try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt as stop:
-        line, code = stop.args or ("interrupted", 130)
-        fail(line, code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # what Python flushes at its end
-        fail(f"the output was closed; {GO_ON}")
-
-# ---- Tables and figures -------------------------------------------------------------------------
-
-def print_table(header, rows, keys=1, width=100):
-    """Prints rows of strings under a header, columns aligned to the right.
-
-    A wider table is printed in parts, each of which begins with the first `keys` columns.
-    """
-    columns = []
-    for cells in zip(header, *rows, strict=True):
-        longest = max(map(len, cells))
-        columns.append(["  " + cell.rjust(longest) for cell in cells])
-    parts = [columns[:keys]]
-    for column in columns[keys:]:
-        too_wide = sum(len(c[0]) for c in parts[-1] + [column]) > width + 2
-        if too_wide and len(parts[-1]) > keys:
-            parts.append(columns[:keys])
-        parts[-1] = parts[-1] + [column]
-    for part in parts:
-        for line in zip(*part):
-            print("".join(line)[2:])
-
-def spread(values, form=".3f"):
-    """Median and range over seeds, "0.95 [0.93, 0.97]"; - stands for None, a number not reached."""
-    def text(x):
-        if x == math.inf:
-            return "-"
-        between = form == ".0f" and x != round(x)            # the median of two counts
-        return f"{x:.1f}" if between else f"{x:{form}}"
-
-    values = [math.inf if value is None else value for value in values]
-    median, low, high = text(statistics.median(values)), text(min(values)), text(max(values))
-    return median if low == high else f"{median} [{low}, {high}]"
-
-def by_setting(runs, results):
-    """Groups runs that differ in their seed alone: pairs of the first's args, all results."""
-    groups = {}
-    for run, result in zip(runs, results):
-        args, group = groups.setdefault(run.name.rpartition(",seed=")[0], (run.args, []))
-        group.append(result)
-    return list(groups.values())
-
-def new_figure(rows=1, columns=1, width=4.5, height=3.5):
-    """A figure and its axes (rows, columns), each width x height inches."""
-    from matplotlib.figure import Figure                     # not pyplot: a notebook may use it
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-def save_figure(figure, runs, name):
-    """Writes a sweep's figure beside its runs, as <name>,<sweep>.png."""
-    path = runs[0].folder.parent / f"{name},{runs[0].sweep}.png"
-    figure.savefig(path, dpi=130)
-    print(f"figure: {path}")
+        status = int(any("failed" in result for result in main()))
+    except (UsageError, KeyboardInterrupt) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2 if isinstance(error, UsageError) else 130
+    sys.exit(status)
 
 # ---- A run and its folder -----------------------------------------------------------------------
 
-# What training does not depend on, beside what a script names as only measured
-NOT_TRAINED = {"device", "eval_every", "out_dir", "overwrite", "plot", "preset"}
-NOT_TRAINED |= {"given", "script", "usual"}                  # what parse_args adds
+# What the training does not depend on, beside what a script names as only measured
+NOT_TRAINED = {"device", "out_dir", "plot", "eval_every", "defaults", "label"}
 
 class RunError(Exception):
-    """What ends one run with one line, while its sweep goes on."""
+    """Ends one run with one line, while its sweep goes on."""
+
+def write(path, data):
+    """Writes bytes under another name, then moves the file: there is the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+def read_checkpoint(path):
+    """What a ckpt.pt holds, on the CPU. RunError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise RunError(f"{path} is damaged: delete it to start anew") from error
 
 class Run:
-    """One run of a sweep: config.json, metrics.jsonl, ckpt.pt and, once finished, results.json."""
+    """One run of a sweep: its args, its folder, its metrics (a dict for each evaluation)."""
 
-    in_step = False                                          # training is within a step: let it end
-    caught = 0                                               # the signal that came meanwhile
-
-    def __init__(self, args, folder, sweep, measured):
+    def __init__(self, args, folder, measured=()):
         self.args = args
         self.folder = folder
-        self.name = folder.name
-        self.sweep = sweep                                   # the name of all the runs together
-        self.measured = {key: getattr(args, key) for key in measured}
-        self.number = ""                                     # "2/4", once they are counted
-        apart = NOT_TRAINED.union(measured)
-        settings = {key: value for key, value in vars(args).items() if key not in apart}
-        self.config = {
-            "settings": {key: str(x) if isinstance(x, Path) else x for key, x in settings.items()},
-            "data": {key: fingerprint(x) for key, x in settings.items() if isinstance(x, Path)},
-            "code": fingerprint(args.script) + fingerprint(Path(__file__)),
-            "eval_every": getattr(args, "eval_every", None),
-            "device": torch.device(args.device).type,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+        self.metrics = []
+        self.results = None
+        self.saved_step, self.saved_at = 0, time.time()
+        self.flags = {key: x for key, x in vars(args).items() if key not in NOT_TRAINED}
+        self.settings = {key: x for key, x in self.flags.items() if key not in measured}
 
-    def read(self, name):
-        """A JSON file of the folder, of .jsonl the list of its lines; None where there is none."""
-        path = self.folder / name
-        if not path.exists():
-            return None
-        try:
-            if name.endswith(".jsonl"):
-                return [json.loads(line) for line in path.read_text().splitlines()]
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise RunError(f"{path} is damaged ({error}); --overwrite starts anew") from None
+    def restore(self, model, optimizer, data):
+        """Takes what training changes, and loads the checkpoint into it. data: a torch.Generator.
 
-    def write(self, name, content):
-        """Writes bytes, or what JSON can hold, to a file: under another name, then moved."""
-        if not isinstance(content, bytes):
-            content = json.dumps(content, indent=1).encode()
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name)
-        except OSError:                                      # a full disk is not to be filled more
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def say(self, text, *parts):
-        """A line on what happens to the run, and which of these `parts` of its config changed.
-        Returns those."""
-        there = self.read("config.json") or {}
-        changed = [part for part in parts if there.get(part) != self.config[part]]
-        if changed:
-            text += f"; changed since: {', '.join(changed)}; --overwrite starts anew"
-        mixed = there.get("changed_on_the_way")
-        if mixed:
-            text += f"; changed on the way: {', '.join(mixed)}"
-        print(f"{self.number} {self.name}: {text}", flush=True)
-        return changed
-
-    def restore(self, **objects):
-        """Takes what training changes (model, optimizer, generators), and loads the checkpoint.
-
-        Returns the step to go on from. With --overwrite the old files go here, where the new run is
-        ready to start.
+        Returns the step to go on from. RunError for a checkpoint of other settings.
         """
-        if self.args.overwrite:
-            for name in ["results.json", "ckpt.pt", "metrics.jsonl", "config.json"]:
-                (self.folder / name).unlink(missing_ok=True)
-        device = torch.device(self.args.device)
         dropout = torch.default_generator
-        if device.type == "cuda":
-            dropout = torch.cuda.default_generators[device.index]
-        self.objects = {**objects, "dropout": dropout}
-        state = {"step": 0, "seconds": 0}
-        config = {**self.config, "measured": self.measured}
+        if self.args.device.startswith("cuda"):
+            dropout = torch.cuda.default_generators[torch.cuda.current_device()]
+        self.modules = {"model": model, "optimizer": optimizer}          # what has a state_dict
+        self.generators = {"data": data, "dropout": dropout}
+        for old in self.folder.glob("*.tmp"):                # of a killed process
+            if time.time() - old.stat().st_mtime > 60:
+                old.unlink()
         path = self.folder / "ckpt.pt"
         if path.exists():
-            there = self.read("config.json") or {}
-            begun_on = there.get("device", device.type)
-            if begun_on != device.type:                      # generators differ
-                raise RunError(f"begun on {begun_on}: give --device {begun_on}, or --overwrite")
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                for name, thing in self.objects.items():
-                    generator = isinstance(thing, torch.Generator)
-                    load_state = thing.set_state if generator else thing.load_state_dict
-                    load_state(state[name])
-            except (MemoryError, OSError):
-                raise
-            except Exception as error:                       # of many kinds, for a damaged file
-                reason = f"{path} does not fit: {error}".partition("\n")[0]
-                raise RunError(f"{reason}; --overwrite starts anew") from None
-            changed = self.say(f"continues at step {state['step']:,}", *self.config)
-            before = there.get("changed_on_the_way", [])
-            config["changed_on_the_way"] = sorted({*before, *changed})
-        else:
-            self.say("new")
-        self.write("config.json", config)
-        lines = self.read("metrics.jsonl") if path.exists() else None
-        self.metrics = [line for line in lines or [] if line["step"] <= state["step"]]
-        self.started = time.perf_counter() - state["seconds"]
-        return state["step"]
-
-    def save(self, step):
-        """Writes ckpt.pt: all that the steps to come depend on. RunError for weights of nan."""
-        state = {"step": step, "seconds": time.perf_counter() - self.started}
-        for name, thing in self.objects.items():
-            generator = isinstance(thing, torch.Generator)
-            state[name] = thing.get_state() if generator else thing.state_dict()
-        total = sum(w.float().abs().sum() for w in state["model"].values())
-        self.check(total.item(), "the sum of all weights", step)
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.write("ckpt.pt", buffer.getvalue())
-
-    def check(self, value, what, step):
-        """RunError for a number that is not finite, with what to try."""
-        if not math.isfinite(value):
-            kept = "its last checkpoint stays" if (self.folder / "ckpt.pt").exists() else "unsaved"
-            rates = {key: x for key, x in vars(self.args).items() if key.startswith("lr") and x}
-            tried = " or ".join(f"--{key} {x}".replace("_", "-") for key, x in rates.items())
-            raise RunError(f"{what} is {value} at step {step} ({kept}); try less than {tried}")
+            ckpt = read_checkpoint(path)
+            if ckpt["settings"] != self.settings:
+                raise RunError(f"{path} is of other settings: give another --out-dir")
+            for name, module in self.modules.items():
+                module.load_state_dict(ckpt[name])
+            for name, generator in self.generators.items():
+                generator.set_state(ckpt[name])
+            self.metrics, self.saved_step = ckpt["metrics"], ckpt["step"]
+            say(f"{self.folder.name}: resumed at step {self.saved_step:,}")
+        return self.saved_step
 
     def steps(self, start, stop):
-        """range(start, stop) with a progress bar. Ctrl-C and SIGTERM end it after a step, saved."""
+        """range(start, stop) with a progress bar and a checkpoint at least once a minute."""
         steps = range(start, stop)
-        self.bar = tqdm(steps, initial=start, total=stop, desc=self.number, disable=None)
-        Run.in_step = True
-        try:
-            for step in self.bar:
-                yield step
-                if Run.caught:
-                    line = f"interrupted, saved at step {step + 1:,}; the same command continues it"
-                    line += " (without --overwrite)" if self.args.overwrite else ""
-                    try:
-                        self.save(step + 1)
-                    except OSError as error:                 # a full disk
-                        line = f"interrupted, not saved: {error}; {GO_ON}"
-                    raise KeyboardInterrupt(line, 128 + Run.caught)
-        finally:
-            Run.in_step = False
-            self.bar.close()
+        self.bar = tqdm(steps, initial=start, total=stop, desc=self.args.label, disable=None)
+        for step in self.bar:
+            yield step
+            if time.time() - self.saved_at > 60:
+                self.save(step + 1)
 
     def log(self, step, **metrics):
-        """Adds a line to metrics.jsonl and shows its first two numbers: loss and main metric."""
+        """An evaluation after `step` steps: shows its first two numbers, and saves a checkpoint."""
         self.check(metrics["loss"], "the loss", step)
-        seconds = round(time.perf_counter() - self.started, 2)
-        self.metrics.append({"step": step, "seconds": seconds, **metrics})
-        lines = [json.dumps(line) + "\n" for line in self.metrics]
-        self.write("metrics.jsonl", "".join(lines).encode())
-        shown = list(metrics.items())[:2]
-        text = ", ".join(f"{key} {value:.4g}" for key, value in shown)
+        text = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.items())[:2])
         self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            print(f"{self.number} step {step:,}: {text}", flush=True)
+        sixteenth = self.bar.total / 16
+        before = self.metrics[-1]["step"] if self.metrics else -1
+        if self.bar.disable and step // sixteenth > before // sixteenth:
+            say(f"{self.folder.name}, step {step:,}: {text}")            # no terminal: few lines
+        self.metrics.append({"step": step, **metrics})
+        self.save(step)
 
-def fingerprint(path):
-    """A hash of a file, or of a folder's files, names and contents."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
+    def check(self, value, what, step):
+        """RunError for a number that is not finite; the last checkpoint stays."""
+        if not math.isfinite(value):
+            raise RunError(f"{what} is {value} at step {step}: try less than --lr {self.args.lr}")
 
-def folder_name(settings, usual, apart):
-    """The preset and what differs from it; what is longer than 160 characters ends in a hash."""
-    name = settings["preset"]
-    for key, value in settings.items():
-        if key not in apart and value is not None and value != usual[key]:
-            items = value if isinstance(value, list) else [value]
-            name += f",{key}=" + "+".join(map(str, items))
-    name = re.sub(r"[^\w.,=+-]", "_", name)
-    if len(name) > 160:
-        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    def save(self, step):
+        """Writes metrics.jsonl and ckpt.pt. RunError for weights that are not finite."""
+        weights = self.modules["model"].parameters()
+        total = sum(w.detach().float().abs().sum() for w in weights)
+        self.check(float(total), "the sum of all weights", step)
+        ckpt = {"step": step, "settings": self.settings, "metrics": self.metrics}
+        ckpt.update({name: module.state_dict() for name, module in self.modules.items()})
+        ckpt.update({name: draws.get_state() for name, draws in self.generators.items()})
+        buffer = io.BytesIO()
+        torch.save(ckpt, buffer)
+        lines = [json.dumps(line) + "\n" for line in self.metrics]
+        write(self.folder / "metrics.jsonl", "".join(lines).encode())
+        write(self.folder / "ckpt.pt", buffer.getvalue())
+        self.saved_step, self.saved_at = step, time.time()
 
-def sweep(args, over, resolve, measured=()):
-    """The product of the lists in args that `over` names: a Run for each different training.
-
-    resolve(args) completes the settings of one run in place: what a preset leaves to the model or
-    the task, and None for what has no effect. `measured`: what training does not depend on.
-    """
-    apart = NOT_TRAINED.union(measured)
-    script = args.script.stem if args.script.is_file() else "stdin"
-    whole = folder_name(vars(args), args.usual, apart)
-    runs = {}
-    for values in itertools.product(*[getattr(args, key) for key in over]):
-        picked = dict(zip(over, values))
-        own = argparse.Namespace(**{**vars(args), **picked})
-        usual = argparse.Namespace(**{**args.usual, **picked})
-        # The name says what differs from `usual`: the preset's values, completed for the same task
-        # and model. A swept value that is not the preset's only one is always named.
-        resolve(own)
-        resolve(usual)
-        for key in over:
-            if args.usual[key] != [picked[key]]:
-                setattr(usual, key, None)
-        name = folder_name(vars(own), vars(usual), apart | {"seed"})
-        folder = Path(args.out_dir) / script / f"{name},seed={own.seed}"
-        if folder not in runs:
-            runs[folder] = Run(own, folder, whole, measured)
-    runs = list(runs.values())
-    for key in args.given:
-        if all(getattr(run.args, key) is None for run in runs):
-            flag = "--" + key.replace("_", "-")
-            fail(f"{flag} has no effect on what was asked for: leave it out (--help: what for)", 2)
-    for i, run in enumerate(runs):
-        run.number = f"{i + 1}/{len(runs)}"
-    return runs
+    def read(self, edited):
+        """Reads results.json and metrics.jsonl, if what was measured is newer than the code."""
+        path = self.folder / "results.json"
+        if not path.exists() or path.stat().st_mtime < edited:
+            return None
+        try:
+            results = json.loads(path.read_text())
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            self.metrics = [json.loads(line) for line in lines]
+            return results if results["settings"] == self.flags else None
+        except ValueError:                                   # damaged: made again from ckpt.pt
+            return None
 
 def load(folder, build, device="cpu"):
     """A run's task and its trained model, in eval mode. build(args) -> task, model.
-    FileNotFoundError where the folder holds no run."""
-    if not (Path(folder) / "ckpt.pt").exists():
+
+    FileNotFoundError if the folder holds no run, ValueError if it is another script's.
+    """
+    path = Path(folder, "ckpt.pt")
+    if not path.exists():
         raise FileNotFoundError(f"{folder} holds no trained run")
-    config = json.loads((Path(folder) / "config.json").read_text())
-    for key, digest in config["data"].items():
-        path = Path(config["settings"][key])
-        if fingerprint(path) != digest:
-            print(f"{folder}: {path} has changed since training", file=sys.stderr)
-    task, model = build(argparse.Namespace(**config["settings"], device=str(device)))
-    state = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
+    ckpt = read_checkpoint(path)
+    settings = argparse.Namespace(**ckpt["settings"], device=str(device))
+    if settings.script != script_of(build).stem:
+        raise ValueError(f"{folder} is a run of {settings.script}.py: load it with that")
+    task, model = build(settings)
+    model.load_state_dict(ckpt["model"])
     return task, model.eval()
 
-def caught(number, frame):
-    """Ctrl-C and SIGTERM: the first within a training step waits for its end, in Run.steps."""
-    if Run.in_step and not Run.caught:
-        Run.caught = number
-    else:
-        raise KeyboardInterrupt(f"interrupted; {GO_ON}", 128 + number)
+# ---- Sweeps -------------------------------------------------------------------------------------
 
-def bring_up_to_date(run, train, measure):
-    """Trains and measures a run, or what of that its folder does not hold yet."""
-    old = None if run.args.overwrite else run.read("results.json")
-    again = []
-    if old is None:
-        seed_everything(run.args.seed)
-        train(run.args, run)
-    else:
-        for key, value in run.measured.items():
-            if value and value != old["measured"].get(key):
-                again.append(key)
-        there = run.read("config.json") or {}
-        same_settings = there.get("settings") == run.config["settings"]      # else build() may fail
-        if same_settings and old.get("code") != run.config["code"]:
-            again.append("the changed code")
-        how = f"measured again for {', '.join(again)}" if again else "read"
-        parts = "settings", "code", "data", "eval_every"
-        run.say(f"finished on {old['finished'][:10]}, {how}", *parts)
-    if again or old is None:
-        print(f"{run.number} measuring", flush=True)
-        now = datetime.datetime.now().isoformat(timespec="seconds")
-        about = {"finished": now, "measured": run.measured, "code": run.config["code"]}
-        run.write("results.json", {**about, **measure(run.args, run)})
+def script_of(function):
+    """The file that a function stands in."""
+    return Path(function.__code__.co_filename)
 
-def hold_alone(file):
-    """Locks a file until it is closed. BlockingIOError where another process holds it."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        print(f"{file.name}: no locks here; leave the folder to one command", flush=True)
+def sweep(args, over, build, resolve=lambda args: None, measured=()):
+    """The product of the lists in args that `over` names: a Run for each different folder.
 
-def attempt(run, train, measure):
-    """Brings a run up to date, alone in its folder. Returns whether it succeeded."""
-    Run.in_step = False
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with open(run.folder / ".lock", "a+") as lock:       # locked until it is closed
-            hold_alone(lock)
-            lock.truncate(0)
-            print(f"process {os.getpid()}", file=lock, flush=True)
-            bring_up_to_date(run, train, measure)
-        return True
-    except BrokenPipeError:
-        raise                                                # nobody reads the output: command()
-    except BlockingIOError:
-        holder = (run.folder / ".lock").read_text().strip()
-        reason = f"{holder} is at work on it; later, {GO_ON}"
-    except RunError as error:
-        reason = str(error)
-    except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if "site-packages" not in frame.filename][-1]
-        place = f"{Path(ours.filename).name}, line {ours.lineno}"
-        reason = f"{type(error).__name__}: {str(error).strip()[:200]} ({place})".replace("\n", " ")
-    finally:
-        run.objects = None                                   # frees the model and the optimizer
-    print(f"error: {run.number} {run.name}: {reason}", file=sys.stderr, flush=True)
-    return False
+    resolve(args) completes a run's flags in place; a flag that it sets to None has no effect on the
+    run, and no place in its name. `measured`: flags that training does not depend on.
+    build(args) is tried for each run: UsageError for what cannot be, before anything is written.
+    """
+    unnamed = NOT_TRAINED.union(measured, ["preset", "seed"])
+    varied = [key for key in over if key != "seed" and len(getattr(args, key)) > 1]
+    runs = {}
+    for values in itertools.product(*[getattr(args, key) for key in over]):
+        own = argparse.Namespace(**{**vars(args), **dict(zip(over, values))})
+        flags = {key: x for key, x in vars(own).items() if key not in unnamed}
+        typed = [key for key, x in flags.items() if args.defaults[key] not in (x, [x])]
+        resolve(own)
+        named = {key: x for key, x in vars(own).items() if x is not None}
+        own.label = ", ".join(f"{key} {named[key]}" for key in varied if key in named)
+        own.script = script_of(build).stem
+        name = [own.preset] + [f"{key}={named[key]}" for key in typed if key in named]
+        name = re.sub("[^A-Za-z0-9.,=+-]", "_", ",".join(name))
+        if len(name) > 150:
+            name = f"{name[:150]}-{zlib.crc32(name.encode()):08x}"
+        folder = Path(args.out_dir, own.script, f"{name},seed={own.seed}")
+        runs.setdefault(folder, Run(own, folder, measured))
+    runs = list(runs.values())
+    for key, default in args.defaults.items():
+        if getattr(args, key) != default and all(getattr(run.args, key) is None for run in runs):
+            raise UsageError(f"--{key.replace('_', '-')} has no effect on what was asked for")
+    for run in runs:
+        if not (run.folder / "results.json").exists():
+            try:
+                build(run.args)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{run.folder.name}: {error}") from error
+    return runs
 
 def complete(runs, train, measure, show):
-    """Trains and measures the runs that need it, and calls show(runs, results) with all of them.
+    """Trains and measures what the folders do not hold, and calls show(runs) with what they do.
 
-    train(args, run) leaves a checkpoint; measure(args, run) returns a dict for results.json. Under
-    torchrun each process takes its share, and rank 0 shows all. Returns the results, each with its
-    run's folder. A run that fails is left out; the program then ends with exit status 1.
+    As make does: results.json is made from ckpt.pt and the script, anew if the script is newer or
+    other measuring flags are given. Returns a dict for each run: its results, its "folder" and, if
+    it failed, "failed": why. Under torchrun each process takes every WORLD_SIZE-th run and shows
+    nothing; once all have ended, the same command without torchrun does.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, caught)
-    try:
-        Run.caught = 0
-        failed = {run.name for run in runs[rank::world] if not attempt(run, train, measure)}
-        if world > 1:
-            of_each = [None] * world
-            torch.distributed.all_gather_object(of_each, failed)             # waits for all
-            failed = set().union(*of_each)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if world > 1:
-            torch.distributed.destroy_process_group()        # else its threads can abort the exit
-    if rank > 0:
-        return []
-    done = [run for run in runs if run.name not in failed and run.read("results.json")]
-    results = [{**run.read("results.json"), "folder": str(run.folder)} for run in done]
-    if done:
-        show(done, results)
-    if len(done) < len(runs):
-        fail(f"{len(runs) - len(done)} of {len(runs)} runs did not finish")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    edited = max(script_of(train).stat().st_mtime, Path(__file__).stat().st_mtime)
+    runs = runs[rank::world]
+    older = [run.folder for run in runs if trained_at(run) < edited]
+    for run in runs:
+        try:
+            run.results = run.read(edited) or make_results(run, train, measure)
+        except (RunError, OSError) as error:
+            run.results = {"failed": str(error)}
+            say(f"error: {run.folder}: {error}")
+        except KeyboardInterrupt:
+            kept = f"{run.folder} keeps step {run.saved_step:,}"
+            raise KeyboardInterrupt(f"interrupted; {kept}: repeat the command to resume") from None
+        run.results["folder"] = str(run.folder)
+    done = [run for run in runs if "failed" not in run.results]
+    if done and world == 1:
+        show(done)
+    for folder in older:
+        say(f"{folder}: trained before the code was edited; delete it to train anew")
+    return [run.results for run in runs]
+
+def trained_at(run):
+    """When a run's checkpoint was written, in seconds; infinity if there is none."""
+    path = run.folder / "ckpt.pt"
+    return path.stat().st_mtime if path.exists() else math.inf
+
+def make_results(run, train, measure):
+    """Trains a run, or what is left of it, and writes results.json."""
+    seed_everything(run.args.seed)
+    if getattr(run.args, "compile", False):
+        torch.compiler.reset()                               # else the third run compiles nothing
+    train(run.args, run)
+    results = {**measure(run.args, run), "settings": run.flags}
+    write(run.folder / "results.json", json.dumps(results, indent=1).encode())
     return results
+
+# ---- Tables and figures -------------------------------------------------------------------------
+
+def spread(values, form=".3f"):
+    """Median and range, "0.95 [0.93, 0.97]"; - stands for None, a number that was not reached."""
+    values = [math.inf if value is None else value for value in values]
+    found = statistics.median(values), min(values), max(values)
+    median, low, high = ["-" if x == math.inf else f"{x:{form}}" for x in found]
+    return median if low == high else f"{median} [{low}, {high}]"
+
+def print_table(title, cells):
+    """A table from triples: row, column, value (and the number's format; text stays as it is).
+
+    Values with the same row and column are those of several seeds: one cell, median and range.
+    """
+    found = {}
+    for row, column, value, *form in cells:
+        found.setdefault((str(row), str(column)), ([], form))[0].append(value)
+    rows, columns = [list(dict.fromkeys(names)) for names in zip(*found)]
+    lines = [["", *columns]]
+    for row in rows:
+        lines.append([row])
+        for column in columns:
+            values, form = found.get((row, column), ([""], []))
+            is_text = isinstance(values[0], str)
+            lines[-1].append(values[0] if is_text else spread(values, *form))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    say(f"\n{title}")
+    for line in lines:
+        say("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+def new_axes(titles, columns):
+    """A figure, and an axis for each title."""
+    from matplotlib.figure import Figure                     # not pyplot: a notebook may use it
+    columns = min(columns, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure((4.5 * columns, 3.5 * rows), layout="constrained")
+    places = enumerate(titles, 1)
+    return figure, [figure.add_subplot(rows, columns, i, title=title) for i, title in places]
+
+def plot(path, panels, columns=3):
+    """Draws panels {title: (settings of the axis, curves)}, a curve being label, x, y, style.
+
+    Curves with the same label are those of several seeds: their median, in a band from the lowest
+    to the highest. style: a dict for matplotlib.
+    """
+    figure, axes = new_axes(panels, columns)
+    for axis, (settings, curves) in zip(axes, panels.values()):
+        found = {}
+        for label, x, y, style in curves:
+            found.setdefault(label, (x, [], style))[1].append(y)
+        for label, (x, ys, style) in found.items():
+            ys = np.array(ys, dtype=float)                   # (seeds, len(x))
+            line, = axis.plot(x, np.median(ys, 0), label=label, **style)
+            axis.fill_between(x, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.2)
+        axis.set(**settings)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    say(f"figure: {path}")
+
+def plot_matrices(path, panels, columns=3):
+    """Draws panels {title: (matrix, row names, column names, settings of the axis, circles)}.
+
+    circles: pairs of row and column, marked in red.
+    """
+    figure, axes = new_axes(panels, columns)
+    for axis, (matrix, rows, names, settings, circles) in zip(axes, panels.values()):
+        axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
+        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        axis.set_xticks(range(len(names)), names, fontsize=7)
+        for row, column in circles:
+            axis.plot(column, row, "o", color="red", fillstyle="none", markersize=5)
+        axis.set(**settings)
+    figure.savefig(path, dpi=130)
+    say(f"figure: {path}")

@@ -1,16 +1,13 @@
-"""common.py: GPT-2's blocks against NumPy, devices, the command line, tables, and what happens to runs and their folders.
+"""common.py: GPT-2's blocks against NumPy, devices, the command line, tables, figures, and what happens to runs and their folders.
 
 Runs are tried on toy.py, a script of the form that all five have.
 """
-import errno
 import json
 import math
 import os
-import shutil
-import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,57 +18,21 @@ import common
 import toy
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
 
 
-def cut_and_continued(script, folder, flags, before, until):
-    """Runs a command three times at once: whole, and cut off by Ctrl-C and by SIGKILL after the line `until`, then repeated.
-
-    Asserts that the repetition does not print the evaluation `before`, whose checkpoint was safe by then, and that all three
-    leave the same metrics and results. Returns what the whole run printed; its folder is folder / "0".
-    """
-    exits = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-
-    def one(number):
-        command = [sys.executable, "-u", str(script), *flags, "--out-dir", str(folder / f"{number}")]
-        if number:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-            while until not in process.stdout.readline() and process.poll() is None:
-                pass
-            process.send_signal(number)
-            error = process.communicate(timeout=60)[1]
-            assert process.returncode == exits[number]
-            assert number == signal.SIGKILL or "saved at step" in error and "the same command continues it" in error
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stderr
-        assert ("continues at step" in done.stdout) == bool(number)
-        assert (before in done.stdout) == (not number)                           # it went on, it did not start again
-        own, = [path for path in (folder / f"{number}" / script.stem).iterdir() if path.is_dir()]
-        return metrics_of(own), results_of(own), done.stdout
-
-    with ThreadPoolExecutor(3) as pool:
-        whole, *cut = pool.map(one, (0, int(signal.SIGINT), int(signal.SIGKILL)))
-    for other in cut:
-        assert other[:2] == whole[:2]
-    return whole[2]
+def toy_command(*flags, **settings):
+    """The toy script as a command, finished."""
+    command = [sys.executable, str(HERE / "toy.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=ENVIRONMENT, **settings)
 
 
-def metrics_of(folder):
-    """The lines of a run's metrics.jsonl without the seconds."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def results_of(folder):
-    """A run's results.json without the time."""
-    results = json.loads((folder / "results.json").read_text())
-    del results["finished"]
-    return results
-
-
-def call_main(module, *flags):
-    """The command in this process, which saves the seconds of importing torch; returns what main returns."""
-    return module.main([str(flag) for flag in flags])
+def files_of(folder):
+    """The metrics and the results of each run below a folder, by the run's name."""
+    found = {}
+    for path in Path(folder).glob("**/results.json"):
+        found[path.parent.name] = path.read_text(), (path.parent / "metrics.jsonl").read_text()
+    return found
 
 
 # ---- The blocks -----------------------------------------------------------------------------------------------------
@@ -145,221 +106,196 @@ def test_gpt2_initialisation():
 
 def test_pick_device():
     assert common.pick_device("cpu") == torch.device("cpu")
-    assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("tpu", "cuda:x", "cuda:", "cuda:99", "cpu:1"):
+    assert common.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("tpu", "cuda:x", "cuda:", "cuda:99", "cpu:1", "mps"):
         with pytest.raises(ValueError, match=name):
             common.pick_device(name)
 
 
-def test_a_cpu_keeps_freed_memory_where_glibc_can(monkeypatch):
-    calls = []
-
-    class Glibc:
-        def mallopt(self, parameter, value):
-            calls.append(parameter)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr("ctypes.CDLL", lambda name: Glibc())
-    assert common.pick_device("cpu") == torch.device("cpu") and calls == [-1, -2, -3]
-    monkeypatch.setattr("ctypes.CDLL", lambda name: object())                    # another C library
-    assert common.pick_device("cpu") == torch.device("cpu")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert common.pick_device("cpu") == torch.device("cpu") and len(calls) == 3
+def test_under_torchrun_cuda_is_the_processs_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert common.pick_device("auto") == torch.device("cuda", 2)
+    assert common.pick_device("cuda:1") == torch.device("cuda", 1)
+    torch.set_float32_matmul_precision("highest")
 
 
-def test_auto_takes_the_first_device_that_the_script_can_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert common.pick_device("auto").type == "mps"
-    assert common.pick_device("auto", kinds=("cuda", "cpu")).type == "cpu"
-    with pytest.raises(ValueError, match="mps"):
-        common.pick_device("mps", kinds=("cuda", "cpu"))
-
-
-# ---- Tables ---------------------------------------------------------------------------------------------------------
+# ---- Tables and figures ---------------------------------------------------------------------------------------------
 
 def test_spread():
     assert common.spread([0.5]) == "0.500"
-    assert common.spread([3, 1, 2], ".0f") == "2 [1, 3]"
-    assert common.spread([None, 100, 200], ".0f") == "200 [100, -]"
-    assert common.spread([None]) == "-"
-    assert common.spread([2, 3], ".0f") == "2.5 [2, 3]"                           # not the 2 that rounding to even gives
+    assert common.spread([0.1, 0.9, 0.3], ".1f") == "0.3 [0.1, 0.9]"
+    assert common.spread([5, None, 7], ".0f") == "7 [5, -]" and common.spread([None]) == "-"
 
 
-def test_a_table_is_aligned(capsys):
-    common.print_table(["a", "long"], [["100", "2"]])
-    assert capsys.readouterr().out == "  a  long\n100     2\n"
+def test_a_table_is_aligned_and_seeds_are_one_cell(capsys):
+    common.print_table("title", [("a", "x", 0.1), ("a", "x", 0.3), ("bb", "y", "text"), ("a", "y", 7, ".0f")])
+    assert capsys.readouterr().out.splitlines() == [
+        "", "title",
+        "                       x     y",
+        " a  0.200 [0.100, 0.300]     7",
+        "bb                        text"]
 
 
-def test_a_table_of_one_wide_column_has_no_part_of_keys_alone(capsys):
-    common.print_table(["setting", "number"], [["s" * 98, "0.5"], ["t", "0.7"]])
-    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["number", "0.5", "0.7"]
+def test_curves_of_one_label_are_a_median_in_a_band(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    figures = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, *rest, **settings: figures.append(figure))
+    curves = [("model", [1, 10], [y, 2 * y], dict(marker="o")) for y in (0.1, 0.2, 0.6)] + [("paper", [1, 10], [0, 1], {})]
+    common.plot(tmp_path / "curves.png", {"first": (dict(xscale="log", xlabel="steps"), curves), "second": ({}, curves[:1])})
+    first, second = figures[0].axes
+    assert {line.get_label(): line.get_ydata().tolist() for line in first.lines} == {"model": [0.2, 0.4], "paper": [0, 1]}
+    band = first.collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 6)) for x, y in band} >= {(1, 0.1), (1, 0.6), (10, 0.2), (10, 1.2)}
+    assert first.get_xscale() == "log" and first.get_title() == "first" and second.get_title() == "second"
 
 
-def test_a_wide_table_is_split_and_repeats_what_names_the_rows(capsys):
-    header = ["model", "task", *(f"column {i:02}" for i in range(20))]
-    rows = [["big", "one", *(f"{i}.000" for i in range(20))], ["small", "two", *(f"{i}.500" for i in range(20))]]
-    common.print_table(header, rows, keys=2)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * 3 and max(map(len, lines)) <= 100
-    for line, start in zip(lines, ["model  task", "  big   one", "small   two"] * 3):
-        assert line.startswith(start)
-    words = " ".join(lines).split()
-    assert [word for word in words if word.endswith(".500")] == [f"{i}.500" for i in range(20)]
+def test_matrices_are_drawn_with_their_circles(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    figures = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, *rest, **settings: figures.append(figure))
+    common.plot_matrices(tmp_path / "m.png", {"m": (np.eye(2), ["a", "b"], ["c", "d"], dict(xlabel="key"), [(0, 1)])})
+    axis, = figures[0].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"] and axis.get_xlabel() == "key"
+    assert axis.images[0].get_array().tolist() == [[1, 0], [0, 1]] and axis.lines[0].get_xydata().tolist() == [[1, 0]]
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
+# ---- The command line and the folders of a sweep --------------------------------------------------------------------
+
+def names(*flags):
+    """The folders of a sweep of the toy."""
+    args = toy.parse_args([str(flag) for flag in flags])
+    return [run.folder.name for run in common.sweep(args, toy.SWEEP, toy.build, toy.resolve, measured=["n_eval"])]
+
 
 def test_help_has_the_docstring_and_the_values_of_the_preset(capsys):
-    for flags in (["--preset", "paper", "--help"], ["--help", "--preset=paper"]):
-        with pytest.raises(SystemExit) as stop:
-            toy.main(flags)
-        out = capsys.readouterr().out
-        assert stop.value.code == 0 and "    python toy.py" in out
-        assert "(default: linear mlp)" in out and "(default: 50)" in out
-
-
-def test_help_shows_a_default_of_zero(capsys, monkeypatch):
-    monkeypatch.setitem(toy.PRESETS, "quick", {**toy.PRESETS["quick"], "n_eval": 0})
     with pytest.raises(SystemExit):
-        toy.parse_args(["--help"])
-    assert "points to measure at (default: 0)" in " ".join(capsys.readouterr().out.split())
+        toy.parse_args(["--preset", "paper", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "learns y = 2x" in out and "(default: linear mlp)" in out and "(default: 50)" in out and "None" not in out
 
 
 def test_an_explicit_flag_beats_the_preset():
-    args = toy.parse_args(["--preset", "paper", "--steps", "7", "--width=3"])
-    assert (args.steps, args.width, args.model) == (7, [3], ["linear", "mlp"])
-    assert sorted(args.given) == ["preset", "steps", "width"] and args.usual["steps"] == 50
-
-
-# ---- Folders --------------------------------------------------------------------------------------------------------
-
-def names(*flags):
-    args = toy.parse_args([str(flag) for flag in flags])
-    return [run.name for run in common.sweep(args, toy.SWEEP, toy.resolve, measured=["n_eval"])]
+    args = toy.parse_args(["--preset", "paper", "--steps", "7"])
+    assert args.steps == 7 and args.width == [8]
 
 
 def test_a_folder_is_named_for_what_differs_from_the_preset():
     assert names() == ["quick,seed=0"]
-    assert names("--steps", 20, "--lr", 0.1, "--model", "linear", "--seed", 0) == ["quick,seed=0"]         # nothing differs
-    assert names("--steps", 30, "--seed", 0, 1) == ["quick,steps=30,seed=0", "quick,steps=30,seed=1"]
+    assert names("--model", "linear", "--seed", 0, 1) == ["quick,seed=0", "quick,seed=1"]
     assert names("--lr", 0.5, "--preset", "paper") == ["paper,model=linear,lr=0.5,seed=0", "paper,model=mlp,lr=0.5,seed=0"]
-    assert names("--n-eval", 3, "--eval-every", 2, "--overwrite", "--device", "cpu") == ["quick,seed=0"]
+    assert names("--n-eval", 3, "--eval-every", 2, "--device", "cpu", "--steps", 20) == ["quick,seed=0"]
 
 
 def test_equal_trainings_are_one_run():
-    assert names("--width", 4, 5, "--model", "linear", "mlp") == ["quick,seed=0", "quick,model=mlp,seed=0",
-                                                                  "quick,model=mlp,width=5,seed=0"]
+    assert names("--width", 4, 6, "--model", "linear", "mlp") == ["quick,seed=0", "quick,model=mlp,seed=0",
+                                                                  "quick,model=mlp,width=6,seed=0"]
     assert names("--seed", 1, 1, 1) == ["quick,seed=1"]
 
 
-def test_a_long_name_ends_in_a_hash_of_its_own(tmp_path):
-    found = set()
-    for i in range(3):
-        text = tmp_path / f"{'long ' * 30}{i}.txt"
-        text.write_text("text")
-        name, = names("--text", text)
-        assert len(name) <= 200 and name.endswith(",seed=0") and "/" not in name and " " not in name
-        found.add(name)
-    assert len(found) == 3
+def test_names_are_short_and_plain():
+    name, = names("--text", "a/b \u6587.txt")
+    assert name == "quick,text=a_b__.txt,seed=0"
+    first, second = [names("--text", 300 * "x" + end)[0] for end in "ab"]
+    assert first != second and max(len(first), len(second)) < 180
 
 
-def test_a_sweep_is_named_as_a_whole(tmp_path):
-    args = toy.parse_args(["--model", "linear", "mlp", "--steps", "30"])
-    assert common.sweep(args, toy.SWEEP, toy.resolve)[0].sweep == "quick,model=linear+mlp,steps=30"
+@pytest.mark.parametrize("flags, line", [
+    (["--steps", "x"], "invalid int value"),
+    (["--steps", "0"], "0 is not from 1"),
+    (["--lr", "nan"], "nan is not from"),
+    (["--steps", "3", "4"], "not understood: 4 (several values: --model --width --seed)"),
+    (["--bogus"], "not understood: --bogus"),
+    (["--model", "rnn"], "invalid choice"),
+    (["--preset", "huge"], "invalid choice"),
+    (["--device", "cuda:99"], "--device cuda:99 is not here"),
+    (["--depth", "3"], "--depth has no effect"),
+    (["--model", "mlp", "--width", "3"], "width 3 is odd"),
+])
+def test_what_cannot_be_is_one_line_before_anything_is_written(flags, line, tmp_path):
+    with pytest.raises(ValueError) as error:
+        toy.main([*flags, "--out-dir", str(tmp_path)])
+    assert line in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-# ---- What happens to a run ------------------------------------------------------------------------------------------
+def test_a_command_turns_it_into_a_line_and_an_exit_status(tmp_path):
+    done = toy_command("--steps", "x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
 
-def test_a_run_says_what_happens_to_it(tmp_path, capsys):
-    toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1"])
-    out = capsys.readouterr().out
-    assert "1/2 quick,seed=0: new\n1/2 step 5: loss" in out and "2/2 quick,seed=1: new\n" in out and "2/2 measuring\n" in out
-    toy.main(["--out-dir", str(tmp_path), "--seed", "1", "2"])
-    out = capsys.readouterr().out
-    assert "1/2 quick,seed=1: finished on 20" in out and ", read\n" in out and "2/2 quick,seed=2: new" in out
-    assert max(map(len, out.splitlines())) <= 100
 
+def test_plot_without_matplotlib_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        toy.main(["--plot", "--out-dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+# ---- What happens to runs -------------------------------------------------------------------------------------------
 
 def test_main_returns_the_results_and_load_the_model_twice_in_one_session(tmp_path):
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     for _ in range(2):
-        result, = toy.main(["--out-dir", str(tmp_path)])
-        _, model = toy.load(result["folder"])
-        assert not model.training and model(torch.ones(1, 1)).item() == pytest.approx(2, abs=0.5)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+        results = toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1"])
+        assert [result["settings"]["seed"] for result in results] == [0, 1]
+        task, model = toy.load(results[0]["folder"])
+        x = torch.linspace(-1, 1, 64)[:, None]
+        assert task is None and not model.training
+        assert torch.nn.functional.mse_loss(model(x), 2 * x).item() == results[0]["error"]
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
+def test_load_names_a_folder_without_a_run_and_another_scripts(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere holds no trained run"):
         toy.load(tmp_path / "nowhere")
-
-
-def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path, capsys):
     result, = toy.main(["--out-dir", str(tmp_path)])
-    before = (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="is a run of toy.py"):
+        common.load(result["folder"], names)
+
+
+def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path):
+    result, = toy.main(["--out-dir", str(tmp_path)])
+    before = (Path(result["folder"]) / "ckpt.pt").stat().st_mtime_ns
     again, = toy.main(["--out-dir", str(tmp_path), "--n-eval", "9", "--eval-every", "3"])
-    assert "measured again for n_eval" in capsys.readouterr().out
     assert again["n_eval"] == 9 and again["error"] != result["error"]
-    assert (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").stat().st_mtime_ns == before
+    assert (Path(result["folder"]) / "ckpt.pt").stat().st_mtime_ns == before
 
 
 def test_a_finished_run_is_drawn_beside_its_folder(tmp_path):
     pytest.importorskip("matplotlib")
     toy.main(["--out-dir", str(tmp_path)])
     toy.main(["--out-dir", str(tmp_path), "--plot"])
-    assert (tmp_path / "toy" / "curve,quick.png").exists()
+    assert (tmp_path / "toy" / "curve.png").exists()
 
 
-def test_overwrite_trains_anew_and_removes_nothing_before_it_can_start(tmp_path, monkeypatch, capsys):
-    flags = ["--out-dir", str(tmp_path), "--overwrite"]
-    toy.main(flags)
-    folder = tmp_path / "toy" / "quick,seed=0"
-    (folder / "ckpt.pt").write_bytes(b"old")
-    build = toy.build
-    monkeypatch.setattr(toy, "build", lambda args: (_ for _ in ()).throw(MemoryError("too large")))
-    with pytest.raises(SystemExit) as stop:
-        toy.main(flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and "MemoryError: too large" in error
-    assert (folder / "ckpt.pt").read_bytes() == b"old" and (folder / "results.json").exists()
-    monkeypatch.setattr(toy, "build", build)
-    toy.main(flags)
-    assert "quick,seed=0: new" in capsys.readouterr().out and (folder / "ckpt.pt").read_bytes() != b"old"
+def test_a_run_that_fails_lets_the_sweep_go_on(tmp_path):
+    done = toy_command("--model", "linear", "mlp", "--lr", 1000, "--steps", 300, "--out-dir", tmp_path)
+    assert done.returncode == 1 and done.stdout.count("try less than --lr 1000.0") == 2
+    good, = toy.main(["--out-dir", str(tmp_path)])
+    (tmp_path / "toy" / "quick,seed=1").mkdir()
+    (tmp_path / "toy" / "quick,seed=1" / "ckpt.pt").write_text("damaged")
+    results = toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1", "2"])
+    assert results[0] == good and "error" in results[2] and "ckpt.pt is damaged" in results[1]["failed"]
 
 
-def test_a_run_that_fails_lets_the_sweep_go_on(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        toy.main(["--out-dir", str(tmp_path), "--model", "mlp", "linear", "--lr", "500", "--steps", "14", "--eval-every", "13"])
-    captured = capsys.readouterr()
-    assert stop.value.code == 1 and "1 of 2 runs did not finish" in captured.err
-    assert "1/2 quick,model=mlp" in captured.err and "--lr 500" in captured.err and "linear" in captured.out.splitlines()[-1]
-
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
-    toy.main(["--out-dir", str(tmp_path), "--steps", "10"])
-    build = toy.build
-
-    def broken(args):
-        task, model = build(args)
-        model.register_buffer("extra", torch.tensor(math.nan))
-        return task, model
-    monkeypatch.setattr(toy, "build", broken)
-    with pytest.raises(SystemExit):
-        toy.main(["--out-dir", str(tmp_path)])
-    assert "is nan at step 5 (unsaved); try less than --lr 0.1" in capsys.readouterr().err
-    assert not (tmp_path / "toy" / "quick,seed=0" / "ckpt.pt").exists()
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    args = toy.parse_args(["--out-dir", str(tmp_path)])
+    run, = common.sweep(args, toy.SWEEP, toy.build, toy.resolve, measured=["n_eval"])
+    _, model = toy.build(run.args)
+    run.restore(model, torch.optim.SGD(model.parameters()), torch.Generator())
+    run.save(1)
+    model.weight.data[0] = math.nan
+    with pytest.raises(common.RunError, match="weights is nan at step 2: try less than --lr 0.1"):
+        run.save(2)
+    assert common.read_checkpoint(run.folder / "ckpt.pt")["step"] == 1
 
 
 def test_a_checkpoint_brings_back_model_optimizer_generators_and_metrics(tmp_path):
     def start():
         args = toy.parse_args(["--out-dir", str(tmp_path)])
-        run, = common.sweep(args, toy.SWEEP, toy.resolve)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        run, = common.sweep(args, toy.SWEEP, toy.build, toy.resolve)
         common.seed_everything(0)
         model = torch.nn.Linear(3, 3)
-        objects = dict(model=model, optimizer=torch.optim.AdamW(model.parameters(), fused=True),
-                       data=torch.Generator().manual_seed(5))
-        return run, run.restore(**objects), *objects.values()
+        objects = model, torch.optim.AdamW(model.parameters(), fused=True), torch.Generator().manual_seed(5)
+        return run, run.restore(*objects), *objects
 
     def work(model, optimizer, data, steps):
         for _ in range(steps):
@@ -376,9 +312,8 @@ def test_a_checkpoint_brings_back_model_optimizer_generators_and_metrics(tmp_pat
     run, _, model, optimizer, data = start()
     for step in run.steps(0, 5):
         work(model, optimizer, data, 1)
-        run.log(step + 1, loss=1.0)
-        if step == 3:
-            run.save(4)                                                          # the fifth step is lost
+        if step < 4:                                                             # the fifth step is lost
+            run.log(step + 1, loss=1.0)
 
     run, step, model, optimizer, data = start()
     assert step == 4 and [line["step"] for line in run.metrics] == [1, 2, 3, 4]
@@ -387,286 +322,128 @@ def test_a_checkpoint_brings_back_model_optimizer_generators_and_metrics(tmp_pat
         assert torch.equal(a, b)
 
 
-DAMAGES = {
-    "results.json": "is damaged",
-    "ckpt.pt": "does not fit",
-    "metrics.jsonl": "is damaged",
-    "config.json": "is damaged",
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_file_is_named(name, tmp_path, capsys):
-    toy.main(["--out-dir", str(tmp_path)])
-    folder = tmp_path / "toy" / "quick,seed=0"
-    if name != "results.json":
-        (folder / "results.json").unlink()
-    (folder / name).write_text("{")
-    with pytest.raises(SystemExit) as stop:
-        toy.main(["--out-dir", str(tmp_path)])
-    first = capsys.readouterr().err.splitlines()[0]
-    assert stop.value.code == 1 and name in first and DAMAGES[name] in first and "--overwrite" in first
-    toy.main(["--out-dir", str(tmp_path), "--overwrite"])
-
-
-def test_a_checkpoint_of_another_shape_is_one_line(tmp_path, monkeypatch, capsys):
-    toy.main(["--out-dir", str(tmp_path)])
-    (tmp_path / "toy" / "quick,seed=0" / "results.json").unlink()
-    monkeypatch.setattr(toy, "build", lambda args: (None, torch.nn.Linear(2, 1)))
-    with pytest.raises(SystemExit):
-        toy.main(["--out-dir", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert "ckpt.pt does not fit" in error and error.count("\n") == 2
-
-
-def test_a_folder_without_a_config_is_told(tmp_path, capsys):
-    toy.main(["--out-dir", str(tmp_path)])
-    (tmp_path / "toy" / "quick,seed=0" / "config.json").unlink()
-    toy.main(["--out-dir", str(tmp_path)])
-    assert "changed since: settings, code, data" in capsys.readouterr().out
-
-
-def run_with(folder, **changes):
-    """The toy's default run in that folder, its config.json changed; the run's own folder."""
-    toy.main(["--out-dir", str(folder)])
-    run = folder / "toy" / "quick,seed=0"
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, **changes}))
-    return run
-
-
-def test_a_run_begun_by_other_code_says_so_to_its_end(tmp_path, capsys):
-    folder = run_with(tmp_path, code="another")
-    for told in "changed since: code; --overwrite", "changed on the way: code":
-        (folder / "results.json").unlink()
-        capsys.readouterr()
-        toy.main(["--out-dir", str(tmp_path)])
-        assert told in capsys.readouterr().out.splitlines()[0]
-    toy.main(["--out-dir", str(tmp_path)])
-    assert "read; changed on the way: code" in capsys.readouterr().out
-
-
-def test_a_run_begun_on_another_device_is_not_called_damaged(tmp_path, capsys):
-    folder = run_with(tmp_path, device="cuda")
-    (folder / "results.json").unlink()
-    with pytest.raises(SystemExit):
-        toy.main(["--out-dir", str(tmp_path), "--device", "cpu"])
-    assert "begun on cuda: give --device cuda" in capsys.readouterr().err
-
-
-def test_another_pace_of_evaluation_than_a_finished_runs_is_told(tmp_path, capsys):
-    toy.main(["--out-dir", str(tmp_path), "--eval-every", "10"])
-    toy.main(["--out-dir", str(tmp_path), "--eval-every", "5"])
-    assert "read; changed since: eval_every; --overwrite" in capsys.readouterr().out
-
-
-def test_load_tells_of_data_that_has_changed(tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("one")
-    result, = toy.main(["--out-dir", str(tmp_path / "out"), "--text", str(text)])
-    toy.load(result["folder"])
-    assert capsys.readouterr().err == ""
-    text.write_text("two")
-    toy.load(result["folder"])
-    assert "text.txt has changed since training" in capsys.readouterr().err
-
-
-def test_changed_data_is_told(tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    for content, told in ("one", False), ("two", True):
-        text.write_text(content)
-        toy.main(["--out-dir", str(tmp_path / "out"), "--text", str(text)])
-        assert ("changed since: data; --overwrite" in capsys.readouterr().out) == told
-
-
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
-    def full(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SystemExit) as stop:
-        toy.main(["--out-dir", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and "No space left on device" in error and "config.json" in error and error.count("\n") == 2
-    assert not list(tmp_path.rglob("*.tmp"))                                     # nothing that fills it further
-
-
-def test_an_interruption_on_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):
+def test_between_evaluations_a_checkpoint_is_written_once_a_minute(tmp_path, monkeypatch):
     args = toy.parse_args(["--out-dir", str(tmp_path)])
-    run, = common.sweep(args, toy.SWEEP, toy.resolve)
+    run, = common.sweep(args, toy.SWEEP, toy.build, toy.resolve)
+    _, model = toy.build(run.args)
+    now = time.time()
+    run.restore(model, torch.optim.SGD(model.parameters()), torch.Generator())
+    monkeypatch.setattr(time, "time", lambda: now)
+    saved = []
+    monkeypatch.setattr(run, "save", lambda step: (saved.append(step), setattr(run, "saved_at", now)))
+    for step in run.steps(0, 10):
+        now += 25
+    assert saved == [3, 6, 9]
 
-    def full(step):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(run, "save", full)
-    monkeypatch.setattr(common.Run, "caught", signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt) as stop:
-        next(steps := run.steps(0, 5)), next(steps)
-    assert "not saved" in stop.value.args[0] and "No space" in stop.value.args[0] and stop.value.args[1] == 130
 
-
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
-    fcntl = pytest.importorskip("fcntl")
-
-    def none(file, operation):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-    monkeypatch.setattr(fcntl, "flock", none)
+@pytest.mark.parametrize("name, text", [("results.json", None), ("results.json", ""), ("results.json", '{"err'), ("metrics.jsonl", '{"st')])
+def test_what_is_missing_or_cut_off_is_made_again_from_the_checkpoint(name, text, tmp_path):
+    result, = toy.main(["--out-dir", str(tmp_path)])
+    before = files_of(tmp_path)
+    path = Path(result["folder"]) / name
+    path.unlink() if text is None else path.write_text(text)
     toy.main(["--out-dir", str(tmp_path)])
-    assert "no locks here" in capsys.readouterr().out
+    assert files_of(tmp_path)["quick,seed=0"][0] == before["quick,seed=0"][0]
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
-    fcntl = pytest.importorskip("fcntl")
+def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
+    first, = toy.main(["--out-dir", str(tmp_path), "--text", "a/b"])
+    second, = toy.main(["--out-dir", str(tmp_path), "--text", "a_b"])
+    assert first["folder"] == second["folder"] and "of other settings" in second["failed"]
+
+
+def test_edited_code_measures_again_and_says_so_under_the_table(tmp_path, capsys):
+    toy.main(["--out-dir", str(tmp_path)])
+    capsys.readouterr()
     folder = tmp_path / "toy" / "quick,seed=0"
-    folder.mkdir(parents=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        print("process 123", file=lock, flush=True)
-        with pytest.raises(SystemExit) as stop:
-            toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1"])
-    captured = capsys.readouterr()
-    assert stop.value.code == 1 and "process 123 is at work on it" in captured.err
-    assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert (tmp_path / "toy" / "quick,seed=1" / "results.json").exists()
-    assert (tmp_path / "toy" / "quick,seed=1" / ".lock").read_text() == f"process {os.getpid()}\n"
-
-
-def test_a_run_lets_go_of_its_folder_and_its_model_when_it_ends(tmp_path, monkeypatch):
-    """Also after Ctrl-C, whose traceback an interactive session keeps, and the frames with it."""
-    def interrupted(args, run):
-        raise KeyboardInterrupt("stopped", 130)
-
-    args = toy.parse_args(["--out-dir", str(tmp_path)])
-    run, = common.sweep(args, toy.SWEEP, toy.resolve, measured=["n_eval"])
-    with pytest.raises(KeyboardInterrupt) as kept:
-        common.complete([run], toy.train, interrupted, toy.show)
-    assert run.objects is None
-    assert toy.main(["--out-dir", str(tmp_path)])                               # no process is at work there
-    assert kept.value.args == ("stopped", 130)
-
-
-def test_a_run_killed_before_its_first_checkpoint_logs_nothing_twice(tmp_path):
+    for name in ("ckpt.pt", "results.json", "metrics.jsonl"):
+        os.utime(folder / name, (1, 1))                                          # older than the code
+    (folder / "ckpt.pt.123.tmp").write_text("of a killed process")
+    os.utime(folder / "ckpt.pt.123.tmp", (1, 1))
     toy.main(["--out-dir", str(tmp_path)])
-    folder = tmp_path / "toy" / "quick,seed=0"
-    whole = metrics_of(folder)
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text(lines[0].replace('"step": 5', '"step": 0'))
-    (folder / "ckpt.pt").unlink()
-    (folder / "results.json").unlink()
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}: trained before the code was edited; delete it to train anew"
+    assert (folder / "results.json").stat().st_mtime > 1 and sorted(path.name for path in folder.iterdir()) == [
+        "ckpt.pt", "metrics.jsonl", "results.json"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    undisturbed = toy.main(["--out-dir", str(tmp_path / "whole")])
+    real = os.fsync
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    result, = toy.main(["--out-dir", str(tmp_path)])
+    assert "No space left" in result["failed"]
+    assert common.read_checkpoint(tmp_path / "toy" / "quick,seed=0" / "ckpt.pt")["step"] == 5
+    monkeypatch.setattr(os, "fsync", real)
+    result, = toy.main(["--out-dir", str(tmp_path)])
+    assert result["error"] == undisturbed[0]["error"]
+
+
+def test_a_read_only_folder_is_still_shown(tmp_path, monkeypatch, capsys):
     toy.main(["--out-dir", str(tmp_path)])
-    assert metrics_of(folder) == whole
+    capsys.readouterr()
+
+    def refuse(path, data):
+        raise PermissionError(path)
+    monkeypatch.setattr(common, "write", refuse)
+    toy.main(["--out-dir", str(tmp_path)])
+    assert "linear" in capsys.readouterr().out
 
 
-# ---- As commands ----------------------------------------------------------------------------------------------------
-
-def copied(tmp_path, name="toy.py"):
-    """The toy script and common.py in a folder of their own, which a test may change."""
-    shutil.copy(HERE.parent / "common.py", tmp_path)
-    shutil.copy(HERE / "toy.py", tmp_path / name)
-    return tmp_path / name
-
-
-def run_command(*words, cwd, **settings):
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, **settings)
+def test_an_interruption_is_one_line_that_names_the_folder_and_the_step(tmp_path, monkeypatch):
+    def interrupted(*rest):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(toy, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="quick,seed=0 keeps step 20: repeat the command to resume"):
+        toy.main(["--out-dir", str(tmp_path)])
 
 
-def test_changed_code_is_told_and_another_name_and_standard_input_work(tmp_path):
-    script = copied(tmp_path, "mine.py")
-    assert run_command("mine.py", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "out" / "mine" / "quick,seed=0" / "results.json").exists()
-    run = tmp_path / "out" / "mine" / "quick,seed=0"
-    trained = (run / "ckpt.pt").stat().st_mtime_ns
-    # a number that measure() has learnt to tell is there for the old run, too, which is not trained again
-    script.write_text(script.read_text().replace("dict(error=", "dict(answer=42, error="))
-    changed = run_command("mine.py", cwd=tmp_path).stdout
-    assert "measured again for the changed code; changed since: code; --overwrite" in changed
-    assert '"answer": 42' in (run / "results.json").read_text() and (run / "ckpt.pt").stat().st_mtime_ns == trained
-    assert "read; changed since: code; --overwrite" in run_command("mine.py", cwd=tmp_path).stdout
-    # a setting that the old run does not have: its model cannot be built by the new code, its results are read
-    text = script.read_text().replace("nn.Linear(1, 1)", "nn.Linear(1, 1, bias=args.bias > 0)").replace("width=", "bias=1, width=", 1)
-    script.write_text(text.replace('    add("--depth"', '    add("--bias", type=int, help="new")\n    add("--depth"'))
-    done = run_command("mine.py", cwd=tmp_path)
-    assert done.returncode == 0 and "read; changed since: settings, code; --overwrite" in done.stdout, done.stderr
-    assert run_command("-", cwd=tmp_path, input=script.read_text()).returncode == 0
-    assert (tmp_path / "out" / "stdin" / "quick,seed=0" / "results.json").exists()
+def test_closed_outputs_train_on(tmp_path):
+    whole = toy_command("--steps", 300, "--out-dir", tmp_path / "whole")
+    assert whole.returncode == 0
+    for i, how in enumerate([">&-", "2>&-", "| head -1"]):
+        command = f"{sys.executable} {HERE / 'toy.py'} --steps 300 --out-dir {tmp_path / str(i)} {how}"
+        subprocess.run(command, shell=True, env=ENVIRONMENT, timeout=100, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert files_of(tmp_path / str(i)) == files_of(tmp_path / "whole"), how
 
 
-def test_a_closed_output_is_one_line(tmp_path):
-    copied(tmp_path)
-    command = [sys.executable, "-u", "toy.py", "--steps", "20000"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.stdout.close()
-    error = process.stderr.read()
-    assert process.wait(60) == 1 and error.count("\n") == 1 and "output was closed" in error
+def test_what_the_terminal_cannot_show_is_replaced(tmp_path):
+    code = "import common; common.command(lambda: [common.say('\u043f\u0440')] and [])"
+    done = subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "??"
 
 
-@pytest.mark.parametrize("numbers, code, word", [
-    ([signal.SIGINT], 130, "saved at step"), ([signal.SIGTERM], 143, "saved at step"), ([signal.SIGINT, signal.SIGINT], 130, "interrupted")])
-def test_an_interruption_is_one_line(numbers, code, word, tmp_path):
-    copied(tmp_path)
-    command = [sys.executable, "-u", "toy.py", "--steps", "1000000", "--eval-every", "1000"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while " step 1,000:" not in process.stdout.readline():
-        pass
-    for number in numbers:
-        process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == code and error.count("\n") == 1 and word in error
+def test_two_processes_on_one_folder_both_end_with_whole_files(tmp_path):
+    whole = toy_command("--steps", 400, "--out-dir", tmp_path / "whole")
+    assert whole.returncode == 0
+    command = [sys.executable, str(HERE / "toy.py"), "--steps", "400", "--out-dir", str(tmp_path / "both")]
+    processes = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(100) for process in processes] == [0, 0]
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "whole")
 
 
-def test_an_interruption_outside_of_training_is_at_once(tmp_path):
-    script = copied(tmp_path)
-    slow = "def measure(args, run):\n    import time; time.sleep(100)"
-    script.write_text(script.read_text().replace("def measure(args, run):", slow))
-    command = [sys.executable, "-u", "toy.py"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "measuring" not in process.stdout.readline():
-        pass
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=20)[1]
-    assert process.returncode == 130 and error.count("\n") == 1 and "the same command goes on" in error
+def test_processes_of_torchrun_deal_out_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in [(0, [0, 2]), (1, [1])]:
+        monkeypatch.setenv("RANK", str(rank))
+        results = toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1", "2"])
+        assert [result["settings"]["seed"] for result in results] == expected
+    assert "The error" not in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    toy.main(["--out-dir", str(tmp_path), "--seed", "0", "1", "2"])
+    assert "The error" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
-    script = copied(tmp_path)
-    flags = ["--model", "mlp", "--steps", "4000", "--eval-every", "100"]
-    cut_and_continued(script, tmp_path / "out", flags, before="1/1 step 100:", until="step 1,000")
-
-
-def test_torchrun_deals_out_the_runs(tmp_path):
-    copied(tmp_path)
-
-    def torchrun(n):
-        flags = ["--nproc-per-node", n, "--master-port", "29613", "toy.py", "--seed", "0", "1", "2", "--overwrite"]
-        return run_command("-m", "torch.distributed.run", *flags, cwd=tmp_path)
-
-    # of eight processes one nearly always aborts at its exit where the process group is left open
-    done = torchrun(8)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": new") == 3 and done.stdout.count("model") == 1
-    assert len(list((tmp_path / "out" / "toy").glob("*/results.json"))) == 3
-    # a run that fails in the other process is not shown by its old results
-    script = tmp_path / "toy.py"
-    bad = 'def train(args, run):\n    if args.seed == 1:\n        raise ValueError("seed 1")'
-    script.write_text(script.read_text().replace("def train(args, run):", bad))
-    done = torchrun(2)
-    assert done.returncode == 1 and "1 of 3 runs did not finish" in done.stderr
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_step_in_a_cuda_graph_trains_as_the_eager_one():
-    def losses(graphed):
-        common.seed_everything(0)
-        model = torch.nn.Linear(8, 8).cuda()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2), fused=True, capturable=True)
-        data = torch.Generator("cuda").manual_seed(0)
-
-        def step():
-            loss = model(torch.randn(16, 8, generator=data, device="cuda")).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.detach()
-        step = common.compile_step(step, model, data) if graphed else step
-        return [step().item() for _ in range(10)]
-    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+@pytest.mark.slow
+def test_each_run_of_a_compiled_sweep_is_compiled(tmp_path):
+    """Without a reset torch stops compiling after some runs, and their weights differ from those of the run alone."""
+    widths = [str(width) for width in range(2, 26, 2)]
+    flags = ["--model", "mlp", "--compile", "--steps", "3", "--width"]
+    alone, = toy.main([*flags, widths[-1], "--out-dir", str(tmp_path / "alone")])
+    sweep = toy.main([*flags, *widths, "--out-dir", str(tmp_path / "sweep")])
+    assert sweep[-1]["error"] == alone["error"]
