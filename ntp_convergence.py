@@ -144,17 +144,15 @@ def said_orders(sentences, optimal, vocab_size):
 def extended_orders(sentences, optimal, vocab_size):
     """What the sentences say, imply, and what Theorem 3 adds, as we understand it: (V, V, V) bool.
 
-    For each query, the tokens that are optimal in some sentence are above those it was never seen
-    with, and these are above those that were seen and are optimal in none.
+    For each query, the tokens that are optimal in some sentence are above those that no sentence
+    compares, and these are above those that are beaten and optimal in none. A sentence of one
+    repeated token compares none.
     """
-    seen = np.zeros((vocab_size, vocab_size), dtype=bool)    # (query, token)
-    seen[sentences[:, -1:], sentences] = True
-    once_optimal = np.zeros_like(seen)
-    once_optimal[sentences[:, -1], optimal] = True
-    never_optimal = seen & ~once_optimal
-    above_unseen = once_optimal[:, :, None] & ~seen[:, None, :]
-    below_unseen = ~seen[:, :, None] & never_optimal[:, None, :]
     said = said_orders(sentences, optimal, vocab_size)
+    once_optimal, beaten = said.any(axis=2), said.any(axis=1)                        # (query, token)
+    unseen = ~once_optimal & ~beaten
+    above_unseen = once_optimal[:, :, None] & unseen[:, None, :]
+    below_unseen = unseen[:, :, None] & (beaten & ~once_optimal)[:, None, :]
     return closure(closure(said) | above_unseen | below_unseen)
 
 def check_realizable(sentences, next_tokens, collocation):

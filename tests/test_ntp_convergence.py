@@ -92,6 +92,14 @@ def test_what_theorem_3_adds_to_the_data():
     assert pairs == said | set(itertools.product([0, 1], [4, 5])) | set(itertools.product([4, 5], [2, 3]))
 
 
+def test_a_sentence_of_one_repeated_token_compares_nothing():
+    sentences, optimal = np.array([[0, 1, 3], [3, 3, 3], [2, 2, 2]]), np.array([0, 3, 2])
+    extended = ntp.extended_orders(sentences, optimal, 4)
+    assert {tuple(map(int, pair)) for pair in np.argwhere(extended[3])} == {(0, 1), (0, 2), (0, 3), (2, 1), (2, 3)}
+    assert not extended[:3].any()
+    np.testing.assert_allclose(ntp.max_margin_kq(np.eye(4), sentences, optimal)[:, 3], [2 / 3, -1 / 3, 0, -1 / 3], atol=1e-9)
+
+
 @pytest.mark.parametrize("order", ["total", "partial"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_extended_order_is_the_one_of_the_max_margin_solution(order, seed):
@@ -132,8 +140,9 @@ def test_generalisation_agrees_with_plain_loops(tmp_path, order):
     seen, best = {q: set() for q in range(V)}, {q: set() for q in range(V)}
     for x, b in zip(sentences.tolist(), optimal.tolist()):
         above[x[-1]] |= {(b, other) for other in x if other != b}
-        seen[x[-1]] |= set(x)
-        best[x[-1]].add(b)
+        if len(set(x)) > 1:
+            seen[x[-1]] |= set(x)
+            best[x[-1]].add(b)
 
     def closed(pairs):
         while more := {(a, d) for a, b in pairs for c, d in pairs if b == c} - pairs:
