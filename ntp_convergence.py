@@ -158,7 +158,8 @@ def extended_orders(sentences, optimal, vocab_size):
     repeated token compares none.
     """
     said = said_orders(sentences, optimal, vocab_size)
-    once_optimal, beaten = said.any(axis=2), said.any(axis=1)                        # (query, token)
+    once_optimal = said.any(axis=2)                          # (query, token)
+    beaten = said.any(axis=1)
     unseen = ~once_optimal & ~beaten
     above_unseen = once_optimal[:, :, None] & unseen[:, None, :]
     below_unseen = unseen[:, :, None] & (beaten & ~once_optimal)[:, None, :]
