@@ -10,9 +10,13 @@ solution at a sub-linear rate, its norm growing linearly; the loss to its minimu
 
 What to look for: both alignments pass 0.99, and 1 - alignment falls roughly like a power of the
 step; both norms are straight lines; log L_0 and log(L - L_min) end as straight lines (L itself
-ends at L_min); accuracy on unseen sentences is 1 where the data decide the answer, about 0.9 where
-only the extended order does (orthonormal embeddings; near 1 where x* was never below another token
-in the data), lower where neither does.
+ends at L_min); accuracy on unseen sentences is 1 if the data decide the answer.
+
+If only the extended order does, it is 1 for data of two levels (--order two-level: with each query,
+a token is always optimal or never). Random total orders have chains a > b > c: b is optimal in one
+sentence and beaten in another. With chains the exact W_KQ* itself has ties and errors: of a > b,
+b > d, a > c it gives a, b, c, d the scores 1, 0, 0, -1, so that b and c tie with tokens that the
+data do not compare. Its accuracy stands beside the trained model's, ties counted as wrong.
 
 |V| = d = 20 and the step sizes of normalised gradient descent are the paper's. The numbers of
 steps, 200 sentences of 5 tokens, random weights of the pairs in stage 1 (with equal ones, W_OV is
@@ -21,6 +25,7 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py                          Fig. 2 as rows of numbers
     python ntp_convergence.py --preset medium --plot   Fig. 2, ten seeds
     python ntp_convergence.py --preset paper --plot    Fig. 2, one seed
+    python ntp_convergence.py --order total partial two-level      Theorem 3: unseen sentences
     python ntp_convergence.py --order total partial --embedding orthonormal gaussian
     python ntp_convergence.py --embedding gaussian --steps-ov 5000 --steps 60000
     python ntp_convergence.py --optimizer ngd gd adam --stages two joint
@@ -50,7 +55,7 @@ import common
 #
 #     query 3, 0 >_3 1 >_3 2 >_3 3:    1 2 2 3 -> n(1)    2 0 1 3 -> n(0)
 
-ORDERS = {"total": 1.0, "partial": 0.25}       # the share of a total order's pairs that is kept
+ORDERS = ["total", "partial", "two-level"]
 
 class Task(NamedTuple):
     """A dataset and what it was made from."""
@@ -75,14 +80,18 @@ def closure(orders):
 def make_orders(vocab_size, kind, rng):
     """A strict order for each query: (V, V, V) bool, [q, a, b] where a >_q b.
 
-    total: a random permutation. partial: 1/4 of its pairs, and what these imply.
+    total: a random permutation. partial: 1/4 of its pairs, and what these imply. two-level: each
+    token is upper or lower, at random; all upper ones are above all lower ones.
     """
     V = vocab_size
+    if kind == "two-level":
+        upper = rng.random((V, V)) < 0.5                     # (query, token)
+        return upper[:, :, None] & ~upper[:, None, :]
     rank = np.argsort(rng.random((V, V)), axis=1)            # (query, token)
     orders = rank[:, :, None] > rank[:, None, :]
-    if ORDERS[kind] == 1:
-        return orders
-    return closure(orders & (rng.random((V, V, V)) < ORDERS[kind]))
+    if kind == "partial":
+        orders = closure(orders & (rng.random((V, V, V)) < 0.25))
+    return orders
 
 def optimal_token(sentences, orders):
     """The token of each sentence (N, L) that is above all its other ones; -1 where there is none.
@@ -144,17 +153,16 @@ def said_orders(sentences, optimal, vocab_size):
 def extended_orders(sentences, optimal, vocab_size):
     """What the sentences say, imply, and what Theorem 3 adds, as we understand it: (V, V, V) bool.
 
-    For each query, the tokens that are optimal in some sentence are above those it was never seen
-    with, and these are above those that were seen and are optimal in none.
+    For each query, the tokens that are optimal in some sentence are above those that no sentence
+    compares, and these are above those that are beaten and optimal in none. A sentence of one
+    repeated token compares none.
     """
-    seen = np.zeros((vocab_size, vocab_size), dtype=bool)    # (query, token)
-    seen[sentences[:, -1:], sentences] = True
-    once_optimal = np.zeros_like(seen)
-    once_optimal[sentences[:, -1], optimal] = True
-    never_optimal = seen & ~once_optimal
-    above_unseen = once_optimal[:, :, None] & ~seen[:, None, :]
-    below_unseen = ~seen[:, :, None] & never_optimal[:, None, :]
     said = said_orders(sentences, optimal, vocab_size)
+    once_optimal = said.any(axis=2)                          # (query, token)
+    beaten = said.any(axis=1)
+    unseen = ~once_optimal & ~beaten
+    above_unseen = once_optimal[:, :, None] & unseen[:, None, :]
+    below_unseen = unseen[:, :, None] & (beaten & ~once_optimal)[:, None, :]
     return closure(closure(said) | above_unseen | below_unseen)
 
 def check_realizable(sentences, next_tokens, collocation):
@@ -608,48 +616,67 @@ def unseen_sentences(task, n, rng):
     new = np.array([tuple(x) not in seen for x in drawn.tolist()])
     return drawn[new], truth[new]
 
-def generalisation(model, task, seed, n=20_000):
-    """Theorem 3: accuracy on unseen sentences, in three groups by what gives their optimal token.
+def leads(scores, sentences, optimal):
+    """By how much x* outscores the other tokens of its sentence (N,); inf if there are none.
 
-    decided: by the order that the data imply; extended: by extended_orders alone; undecided: by
-    neither. share_<group>: of the unseen sentences, which, where the true orders are known, have an
-    optimal token by them. accuracy_<group>: how often n(x*) is predicted, x* by that order.
-    true_<group>: the same with x* by the orders that the data were drawn from. accuracy_on_top: the
-    extended ones whose x* is below no token in the data of its query. None for no such sentences.
+    For scores (V, V) of each token with each query, sentences (N, L), x* (N,).
+    """
+    query = sentences[:, -1]
+    others = scores[sentences, query[:, None]]                                       # (N, L)
+    others[sentences == optimal[:, None]] = -np.inf
+    return scores[optimal, query] - others.max(axis=1)
+
+def generalisation(model, task, seed, n=20_000):
+    """Theorem 3: unseen sentences, in groups by what says which token x* is optimal.
+
+    decided: the order that the data imply. extended: extended_orders alone; of these, top: x* is
+    never beaten in the data of its query; chain: x* is optimal in one sentence and beaten in
+    another; new: x* is compared in none. undecided: neither; x* is that of the true orders there.
+    truth: extended again, with x* by the true orders.
+
+    For each group: fraction_ of the unseen sentences (which have an optimal token by the true
+    orders, if these are known); accuracy_: how often the model predicts n(x*); exact_: how often
+    the exact W_KQ* scores x* above all others; ties_: how often it scores x* as high as the best
+    other (to 1e-6), which exact_ counts as wrong. None if there are no such sentences.
     """
     V = len(task.collocation)
     unseen, truth = unseen_sentences(task, n, np.random.default_rng(seed + 20_000))
     with torch.no_grad():
         logits = model(torch.from_numpy(unseen).to(model.E.device))
     predicted = logits.argmax(1).cpu().numpy()
+    E = model.E.cpu().numpy()
+    best_W_KQ = max_margin_kq(E, task.sentences, task.optimal)
+    scores = E.T @ best_W_KQ @ E                             # (token, query)
 
-    implied = closure(said_orders(task.sentences, task.optimal, V))
-    extension = extended_orders(task.sentences, task.optimal, V)
-    by_data = optimal_token(unseen, implied)                 # -1 where there is none
-    by_extension = optimal_token(unseen, extension)
-    decided = by_data >= 0
-    undecided = by_extension < 0
-    extended = ~decided & ~undecided
-    below_another = implied.any(axis=1)                      # (query, token)
-    on_top = extended & ~below_another[unseen[:, -1], by_extension]
-
-    def share(group):
-        return float(group.mean()) if len(group) else None
-
-    def accuracy(group, optimal):
-        group = group & (optimal >= 0)
-        right = predicted == task.collocation[optimal]
-        return float(right[group].mean()) if group.any() else None
-    return {
-        "share_decided": share(decided),
-        "accuracy_decided": accuracy(decided, by_data),
-        "share_extended": share(extended),
-        "accuracy_extended": accuracy(extended, by_extension),
-        "accuracy_on_top": accuracy(on_top, by_extension),
-        "true_extended": accuracy(extended, truth),
-        "share_undecided": share(undecided),
-        "true_undecided": accuracy(undecided, truth),
+    said = said_orders(task.sentences, task.optimal, V)
+    by_data = optimal_token(unseen, closure(said))           # -1 where there is none
+    by_extension = optimal_token(unseen, extended_orders(task.sentences, task.optimal, V))
+    extended = (by_data < 0) & (by_extension >= 0)
+    once_optimal = said.any(axis=2)[unseen[:, -1], by_extension]
+    beaten = said.any(axis=1)[unseen[:, -1], by_extension]
+    groups = {                                               # which sentences, x*
+        "decided": (by_data >= 0, by_data),
+        "extended": (extended, by_extension),
+        "top": (extended & once_optimal & ~beaten, by_extension),
+        "chain": (extended & once_optimal & beaten, by_extension),
+        "new": (extended & ~once_optimal & ~beaten, by_extension),
+        "truth": (extended, truth),
+        "undecided": (by_extension < 0, truth),
     }
+
+    def mean(values):
+        return float(values.mean()) if len(values) else None
+
+    results = {}
+    for name, (group, optimal) in groups.items():
+        results[f"fraction_{name}"] = mean(group)
+        group = group & (optimal >= 0)
+        best = optimal[group]
+        lead = leads(scores, unseen[group], best)
+        results[f"accuracy_{name}"] = mean(predicted[group] == task.collocation[best])
+        results[f"exact_{name}"] = mean(lead > 1e-6)
+        results[f"ties_{name}"] = mean(np.abs(lead) <= 1e-6)
+    return results
 
 def measure(args, run):
     """What Theorems 1 to 3 say of a trained run, from its checkpoint and its metrics."""
@@ -671,7 +698,7 @@ def measure(args, run):
 WORDS = {
     "ngd": "normalised GD", "gd": "GD", "adam": "Adam",
     "two": "two stages", "joint": "joint",
-    "total": "total orders", "partial": "partial orders",
+    "total": "total orders", "partial": "partial orders", "two-level": "two levels",
     "random": "random weights", "uniform": "equal weights",
 }
 
@@ -729,30 +756,53 @@ SUMMARY = [                                                  # label, format, ke
     ("1 - alignment ~ t^", ".2f", "exponent_kq", 0),
     ("  R^2", ".4f", "exponent_kq", 1),
     ("steps (of stage 2) to L < 1e-3", ".0f", "steps_to_1e_3", None),
-    ("unseen, decided by the data: share", ".3f", "share_decided", None),
-    ("  accuracy", ".4f", "accuracy_decided", None),
-    ("by their extension only: share", ".3f", "share_extended", None),
-    ("  accuracy", ".4f", "accuracy_extended", None),
-    ("  accuracy, x* never below another", ".4f", "accuracy_on_top", None),
-    ("  accuracy by the true orders", ".3f", "true_extended", None),
-    ("undecided: share", ".3f", "share_undecided", None),
-    ("  accuracy by the true orders", ".3f", "true_undecided", None),
 ]
 
 def print_summary(runs, results):
-    """What the theorems say, a column a setting: median and range over seeds."""
+    """What Theorems 1 and 2 say, a column a setting: median and range over seeds."""
     groups = common.by_setting(runs, results)
     rows = []
     for label, form, key, index in SUMMARY:
         row = [label]
         for _, group in groups:
             values = [r[key] if index is None else r[key][index] for r in group]
-            if key.startswith(("accuracy_", "true_", "share_")):     # None: no such sentences
-                values = [x for x in values if x is not None] or [None]
             row.append(common.spread(values, form))
         rows.append(row)
-    print("\nTheorems 1, 2 and 3, measured (median [range] over seeds)")
+    print("\nTheorems 1 and 2, measured (median [range] over seeds)")
     common.print_table(["", *[in_words(args, runs) or "measured" for args, _ in groups]], rows)
+
+GROUPS = {                                                   # of generalisation
+    "decided": "the training data",
+    "extended": "Theorem 3's extension only",
+    "top": "  of it, x* never beaten",
+    "chain": "  x* beaten elsewhere (chain)",
+    "new": "  x* not compared",
+    "truth": "true orders, the same sentences",
+    "undecided": "true orders only",
+}
+MEASURES = {                                                 # columns, and keys of generalisation
+    "fraction": "fraction",
+    "accuracy": "trained",
+    "exact": "exact W_KQ*",
+    "ties": "its ties",
+}
+
+def print_unseen(runs, results):
+    """Theorem 3, a table a setting: median and range over seeds."""
+    for args, group in common.by_setting(runs, results):
+        rows = []
+        for name, label in GROUPS.items():
+            row = [label]
+            for measure in MEASURES:
+                values = [r[f"{measure}_{name}"] for r in group]
+                known = [x for x in values if x is not None]         # None: no such sentences
+                row.append(common.spread(known or [None]))
+            rows.append(row)
+        setting = in_words(args, runs) or "Theorem 3"
+        print(f"\n{setting}: accuracy on unseen sentences, by what gives x*")
+        common.print_table(["x* by", *MEASURES.values()], rows)
+    print("chain a > b > c in the data: x* = b is optimal in one sentence, beaten in another")
+    print("ties are between scores of the exact W_KQ*, whose accuracy counts them as wrong")
 
 FIG_2 = [
     ("ov", "loss", "L_0 (nats)"),
@@ -811,7 +861,7 @@ def parse_args(argv=None):
     add("--vocab-size", type=tokens, help="|V|, tokens; also d, the width of the embedding")
     add("--n-sentences", type=common.number(int, 1, 10_000), help="N, training sentences")
     add("--seq-len", type=tokens, help="L, tokens of a sentence")
-    add("--order", nargs="+", choices=list(ORDERS), help="the strict order of each query")
+    add("--order", nargs="+", choices=ORDERS, help="the strict order of each query")
     add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], help="of the tokens")
     add("--weights", nargs="+", choices=["random", "uniform"], help="of the pairs in stage 1")
     add("--sentences", type=common.data_path, help="a file: token ids, a sentence and what follows")
@@ -827,10 +877,11 @@ def parse_args(argv=None):
     return common.parse_args(parser, PRESETS, argv, without, devices=("cuda", "cpu"))
 
 def show(runs, results):
-    """Prints Fig. 2 of each setting's first run, and the theorems' table; draws Fig. 2."""
+    """Prints Fig. 2 of each setting's first run, and the theorems' tables; draws Fig. 2."""
     for args, group in common.by_setting(runs, runs):
         print_panels(group[0], f"{in_words(args, runs) or 'Fig. 2'}, seed {args.seed}")
     print_summary(runs, results)
+    print_unseen(runs, results)
     if runs[0].args.plot:
         plot(runs)
 
