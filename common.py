@@ -409,6 +409,7 @@ def complete(runs, train, measure, show):
             kept = f"{run.folder} keeps step {run.saved_step:,}"
             raise KeyboardInterrupt(f"interrupted; {kept}: repeat the command to resume") from None
         run.results["folder"] = str(run.folder)
+        run.modules = None                                   # frees the model and the optimizer
     done = [run for run in runs if "failed" not in run.results]
     if done and world == 1:
         show(done)
