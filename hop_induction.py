@@ -496,17 +496,18 @@ def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
     return (errors, se) if return_se else errors
 
 @torch.no_grad()
-def head_alignment(model, task, n=10):
-    """How far each head looks at find^j: a list by layer of (H, max_hops) (Sec. 5.2).
+def head_alignment(model, task, k, n=10):
+    """How much each head looks at find^j, j = 0 .. max_hops, when k hops are asked for: a list by
+    layer of (H, max_hops + 1) (Sec. 5.2).
 
-    The normalised inner product <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the
-    matrix F_j whose row i has its one at find^j(i); mean over n sequences with k = max_hops.
+    The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
+    whose row i has its one at find^j(i); mean over n sequences, the same for every k.
     """
     data = torch.Generator(task.device).manual_seed(20_000)
-    tokens, _ = task.sample(n, data, hops=task.max_hops)
+    tokens, _ = task.sample(n, data, hops=k)
     _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
     looked_for = []
-    for j in range(1, task.max_hops + 1):
+    for j in range(task.max_hops + 1):
         positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
         looked_for.append(F.pad(positions, (1, 0)))          # (n, T); k looks for nothing
     alignment = []
@@ -542,7 +543,10 @@ def measure(args, run):
     n_params = sum(p.numel() for p in model.parameters())
     results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
     if args.arch == "transformer":
-        results["alignment"] = [layer.tolist() for layer in head_alignment(model, task)]
+        results["alignment"] = []                            # by k, layer, head and j
+        for k in range(task.max_hops + 1):
+            layers = head_alignment(model, task, k)
+            results["alignment"].append([layer.tolist() for layer in layers])
     return results
 
 # ---- Tables and figures -------------------------------------------------------------------------
@@ -638,30 +642,36 @@ enough.""")
         print("An LSTM has two layers, and the parameters of a transformer of the depth named.")
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
+def best_head(layer):
+    """The head (from 1), its j and its cosine similarity where a layer's (H, max_hops + 1) of
+    head_alignment is largest."""
+    layer = torch.as_tensor(layer)
+    head, j = divmod(layer.argmax().item(), layer.shape[1])
+    return head + 1, j, layer.max().item()
+
 def print_heads(args, runs=(), shown=()):
-    """Figs. 3 and 4 as numbers: each head's best find^j. shown: args, results of first seeds."""
+    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the number of hops asked
+    for. shown: args, results of first seeds."""
     seed = f", seed {shown[0][0].seed}" if shown else ""
     print(f"""
-Heads{seed}: the find^j that each looks at most, and its normalised inner product with it.
-Undefined hops count against it; the construction's first layer looks for characters and for k, at
-no find^j.""")
+Heads{seed}: each layer's best head when k hops are asked for, the find^j that it looks at most,
+and their cosine similarity. find^0 is the position itself. Undefined hops count against a head; the
+construction's first layer looks for characters and for k, at no find^j.""")
+    asked = [2**bit for bit in range(args.max_hops.bit_length())]
     alignments = {in_words(own, runs): result["alignment"] for own, result in shown}
     if args.seq_len <= Construction.longest:
         task = HopTask(args.seq_len, args.n_chars, args.max_hops)
         built = construct(args.max_hops, args.n_chars, args.seq_len)
-        alignments["by construction"] = [layer.tolist() for layer in head_alignment(built, task)]
+        alignments["by construction"] = {k: head_alignment(built, task, k) for k in asked}
     rows = []
     for name, alignment in alignments.items():
-        for i, layer in enumerate(alignment):
+        for i in range(len(alignment[1])):
             row = [name, str(i + 1)]
-            for head in layer:
-                most = max(head)
-                row.append(f"find^{head.index(most) + 1} {most:.2f}")
+            for k in asked:
+                head, j, cosine = best_head(alignment[k][i])
+                row.append(f"{head}: find^{j} {cosine:.2f}")
             rows.append(row)
-    n_columns = max(map(len, rows))
-    rows = [row + [""] * (n_columns - len(row)) for row in rows]
-    heads = [f"head {i + 1}" for i in range(n_columns - 2)]
-    common.print_table(["model", "layer", *heads], rows, keys=2)
+    common.print_table(["model", "layer", *[f"k={k}" for k in asked]], rows, keys=2)
 
 def plot_errors(runs, results):
     """Fig. 2: error against the number of hops, a line for each setting, a band over seeds."""
@@ -688,35 +698,50 @@ def plot_errors(runs, results):
     axis.legend(fontsize=8)
     common.save_figure(figure, runs, "errors")
 
+GREY = dict(cmap="Greys", vmin=0, vmax=1)
+
+def plot_heads_by_k(runs, shown):
+    """Each layer's best cosine similarity with a find^j by the number of hops asked for, and j."""
+    figure, axes = common.new_figure(len(shown), width=7, height=2.2)
+    for axis, (args, result) in zip(axes[:, 0], shown):
+        by_j = np.array(result["alignment"]).max(axis=2)     # (k, L, j): over heads
+        image = axis.imshow(by_j.max(axis=2).T, aspect="auto", **GREY)
+        for k, layer in np.ndindex(*by_j.shape[:2]):
+            j = by_j[k, layer].argmax()
+            axis.text(k, layer, j, color="C1", weight="bold", ha="center", va="center")
+        axis.set_xticks(range(len(by_j)))
+        axis.set_yticks(range(args.n_layer), range(1, args.n_layer + 1))
+        name = f"{in_words(args, runs)}, seed {args.seed}"
+        axis.set(title=f"{name}: cosine of the best head with find^j (number: j)",
+                 xlabel="number of hops asked for, k", ylabel="layer")
+        figure.colorbar(image, ax=axis)
+    common.save_figure(figure, runs, "heads_by_k")
+
 @torch.no_grad()
 def plot_heads(runs, shown):
-    """Figs. 3 and 4, deepest model: all heads; attention of the best for find^1, 2, 4, ..."""
+    """Figs. 3 and 4, deepest model, most hops: all heads; attention of each layer's best."""
     args, result = max(shown, key=lambda pair: pair[0].n_layer)
-    alignment = np.array(result["alignment"])
-    n_layer, n_head, n_hops = alignment.shape
-    heads = [f"{layer + 1}.{head + 1}" for layer, head in np.ndindex(n_layer, n_head)]
-    figure, axes = common.new_figure(1, 1 + n_hops.bit_length(), width=3, height=3.6)
-    figure.suptitle(f"{in_words(args, runs)}, seed {args.seed}")
+    alignment = result["alignment"][args.max_hops]           # by layer, head and j
+    heads = [f"{i + 1}.{h + 1}" for i, h in np.ndindex(args.n_layer, args.n_head)]
+    figure, axes = common.new_figure(1, 1 + args.n_layer, width=3, height=3.6)
+    figure.suptitle(f"{in_words(args, runs)}, seed {args.seed}, k = {args.max_hops}")
     axis = axes[0, 0]
-    grey = dict(cmap="Greys", vmin=0, vmax=1)
-    image = axis.imshow(np.concatenate(alignment), aspect="auto", **grey)
-    axis.set_xticks(range(n_hops), range(1, n_hops + 1))
+    image = axis.imshow(np.concatenate(alignment), aspect="auto", **GREY)
+    axis.set_xticks(range(args.max_hops + 1))
     axis.set_yticks(range(len(heads)), heads, fontsize=7)
-    axis.set(title="product with find^j", xlabel="j", ylabel="layer.head")
+    axis.set(title="cosine with find^j", xlabel="j", ylabel="layer.head")
     figure.colorbar(image, ax=axis)
     task, model = load(result["folder"], args.device)
     data = torch.Generator(task.device).manual_seed(0)
     tokens, _ = task.sample(1, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)
-    for n, axis in enumerate(axes[0, 1:]):
-        j = 2**n
-        products = alignment[:, :, j - 1]                    # (L, H)
-        layer, head = divmod(products.argmax(), n_head)
+    for i, axis in enumerate(axes[0, 1:]):
+        head, j, cosine = best_head(alignment[i])
         positions = find(tokens[:, 1:], j)[0].cpu()
         defined = (positions >= 0).nonzero()[:, 0]
-        axis.imshow(attns[layer][0, head].float().cpu(), **grey)
+        axis.imshow(attns[i][0, head - 1].float().cpu(), **GREY)
         axis.plot(positions[defined] + 1, defined + 1, "ro", fillstyle="none", label=f"find^{j}")
-        axis.set(title=f"attention of {layer + 1}.{head + 1} ({products.max():.2f})",
+        axis.set(title=f"attention of {i + 1}.{head} ({cosine:.2f})",
                  xlabel="position looked at", ylabel="position")
         axis.legend(loc="upper right")
     common.save_figure(figure, runs, "heads")
@@ -834,6 +859,7 @@ def show(runs, results):
         plot_errors(runs, results)
         if shown:
             plot_heads(runs, shown)
+            plot_heads_by_k(runs, shown)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""

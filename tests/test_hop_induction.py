@@ -176,18 +176,19 @@ def test_a_hop_that_never_occurs_is_not_solved():
     assert hop_induction.solved([0.0, 0.01, 0.04]) == 2 and hop_induction.solved([0.3, 0.01]) == 0
 
 
-def test_head_alignment_against_plain_loops():
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_head_alignment_against_plain_loops(k):
     torch.manual_seed(0)
     task = HopTask(seq_len=16, max_hops=3)
     model = HopTransformer(2, 2, 16, task.vocab_size, task.block_size)
     for p in model.parameters():
         p.data.normal_()
-    ours = hop_induction.head_alignment(model, task, n=4)
-    tokens, _ = task.sample(4, generator(20_000), hops=3)
+    ours = hop_induction.head_alignment(model, task, k, n=4)
+    tokens, _ = task.sample(4, generator(20_000), hops=k)
     attns = model(tokens, return_attn=True)[1]
     for layer in range(2):
         for head in range(2):
-            for j in (1, 2, 3):
+            for j in range(4):
                 products = []
                 for b, row in enumerate(tokens.tolist()):
                     A, text, F = attns[layer][b, head].detach().numpy(), "".join(map(chr, row[1:])), np.zeros((15, 15))
@@ -195,7 +196,7 @@ def test_head_alignment_against_plain_loops():
                         if (p := plain_find(text, i, j)) is not None:
                             F[i + 1, p + 1] = 1
                     products.append((A * F).sum() / np.linalg.norm(A) / max(np.linalg.norm(F), 1e-9))
-                assert ours[layer][head, j - 1].item() == pytest.approx(np.mean(products), abs=1e-5)
+                assert ours[layer][head, j].item() == pytest.approx(np.mean(products), abs=1e-5)
 
 
 def test_no_measurement_needs_float64(no_float64_on_device, tmp_path):
@@ -215,9 +216,10 @@ def test_the_construction_makes_no_error(max_hops):
     tokens, targets = task.sample(4 * (max_hops + 1), generator(max_hops), hops=torch.arange(max_hops + 1).repeat(4))
     logits, attns = model(tokens, return_attn=True)
     assert torch.equal(logits.argmax(-1), targets) and len(attns) == model.n_layer      # `undefined` and `blank` included
-    alignment = hop_induction.head_alignment(model, task, n=4)
-    for l in range(model.n_layer - 1):
-        assert alignment[l + 1][0].argmax() + 1 == 2**l
+    for k in (0, 1, max_hops):                                                   # it looks at the same whatever k is
+        alignment = hop_induction.head_alignment(model, task, k, n=4)
+        for l in range(model.n_layer - 1):
+            assert alignment[l + 1][0].argmax() == 2**l
 
 
 @pytest.mark.parametrize("n_chars, seq_len", [(2, 10), (3, 50), (9, 140)])
@@ -466,7 +468,7 @@ def test_sequences_too_long_for_the_construction(tmp_path, capsys):
     flags = ["--seq-len", "502", "--max-hops", "1", "--steps", "1", "--n-eval", "1", "--batch-size", "1", "--n-head", "1"]
     result, = call_main(hop_induction, *command(tmp_path, *flags))
     out = capsys.readouterr().out
-    assert len(result["alignment"]) == 2 and "find^1" in out and "by construction" not in out
+    assert len(result["alignment"]) == 2 and "find^" in out and "by construction" not in out
 
 
 def test_tables_fit_in_a_hundred_columns(tmp_path, capsys):
@@ -476,7 +478,7 @@ def test_tables_fit_in_a_hundred_columns(tmp_path, capsys):
     call_main(hop_induction, "--mpc", "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if ",seed=" not in line) <= 100       # but for the names of runs
-    assert sum("k=16" in line for line in lines) == sum("head 8" in line for line in lines) == 1
+    assert sum("k=16" in line for line in lines) == 2            # errors and heads, each in one piece
 
 
 def test_construct_and_mpc_return_their_tables(tmp_path, capsys):
@@ -509,10 +511,10 @@ def test_the_figures_are_drawn(tmp_path):
     flags = ["--plot", "--steps", "10", "--n-layer", "1", "2", "--seed", "0", "1", "--arch", "transformer", "lstm"]
     call_main(hop_induction, *command(tmp_path, *flags))
     figures = sorted((tmp_path / "out" / "hop_induction").glob("*.png"))
-    assert [path.name.split(",")[0] for path in figures] == ["errors", "heads"]
+    assert [path.name.split(",")[0] for path in figures] == ["errors", "heads", "heads_by_k"]
     assert all(path.stat().st_size > 5_000 for path in figures)
     call_main(hop_induction, *command(tmp_path, "--plot", "--steps", "10", "--arch", "lstm"))
-    assert len(list((tmp_path / "out" / "hop_induction").glob("*.png"))) == 3    # errors alone, of another name
+    assert len(list((tmp_path / "out" / "hop_induction").glob("*.png"))) == 4    # errors alone, of another name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -617,14 +619,16 @@ def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(
     monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
     run = one_run(tmp_path, "--steps", "1")
     hop_induction.train(run.args, run)
-    alignment = [[[0.1, 0.2], [0.3, 0.1], [0.1, 0.1], [0.1, 0.1]], [[0.2, 0.1], [0.1, 0.6], [0.1, 0.1], [0.1, 0.1]]]
-    hop_induction.plot_heads([run], [(run.args, dict(alignment=alignment, folder=str(run.folder)))])
+    alignment = torch.full((3, 2, 4, 3), 0.1)                                    # by k, layer, head and j
+    alignment[0] = 0.9                                                           # without meaning: the figure is of k = 2
+    alignment[2, 0, 2, 1], alignment[2, 1, 1, 2] = 0.3, 0.6
+    hop_induction.plot_heads([run], [(run.args, dict(alignment=alignment.tolist(), folder=str(run.folder)))])
     task, model = hop_induction.load(run.folder)
     tokens, _ = task.sample(1, generator(0), hops=2)
     attns = model(tokens, return_attn=True)[1]
     text = "".join(map(chr, tokens[0, 1:]))
-    for j, layer, head in (1, 0, 1), (2, 1, 1):
-        axis = figures[0].axes[j]
+    for j, layer, head in (1, 0, 2), (2, 1, 1):
+        axis = figures[0].axes[layer + 1]
         assert axis.get_title().startswith(f"attention of {layer + 1}.{head + 1}")
         assert torch.equal(torch.tensor(axis.images[0].get_array().data), attns[layer][0, head].detach())
         expected = []
@@ -633,6 +637,31 @@ def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(
             if found is not None:
                 expected.append([found + 1, i + 1])
         assert axis.lines[0].get_xydata().tolist() == expected
+
+
+def test_heads_are_shown_by_the_number_of_hops_asked_for(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
+    run, = runs_of(*TINY, "--max-hops", "4", "--out-dir", str(tmp_path))
+    alignment = torch.rand(5, 2, 4, 5, generator=generator()) / 2                # by k, layer, head and j
+    best = {(1, 0): (3, 0), (1, 1): (1, 4), (2, 0): (2, 1), (2, 1): (4, 2), (4, 0): (1, 3), (4, 1): (2, 0)}
+    for (k, layer), (head, j) in best.items():
+        alignment[k, layer, head - 1, j] = 0.5 + k / 10 + layer / 100
+    shown = [(run.args, dict(alignment=alignment.tolist()))]
+    hop_induction.print_heads(run.args, [run], shown)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for layer in (0, 1):
+        cells = []
+        for k in (1, 2, 4):
+            head, j = best[k, layer]
+            cells += [f"{head}:", f"find^{j}", f"{0.5 + k / 10 + layer / 100:.2f}"]
+        assert ["2", "layers", str(layer + 1), *cells] in rows
+    hop_induction.plot_heads_by_k([run], shown)
+    axis = figures[0].axes[0]
+    texts = {text.get_position(): text.get_text() for text in axis.texts}
+    for (k, layer), (head, j) in best.items():
+        assert texts[k, layer] == str(j) and axis.images[0].get_array()[layer, k] == pytest.approx(0.5 + k / 10 + layer / 100)
 
 
 def test_the_settings_of_the_paper():
