@@ -430,8 +430,9 @@ def train(args, run):
         fused=True, capturable=lr.is_cuda,
     )
     data = torch.Generator(args.device).manual_seed(args.seed)
-    if args.n_train:                                         # fixed sequences, in a fixed order
-        fixed = torch.stack(task.sample(args.n_train, data)) # (2, n_train, T)
+    n_train = args.n_train // args.batch_size * args.batch_size              # whole batches
+    if n_train:                                              # fixed sequences, in a fixed order
+        fixed = torch.stack(task.sample(n_train, data))      # (2, n_train, T)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
     # the rows of `fixed` that the next step takes; moved in place, which a CUDA graph repeats
@@ -439,8 +440,8 @@ def train(args, run):
     device = torch.device(args.device).type
 
     def training_step():
-        if args.n_train:
-            rows = cursor % args.n_train
+        if n_train:
+            rows = cursor % n_train
             tokens, targets = fixed[:, rows]                 # (B, T)
             cursor.add_(args.batch_size)
         else:
@@ -812,7 +813,8 @@ def parse_args(argv=None):
         help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
     add("--n-chars", type=common.number(int, 2, 100), help="characters of the alphabet")
     add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000), help="0: fresh sequences")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000),
+        help="fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
     add("--batch-size", type=count, help="sequences a step")
     add("--steps", type=count, help="training steps")
     add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")
@@ -837,6 +839,9 @@ def parse_args(argv=None):
     for n_head in args.n_head:
         if "transformer" in args.arch and args.n_embd % n_head:
             parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
+    for n_train in args.n_train:
+        if 0 < n_train < args.batch_size:
+            parser.error(f"--n-train {n_train}: less than one --batch-size {args.batch_size}")
     if args.mpc and args.machines > args.seq_len:
         parser.error(f"--machines {args.machines}: more than --seq-len {args.seq_len} characters")
     try:

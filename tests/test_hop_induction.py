@@ -299,15 +299,22 @@ def one_run(tmp_path, *flags):
     return run
 
 
-def test_a_finite_training_set_is_used_in_a_fixed_order(tmp_path, monkeypatch):
+def test_a_finite_training_set_is_used_in_whole_batches_and_a_fixed_order(tmp_path, monkeypatch):
     run = one_run(tmp_path, "--n-train", "20", "--steps", "5")
     seen = []
     forward = HopTransformer.forward
     monkeypatch.setattr(HopTransformer, "forward", lambda self, tokens, *rest: (
         seen.append(tokens.clone()) if self.training else None, forward(self, tokens, *rest))[1])
     hop_induction.train(run.args, run)
-    fixed = HopTask(12, 4, 2).sample(20, generator(0))[0]
-    assert torch.equal(torch.cat(seen), fixed[torch.arange(40) % 20])
+    fixed = HopTask(12, 4, 2).sample(16, generator(0))[0]                        # two batches of 8
+    assert torch.equal(torch.cat(seen), fixed[torch.arange(40) % 16])
+
+
+def test_a_training_set_smaller_than_a_batch_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        hop_induction.parse_args([*TINY, "--n-train", "0", "7"])
+    assert "--n-train 7: less than one --batch-size 8" in capsys.readouterr().err
+    assert hop_induction.parse_args([*TINY, "--n-train", "0", "8"]).n_train == [0, 8]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, monkeypatch):
@@ -390,7 +397,7 @@ def test_the_papers_commands_print_what_the_paper_has(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("other", ["--n-head 8", "--dropout 0", "--steps 1000", "--lr 1e-3", "--seq-len 90",
-                                   "--n-chars 5", "--batch-size 64", "--arch lstm", "--n-train 20", "--n-embd 256"])
+                                   "--n-chars 5", "--batch-size 64", "--arch lstm", "--n-train 50", "--n-embd 256"])
 def test_the_papers_numbers_stand_beside_the_papers_setting_alone(capsys, other):
     (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4"])
     assert set(rows) == {"on", "off"}
