@@ -374,14 +374,14 @@ def printed(capsys, flags):
             rows.append([])
         else:
             label = line[:line.index("dropout o") + 11].split()[-1]
-            rows[-1].append((label, line.split()[-8:]))
+            rows[-1].append((label, line.partition("dropout o")[2].split()[1:]))
     return list(zip([run.args for run in runs], map(dict, rows), strict=True))
 
 
 def test_the_papers_commands_print_what_the_paper_has(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)           # matplotlib
     last = {(2, 4, 0): "0.737", (3, 4, 0): "0.706", (4, 4, 0): "0.612", (5, 4, 0): "0.414", (6, 4, 0): "0.062",
-            (4, 8, 0): "0.334", (5, 8, 0): "0.027", (6, 8, 0): "0.002", (4, 4, 1000): "0.772", (4, 4, 3000): "0.632"}
+            (2, 8, 0): "0.267", (3, 8, 0): "0.021", (4, 8, 0): "0.334", (5, 8, 0): "0.027", (6, 8, 0): "0.002", (4, 4, 1000): "0.772", (4, 4, 3000): "0.632"}
     without = {(2, 4, 0): "0.737", (3, 4, 0): "0.695", (4, 4, 0): "0.542", (5, 4, 0): "0.281",
                (4, 4, 1000): "0.774", (4, 4, 3000): "0.592"}
     seen = set()
@@ -558,9 +558,19 @@ def test_the_loss_counts_all_positions_of_the_sequences_of_the_seed(tmp_path):
     assert metrics_of(run.folder)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_figure_of_errors_shows_as_many_published_numbers_as_there_are(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
+    runs = runs_of("--preset", "paper", "--n-layer", "3", "--n-head", "8", "--n-embd", "256", "--out-dir", str(tmp_path))
+    hop_induction.plot_errors(runs, [dict(errors=[0.1] * 17, undefined=0.5)])
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines["paper, dropout on"] == [[1, 0.001], [2, 0.001], [3, 0.005], [4, 0.021]]
+
+
 def test_published_errors_rise_with_the_number_of_hops():
     rows = [line.split() for line in hop_induction.PUBLISHED.splitlines()[2:]]
-    assert len(rows) == 21 and all(row[5:] == sorted(row[5:]) for row in rows)
+    assert len(rows) == 23 and all(row[5:] == sorted(row[5:]) for row in rows)
 
 
 def test_standard_errors_are_those_of_a_ratio_over_sequences():
