@@ -496,6 +496,24 @@ def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
     se = excess.square().sum(1).sqrt() / total
     return (errors, se) if return_se else errors
 
+def have_hop(task, n=1_000):
+    """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
+    data = torch.Generator(task.device).manual_seed(40_000)
+    fractions = []
+    for k in range(task.max_hops + 1):
+        _, targets = task.sample(n, data, hops=k)
+        fractions.append((targets[:, 1:] != task.undefined).float().mean())
+    return torch.stack(fractions)
+
+@torch.no_grad()
+def says_undefined(model, task, generator, n=256):
+    """Of the characters that have a max_hops-th hop, the fraction at which the model says
+    `undefined`; 0 if there is none. model: in eval mode."""
+    tokens, targets = task.sample(n, generator, hops=task.max_hops)
+    has_hop = (targets >= task.char) & (targets < task.undefined)
+    said = model(tokens).argmax(-1) == task.undefined
+    return ((said & has_hop).sum() / has_hop.sum().clamp_min(1)).item()
+
 @torch.no_grad()
 def head_alignment(model, task, k, n=10):
     """How much each head looks at find^j, j = 0 .. max_hops, when k hops are asked for: a list by
@@ -543,6 +561,7 @@ def measure(args, run):
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
     n_params = sum(p.numel() for p in model.parameters())
     results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
+    results["undefined"] = says_undefined(model, task, fresh)
     if args.arch == "transformer":
         results["alignment"] = []                            # by k, layer, head and j
         for k in range(task.max_hops + 1):
@@ -621,12 +640,26 @@ def in_words(args, runs):
             words.append(phrase.format(value))
     return ", ".join(words)
 
+def most_undefined(runs, results):
+    """In words, of the characters that have a max_hops-th hop: how many there are, and which
+    setting says `undefined` at most of them."""
+    groups = common.by_setting(runs, results)
+    args, group = max(groups, key=lambda pair: pair[1][0]["undefined"])
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
+    share = have_hop(task)[-1].item()
+    return f"""At k = {args.max_hops}, {share:.1%} of the characters have a k-th hop, and at up to \
+{group[0]["undefined"]:.0%} of these
+({in_words(args, runs)}) a model says that there is none: so it can err more than a guess among
+{args.n_chars} characters, {1 - 1 / args.n_chars:.2f}."""
+
 def print_errors(runs, results):
     """Fig. 2: a row a setting, error by number of hops (median and range over seeds)."""
     max_hops = runs[0].args.max_hops
     n_eval = runs[0].args.n_eval
     hops = SHOWN if max_hops == 16 else range(1, max_hops + 1)
-    rows = []
+    args = runs[0].args
+    fractions = have_hop(HopTask(args.seq_len, args.n_chars, max_hops))
+    rows = [["have a k-th hop", "", *[f"{fractions[k]:.3f}" for k in hops], ""]]
     ses = [0]
     for args, group in common.by_setting(runs, results):
         row = [in_words(args, runs), str(group[0]["n_params"])]
@@ -642,7 +675,8 @@ def print_errors(runs, results):
     print(f"""
 Error by number of hops k on {n_eval} sequences each, standard errors up to {max(ses):.3f}.
 Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
-enough.""")
+enough. Errors count at the characters that have a k-th hop.
+{most_undefined(runs, results)}""")
     if any(published(run.args) for run in runs):
         print("Dropout on: as published. Off: the same models without it, by us; compare these.")
     if any(run.args.arch == "lstm" for run in runs):
@@ -699,10 +733,15 @@ def plot_errors(runs, results):
             look.update(linestyle="none", fillstyle="none", markersize=9)
             known = SHOWN[:len(paper[state])]
             axis.plot(known, paper[state], label=f"paper, dropout {state}", **look)
-    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="random character")
+    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops))
+    look = dict(color="grey", linewidth=0.6, label="characters with a k-th hop")
+    axis.plot(hops, fractions.tolist(), **look)
+    guess = f"a guess among {args.n_chars} characters"
+    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label=guess)
     axis.axhline(0.05, color="black", linewidth=0.6, linestyle=":", label="solved: below")
-    axis.set(xlabel="number of hops k", ylabel="error (share of characters)",
-             ylim=(-0.02, 0.9), xticks=hops)
+    axis.set(xlabel="number of hops k", ylabel="error where there is a k-th hop",
+             ylim=(-0.02, 1.02), xticks=hops)
+    axis.set_title(most_undefined(runs, results), fontsize=8)
     axis.legend(fontsize=8)
     common.save_figure(figure, runs, "errors")
 

@@ -162,6 +162,44 @@ def test_errors_count_characters_alone():
     assert torch.allclose(again.std(0), se, rtol=0.5)                            # what it says is what it scatters
 
 
+def test_how_many_characters_have_a_hop_and_how_many_of_them_are_said_to_have_none():
+    task = HopTask(seq_len=24, max_hops=8)
+    fractions = hop_induction.have_hop(task, n=200)
+    data = generator(40_000)
+    for k in range(9):
+        found = 0
+        for row in task.sample(200, data, hops=k)[0].tolist():
+            text = "".join(map(chr, row[1:]))
+            found += sum(plain_find(text, i, k) is not None for i in range(22))
+        assert fractions[k].item() == pytest.approx(found / (200 * 22))
+    assert fractions[0] == 1 and fractions[8] < 0.1                              # far hops are rare in short sequences
+
+    def undefined_late(tokens):                                                  # from position 20 on
+        says = torch.full_like(tokens, task.char)
+        says[:, 20:] = task.undefined
+        return F.one_hot(says, task.vocab_size).float()
+    late = total = 0
+    for row in task.sample(256, generator(5), hops=8)[0].tolist():
+        text = "".join(map(chr, row[1:]))
+        defined = [i + 1 for i in range(22) if plain_find(text, i, 8) is not None]
+        late += sum(i >= 20 for i in defined)
+        total += len(defined)
+    assert 0 < late < total
+    assert hop_induction.says_undefined(undefined_late, task, generator(5)) == pytest.approx(late / total)
+    assert hop_induction.says_undefined(undefined_late, HopTask(9, 40, 5), generator(5)) == 0    # there is no fifth hop
+
+
+def test_the_caption_says_why_an_error_can_be_above_a_guess(capsys):
+    runs = runs_of("--device", "cpu", "--n-layer", "2", "3")
+    results = [dict(errors=[0.9] * 9, se=[0.0] * 9, n_params=7, undefined=x) for x in (0.88, 0.41)]
+    hop_induction.print_errors(runs, results)
+    out = " ".join(capsys.readouterr().out.split())
+    fractions = hop_induction.have_hop(HopTask(24, 4, 8))
+    assert f"At k = 8, {fractions[8]:.1%} of the characters have a k-th hop, and at up to 88% of these (2 layers)" in out
+    assert "a guess among 4 characters, 0.75" in out
+    assert " ".join(["have a k-th hop", *[f"{x:.3f}" for x in fractions[1:]]]) in out
+
+
 def test_a_hop_that_never_occurs_is_not_solved():
     task = HopTask(seq_len=9, n_chars=40, max_hops=5)
 
@@ -366,8 +404,9 @@ def printed(capsys, flags):
     """The table of errors that a command prints, its models making no error: for each run, the rows that follow it."""
     runs = runs_of(*flags, "--device", "cpu", "--out-dir", "/nonexistent")
     n_hops = runs[0].args.max_hops + 1
-    hop_induction.print_errors(runs, [dict(errors=[0.0] * n_hops, se=[0.0] * n_hops, n_params=1) for _ in runs])
-    table = capsys.readouterr().out.split("solved\n")[1].splitlines()
+    hop_induction.print_errors(runs, [dict(errors=[0.0] * n_hops, se=[0.0] * n_hops, n_params=1, undefined=0.5)
+                                       for _ in runs])
+    table = capsys.readouterr().out.split("solved\n")[1].splitlines()[1:]       # the first row: how many have a k-th hop
     rows = []
     for line in table:
         if "paper" not in line:
@@ -543,7 +582,7 @@ def test_hops_double_with_each_layer(tmp_path, one_thread, seed):
 
 def test_the_table_of_errors_has_each_number_of_hops_in_its_column(capsys):
     runs = runs_of(*TINY)
-    hop_induction.print_errors(runs, [dict(errors=[0.0, 0.01, 0.02], se=[0.0, 0.001, 0.002], n_params=7)])
+    hop_induction.print_errors(runs, [dict(errors=[0.0, 0.01, 0.02], se=[0.0, 0.001, 0.002], n_params=7, undefined=0.5)])
     out = capsys.readouterr().out
     assert out.splitlines()[-1].split() == ["2", "layers", "7", "0.010", "0.020", "2"] and "up to 0.002" in out
 
@@ -621,7 +660,7 @@ def test_the_figure_of_errors_shows_medians_ranges_and_what_is_published(tmp_pat
     figures = []
     monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
     runs = runs_of("--preset", "paper", "--n-layer", "4", "--seed", "0", "1", "2", "--out-dir", str(tmp_path))
-    hop_induction.plot_errors(runs, [dict(errors=[x] * 17) for x in (0.1, 0.2, 0.9)])
+    hop_induction.plot_errors(runs, [dict(errors=[x] * 17, undefined=0.5) for x in (0.1, 0.2, 0.9)])
     axis, = figures[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert lines["4 layers"] == [[k, 0.2] for k in range(17)]
