@@ -6,12 +6,16 @@ A hop leads one position on from the last earlier occurrence of the same charact
 are find^k. k-hop induction heads need depth Theta(log k) and no more: floor(log2 k) + 2 layers are
 enough (Theorem 4.2), as each layer can double the number of hops; that such a depth is also
 necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones solve more hops
-with each layer, too, and their heads find the same doubling: find^1, find^2, find^4, ...
+with each layer, too: the authors', without dropout, 2, 4, 7 and 12 hops at depths 2 to 5.
 
 What to look for: the largest number of hops that each depth solves (last column: up to it all
 errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
-training gets to 1, 3 (rarely 2) and 4 to 6; see RESULTS.md. Its heads align with find^1 and less
-with find^2; those of the medium preset show the doubling.
+training gets to 1, 3 (rarely 2) and 4 to 6; see RESULTS.md.
+
+What heads look at depends on k, the number of hops asked for. In layers 2, 3, 4 of the authors'
+model of depth 4 it is find^1, find^2, find^4 at k = 8, as in the construction (cosine .98, .83,
+.83), but find^1, find^2, find^3 at k = 4, and at k = 16 clearly find^1 alone (.98, then .48, .36).
+The second table has ours by k.
 
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as wide, 64 positions, in an hour
@@ -23,7 +27,7 @@ with find^2; those of the medium preset show the doubling.
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --plot
     Fig. 2 for 8 heads; the finite training sets of App. G:
-    python hop_induction.py --preset paper --n-layer 4 5 6 --n-head 8 --n-embd 256
+    python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
 
 To lift: HopTask needs find and follow, Construction needs HopTask, all need torch alone; Cluster
@@ -430,8 +434,9 @@ def train(args, run):
         fused=True, capturable=lr.is_cuda,
     )
     data = torch.Generator(args.device).manual_seed(args.seed)
-    if args.n_train:                                         # fixed sequences, in a fixed order
-        fixed = torch.stack(task.sample(args.n_train, data)) # (2, n_train, T)
+    n_train = args.n_train // args.batch_size * args.batch_size              # whole batches
+    if n_train:                                              # fixed sequences, in a fixed order
+        fixed = torch.stack(task.sample(n_train, data))      # (2, n_train, T)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
     # the rows of `fixed` that the next step takes; moved in place, which a CUDA graph repeats
@@ -439,8 +444,8 @@ def train(args, run):
     device = torch.device(args.device).type
 
     def training_step():
-        if args.n_train:
-            rows = cursor % args.n_train
+        if n_train:
+            rows = cursor % n_train
             tokens, targets = fixed[:, rows]                 # (B, T)
             cursor.add_(args.batch_size)
         else:
@@ -495,18 +500,37 @@ def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
     se = excess.square().sum(1).sqrt() / total
     return (errors, se) if return_se else errors
 
-@torch.no_grad()
-def head_alignment(model, task, n=10):
-    """How far each head looks at find^j: a list by layer of (H, max_hops) (Sec. 5.2).
+def have_hop(task, n=1_000):
+    """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
+    data = torch.Generator(task.device).manual_seed(40_000)
+    fractions = []
+    for k in range(task.max_hops + 1):
+        _, targets = task.sample(n, data, hops=k)
+        fractions.append((targets[:, 1:] != task.undefined).float().mean())
+    return torch.stack(fractions)
 
-    The normalised inner product <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the
-    matrix F_j whose row i has its one at find^j(i); mean over n sequences with k = max_hops.
+@torch.no_grad()
+def says_undefined(model, task, generator, n=256):
+    """Of the characters that have a max_hops-th hop, the fraction at which the model says
+    `undefined`; 0 if there is none. model: in eval mode."""
+    tokens, targets = task.sample(n, generator, hops=task.max_hops)
+    has_hop = (targets >= task.char) & (targets < task.undefined)
+    said = model(tokens).argmax(-1) == task.undefined
+    return ((said & has_hop).sum() / has_hop.sum().clamp_min(1)).item()
+
+@torch.no_grad()
+def head_alignment(model, task, k, n=10):
+    """How much each head looks at find^j, j = 0 .. max_hops, when k hops are asked for: a list by
+    layer of (H, max_hops + 1) (Sec. 5.2).
+
+    The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
+    whose row i has its one at find^j(i); mean over n sequences, the same for every k.
     """
     data = torch.Generator(task.device).manual_seed(20_000)
-    tokens, _ = task.sample(n, data, hops=task.max_hops)
+    tokens, _ = task.sample(n, data, hops=k)
     _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
     looked_for = []
-    for j in range(1, task.max_hops + 1):
+    for j in range(task.max_hops + 1):
         positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
         looked_for.append(F.pad(positions, (1, 0)))          # (n, T); k looks for nothing
     alignment = []
@@ -541,8 +565,12 @@ def measure(args, run):
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
     n_params = sum(p.numel() for p in model.parameters())
     results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
+    results["undefined"] = says_undefined(model, task, fresh)
     if args.arch == "transformer":
-        results["alignment"] = [layer.tolist() for layer in head_alignment(model, task)]
+        results["alignment"] = []                            # by k, layer, head and j
+        for k in range(task.max_hops + 1):
+            layers = head_alignment(model, task, k)
+            results["alignment"].append([layer.tolist() for layer in layers])
     return results
 
 # ---- Tables and figures -------------------------------------------------------------------------
@@ -550,9 +578,11 @@ def measure(args, run):
 # What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
 SAME_AS_PAPER = ["dropout", "seq_len", "n_chars", "max_hops", "batch_size", "steps", "warmup",
                  "lr", "beta2", "weight_decay"]
-# The authors' checkpoints at 100,000 steps, errors by k: on, as released, with the dropout of
-# training; off, without it, which is what ours compares with (measured by us, 600 sequences a k).
-# Six layers of d = 128 trained on a schedule of 200,000 steps: their rate was at half its peak.
+# The authors' checkpoints at 100,000 steps, errors by k (as far as known to us): on, as released,
+# with the dropout of training; off, without it, which is what ours compares with (measured by us,
+# 600 sequences a k). Without it 4 heads solve 2, 4, 7 and 12 hops in 2, 3, 4 and 5 layers (errors
+# of .162 at k = 5 in 3 layers, of .011 at k = 7 in 4). Six layers of d = 128 trained on a
+# schedule of 200,000 steps: their rate was at half its peak.
 SHOWN = [1, 2, 3, 4, 6, 8, 12, 16]
 PUBLISHED = """
 n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
@@ -565,6 +595,8 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
       5      4    128       0      on  .001 .001 .001 .003 .015 .037 .218 .414
       5      4    128       0     off  .000 .000 .000 .000 .000 .000 .041 .281
       6      4    128       0      on  .000 .000 .001 .002 .003 .006 .012 .062
+      2      8    256       0      on  .003 .033 .140 .267
+      3      8    256       0      on  .001 .001 .005 .021
       4      8    256       0      on  .000 .000 .000 .001 .004 .015 .139 .334
       5      8    256       0      on  .000 .000 .000 .000 .000 .000 .003 .027
       6      8    256       0      on  .000 .000 .000 .000 .000 .000 .002 .002
@@ -612,12 +644,27 @@ def in_words(args, runs):
             words.append(phrase.format(value))
     return ", ".join(words)
 
+def most_undefined(runs, results):
+    """In words: how many characters have a max_hops-th hop, and which setting says `undefined` at
+    most of them, and at how many."""
+    groups = common.by_setting(runs, results)
+    args, group = max(groups, key=lambda pair: pair[1][0]["undefined"])
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
+    share = have_hop(task)[-1].item()
+    k = args.max_hops
+    return f"""At k = {k}, {share:.1%} of the characters have a k-th hop. There a model may say \
+`undefined` instead
+({in_words(args, runs)}: at {group[0]["undefined"]:.0%}), and so err more than a guess among \
+{args.n_chars} characters, {1 - 1 / args.n_chars:.2f}."""
+
 def print_errors(runs, results):
     """Fig. 2: a row a setting, error by number of hops (median and range over seeds)."""
     max_hops = runs[0].args.max_hops
     n_eval = runs[0].args.n_eval
     hops = SHOWN if max_hops == 16 else range(1, max_hops + 1)
-    rows = []
+    args = runs[0].args
+    fractions = have_hop(HopTask(args.seq_len, args.n_chars, max_hops))
+    rows = [["have a k-th hop", "", *[f"{fractions[k]:.3f}" for k in hops], ""]]
     ses = [0]
     for args, group in common.by_setting(runs, results):
         row = [in_words(args, runs), str(group[0]["n_params"])]
@@ -627,41 +674,50 @@ def print_errors(runs, results):
         row.append(common.spread([solved(result["errors"]) for result in group], ".0f"))
         rows.append(row)
         for state, errors in published(args).items():
-            rows.append([f"paper, dropout {state}", "", *[f"{error:.3f}" for error in errors], ""])
+            numbers = [f"{error:.3f}" for error in errors]
+            unknown = [""] * (len(hops) - len(errors))
+            rows.append([f"paper, dropout {state}", "", *numbers, *unknown, ""])
     print(f"""
 Error by number of hops k on {n_eval} sequences each, standard errors up to {max(ses):.3f}.
 Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
-enough.""")
+enough. Errors count at the characters that have a k-th hop.
+{most_undefined(runs, results)}""")
     if any(published(run.args) for run in runs):
         print("Dropout on: as published. Off: the same models without it, by us; compare these.")
     if any(run.args.arch == "lstm" for run in runs):
         print("An LSTM has two layers, and the parameters of a transformer of the depth named.")
     common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
 
+def best_head(layer):
+    """The head (from 1), its j and its cosine similarity where a layer's (H, max_hops + 1) of
+    head_alignment is largest."""
+    layer = torch.as_tensor(layer)
+    head, j = divmod(layer.argmax().item(), layer.shape[1])
+    return head + 1, j, layer.max().item()
+
 def print_heads(args, runs=(), shown=()):
-    """Figs. 3 and 4 as numbers: each head's best find^j. shown: args, results of first seeds."""
+    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the number of hops asked
+    for. shown: args, results of first seeds."""
     seed = f", seed {shown[0][0].seed}" if shown else ""
     print(f"""
-Heads{seed}: the find^j that each looks at most, and its normalised inner product with it.
-Undefined hops count against it; the construction's first layer looks for characters and for k, at
-no find^j.""")
+Heads{seed}: each layer's best head when k hops are asked for, the find^j that it looks at most,
+and their cosine similarity. find^0 is the position itself. Undefined hops count against a head; the
+construction's first layer looks for characters and for k, at no find^j.""")
+    asked = [2**bit for bit in range(args.max_hops.bit_length())]
     alignments = {in_words(own, runs): result["alignment"] for own, result in shown}
     if args.seq_len <= Construction.longest:
         task = HopTask(args.seq_len, args.n_chars, args.max_hops)
         built = construct(args.max_hops, args.n_chars, args.seq_len)
-        alignments["by construction"] = [layer.tolist() for layer in head_alignment(built, task)]
+        alignments["by construction"] = {k: head_alignment(built, task, k) for k in asked}
     rows = []
     for name, alignment in alignments.items():
-        for i, layer in enumerate(alignment):
+        for i in range(len(alignment[1])):
             row = [name, str(i + 1)]
-            for head in layer:
-                most = max(head)
-                row.append(f"find^{head.index(most) + 1} {most:.2f}")
+            for k in asked:
+                head, j, cosine = best_head(alignment[k][i])
+                row.append(f"{head}: find^{j} {cosine:.2f}")
             rows.append(row)
-    n_columns = max(map(len, rows))
-    rows = [row + [""] * (n_columns - len(row)) for row in rows]
-    heads = [f"head {i + 1}" for i in range(n_columns - 2)]
-    common.print_table(["model", "layer", *heads], rows, keys=2)
+    common.print_table(["model", "layer", *[f"k={k}" for k in asked]], rows, keys=2)
 
 def plot_errors(runs, results):
     """Fig. 2: error against the number of hops, a line for each setting, a band over seeds."""
@@ -680,43 +736,64 @@ def plot_errors(runs, results):
         if paper:
             state = "off" if "off" in paper else "on"
             look.update(linestyle="none", fillstyle="none", markersize=9)
-            axis.plot(SHOWN, paper[state], label=f"paper, dropout {state}", **look)
-    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label="random character")
+            known = SHOWN[:len(paper[state])]
+            axis.plot(known, paper[state], label=f"paper, dropout {state}", **look)
+    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops))
+    look = dict(color="grey", linewidth=0.6, label="characters with a k-th hop")
+    axis.plot(hops, fractions.tolist(), **look)
+    guess = f"a guess among {args.n_chars} characters"
+    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label=guess)
     axis.axhline(0.05, color="black", linewidth=0.6, linestyle=":", label="solved: below")
-    axis.set(xlabel="number of hops k", ylabel="error (share of characters)",
-             ylim=(-0.02, 0.9), xticks=hops)
+    axis.set(xlabel="number of hops k", ylabel="error where there is a k-th hop",
+             ylim=(-0.02, 1.02), xticks=hops)
+    axis.set_title(most_undefined(runs, results), fontsize=8)
     axis.legend(fontsize=8)
     common.save_figure(figure, runs, "errors")
 
+GREY = dict(cmap="Greys", vmin=0, vmax=1)
+
+def plot_heads_by_k(runs, shown):
+    """Each layer's best cosine similarity with a find^j by the number of hops asked for, and j."""
+    figure, axes = common.new_figure(len(shown), width=7, height=2.2)
+    for axis, (args, result) in zip(axes[:, 0], shown):
+        by_j = np.array(result["alignment"]).max(axis=2)     # (k, L, j): over heads
+        image = axis.imshow(by_j.max(axis=2).T, aspect="auto", **GREY)
+        for k, layer in np.ndindex(*by_j.shape[:2]):
+            j = by_j[k, layer].argmax()
+            axis.text(k, layer, j, color="C1", weight="bold", ha="center", va="center")
+        axis.set_xticks(range(len(by_j)))
+        axis.set_yticks(range(args.n_layer), range(1, args.n_layer + 1))
+        name = f"{in_words(args, runs)}, seed {args.seed}"
+        axis.set(title=f"{name}: cosine of the best head with find^j (number: j)",
+                 xlabel="number of hops asked for, k", ylabel="layer")
+        figure.colorbar(image, ax=axis)
+    common.save_figure(figure, runs, "heads_by_k")
+
 @torch.no_grad()
 def plot_heads(runs, shown):
-    """Figs. 3 and 4, deepest model: all heads; attention of the best for find^1, 2, 4, ..."""
+    """Figs. 3 and 4, deepest model, most hops: all heads; attention of each layer's best."""
     args, result = max(shown, key=lambda pair: pair[0].n_layer)
-    alignment = np.array(result["alignment"])
-    n_layer, n_head, n_hops = alignment.shape
-    heads = [f"{layer + 1}.{head + 1}" for layer, head in np.ndindex(n_layer, n_head)]
-    figure, axes = common.new_figure(1, 1 + n_hops.bit_length(), width=3, height=3.6)
-    figure.suptitle(f"{in_words(args, runs)}, seed {args.seed}")
+    alignment = result["alignment"][args.max_hops]           # by layer, head and j
+    heads = [f"{i + 1}.{h + 1}" for i, h in np.ndindex(args.n_layer, args.n_head)]
+    figure, axes = common.new_figure(1, 1 + args.n_layer, width=3, height=3.6)
+    figure.suptitle(f"{in_words(args, runs)}, seed {args.seed}, k = {args.max_hops}")
     axis = axes[0, 0]
-    grey = dict(cmap="Greys", vmin=0, vmax=1)
-    image = axis.imshow(np.concatenate(alignment), aspect="auto", **grey)
-    axis.set_xticks(range(n_hops), range(1, n_hops + 1))
+    image = axis.imshow(np.concatenate(alignment), aspect="auto", **GREY)
+    axis.set_xticks(range(args.max_hops + 1))
     axis.set_yticks(range(len(heads)), heads, fontsize=7)
-    axis.set(title="product with find^j", xlabel="j", ylabel="layer.head")
+    axis.set(title="cosine with find^j", xlabel="j", ylabel="layer.head")
     figure.colorbar(image, ax=axis)
     task, model = load(result["folder"], args.device)
     data = torch.Generator(task.device).manual_seed(0)
     tokens, _ = task.sample(1, data, hops=task.max_hops)
     _, attns = model(tokens, return_attn=True)
-    for n, axis in enumerate(axes[0, 1:]):
-        j = 2**n
-        products = alignment[:, :, j - 1]                    # (L, H)
-        layer, head = divmod(products.argmax(), n_head)
+    for i, axis in enumerate(axes[0, 1:]):
+        head, j, cosine = best_head(alignment[i])
         positions = find(tokens[:, 1:], j)[0].cpu()
         defined = (positions >= 0).nonzero()[:, 0]
-        axis.imshow(attns[layer][0, head].float().cpu(), **grey)
+        axis.imshow(attns[i][0, head - 1].float().cpu(), **GREY)
         axis.plot(positions[defined] + 1, defined + 1, "ro", fillstyle="none", label=f"find^{j}")
-        axis.set(title=f"attention of {layer + 1}.{head + 1} ({products.max():.2f})",
+        axis.set(title=f"attention of {i + 1}.{head} ({cosine:.2f})",
                  xlabel="position looked at", ylabel="position")
         axis.legend(loc="upper right")
     common.save_figure(figure, runs, "heads")
@@ -787,7 +864,8 @@ def parse_args(argv=None):
         help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
     add("--n-chars", type=common.number(int, 2, 100), help="characters of the alphabet")
     add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000), help="0: fresh sequences")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000),
+        help="fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
     add("--batch-size", type=count, help="sequences a step")
     add("--steps", type=count, help="training steps")
     add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")
@@ -812,6 +890,9 @@ def parse_args(argv=None):
     for n_head in args.n_head:
         if "transformer" in args.arch and args.n_embd % n_head:
             parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
+    for n_train in args.n_train:
+        if 0 < n_train < args.batch_size:
+            parser.error(f"--n-train {n_train}: less than one --batch-size {args.batch_size}")
     if args.mpc and args.machines > args.seq_len:
         parser.error(f"--machines {args.machines}: more than --seq-len {args.seq_len} characters")
     try:
@@ -834,6 +915,7 @@ def show(runs, results):
         plot_errors(runs, results)
         if shown:
             plot_heads(runs, shown)
+            plot_heads_by_k(runs, shown)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""

@@ -17,7 +17,7 @@ SWEEPS = {
     "random_transformer": ["--task", "parens", "needle", "--train", "embeddings", "--n-embd", "32", "--size", "6", "--batch-size", "32",
                            "--steps", "600", "--eval-every", "15"],
     "hop_induction": ["--n-layer", "2", "3", "--n-embd", "32", "--seq-len", "16", "--max-hops", "2", "--steps", "500", "--eval-every", "12",
-                      "--dropout", "0.1", "--n-train", "50"],
+                      "--dropout", "0.1", "--n-train", "100"],
     "looped_icl": ["--model", "looped", "standard", "--n-layer", "4", "--n-embd", "32", "--steps", "250", "--eval-every", "6"],
     "ntp_convergence": ["--steps", "8000", "--seed", "0", "1"],
     "memory_birth": ["--seq-len", "32", "--batch-size", "32", "--steps", "500", "--eval-every", "12", "--triggers", "fixed", "random"],

@@ -162,6 +162,44 @@ def test_errors_count_characters_alone():
     assert torch.allclose(again.std(0), se, rtol=0.5)                            # what it says is what it scatters
 
 
+def test_how_many_characters_have_a_hop_and_how_many_of_them_are_said_to_have_none():
+    task = HopTask(seq_len=24, max_hops=8)
+    fractions = hop_induction.have_hop(task, n=200)
+    data = generator(40_000)
+    for k in range(9):
+        found = 0
+        for row in task.sample(200, data, hops=k)[0].tolist():
+            text = "".join(map(chr, row[1:]))
+            found += sum(plain_find(text, i, k) is not None for i in range(22))
+        assert fractions[k].item() == pytest.approx(found / (200 * 22))
+    assert fractions[0] == 1 and fractions[8] < 0.1                              # far hops are rare in short sequences
+
+    def undefined_late(tokens):                                                  # from position 20 on
+        says = torch.full_like(tokens, task.char)
+        says[:, 20:] = task.undefined
+        return F.one_hot(says, task.vocab_size).float()
+    late = total = 0
+    for row in task.sample(256, generator(5), hops=8)[0].tolist():
+        text = "".join(map(chr, row[1:]))
+        defined = [i + 1 for i in range(22) if plain_find(text, i, 8) is not None]
+        late += sum(i >= 20 for i in defined)
+        total += len(defined)
+    assert 0 < late < total
+    assert hop_induction.says_undefined(undefined_late, task, generator(5)) == pytest.approx(late / total)
+    assert hop_induction.says_undefined(undefined_late, HopTask(9, 40, 5), generator(5)) == 0    # there is no fifth hop
+
+
+def test_the_caption_says_why_an_error_can_be_above_a_guess(capsys):
+    runs = runs_of("--device", "cpu", "--n-layer", "2", "3")
+    results = [dict(errors=[0.9] * 9, se=[0.0] * 9, n_params=7, undefined=x) for x in (0.88, 0.41)]
+    hop_induction.print_errors(runs, results)
+    out = " ".join(capsys.readouterr().out.split())
+    fractions = hop_induction.have_hop(HopTask(24, 4, 8))
+    assert f"At k = 8, {fractions[8]:.1%} of the characters have a k-th hop." in out and "(2 layers: at 88%)" in out
+    assert "a guess among 4 characters, 0.75" in out
+    assert " ".join(["have a k-th hop", *[f"{x:.3f}" for x in fractions[1:]]]) in out
+
+
 def test_a_hop_that_never_occurs_is_not_solved():
     task = HopTask(seq_len=9, n_chars=40, max_hops=5)
 
@@ -176,18 +214,19 @@ def test_a_hop_that_never_occurs_is_not_solved():
     assert hop_induction.solved([0.0, 0.01, 0.04]) == 2 and hop_induction.solved([0.3, 0.01]) == 0
 
 
-def test_head_alignment_against_plain_loops():
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_head_alignment_against_plain_loops(k):
     torch.manual_seed(0)
     task = HopTask(seq_len=16, max_hops=3)
     model = HopTransformer(2, 2, 16, task.vocab_size, task.block_size)
     for p in model.parameters():
         p.data.normal_()
-    ours = hop_induction.head_alignment(model, task, n=4)
-    tokens, _ = task.sample(4, generator(20_000), hops=3)
+    ours = hop_induction.head_alignment(model, task, k, n=4)
+    tokens, _ = task.sample(4, generator(20_000), hops=k)
     attns = model(tokens, return_attn=True)[1]
     for layer in range(2):
         for head in range(2):
-            for j in (1, 2, 3):
+            for j in range(4):
                 products = []
                 for b, row in enumerate(tokens.tolist()):
                     A, text, F = attns[layer][b, head].detach().numpy(), "".join(map(chr, row[1:])), np.zeros((15, 15))
@@ -195,7 +234,7 @@ def test_head_alignment_against_plain_loops():
                         if (p := plain_find(text, i, j)) is not None:
                             F[i + 1, p + 1] = 1
                     products.append((A * F).sum() / np.linalg.norm(A) / max(np.linalg.norm(F), 1e-9))
-                assert ours[layer][head, j - 1].item() == pytest.approx(np.mean(products), abs=1e-5)
+                assert ours[layer][head, j].item() == pytest.approx(np.mean(products), abs=1e-5)
 
 
 def test_no_measurement_needs_float64(no_float64_on_device, tmp_path):
@@ -215,9 +254,10 @@ def test_the_construction_makes_no_error(max_hops):
     tokens, targets = task.sample(4 * (max_hops + 1), generator(max_hops), hops=torch.arange(max_hops + 1).repeat(4))
     logits, attns = model(tokens, return_attn=True)
     assert torch.equal(logits.argmax(-1), targets) and len(attns) == model.n_layer      # `undefined` and `blank` included
-    alignment = hop_induction.head_alignment(model, task, n=4)
-    for l in range(model.n_layer - 1):
-        assert alignment[l + 1][0].argmax() + 1 == 2**l
+    for k in (0, 1, max_hops):                                                   # it looks at the same whatever k is
+        alignment = hop_induction.head_alignment(model, task, k, n=4)
+        for l in range(model.n_layer - 1):
+            assert alignment[l + 1][0].argmax() == 2**l
 
 
 @pytest.mark.parametrize("n_chars, seq_len", [(2, 10), (3, 50), (9, 140)])
@@ -297,15 +337,22 @@ def one_run(tmp_path, *flags):
     return run
 
 
-def test_a_finite_training_set_is_used_in_a_fixed_order(tmp_path, monkeypatch):
+def test_a_finite_training_set_is_used_in_whole_batches_and_a_fixed_order(tmp_path, monkeypatch):
     run = one_run(tmp_path, "--n-train", "20", "--steps", "5")
     seen = []
     forward = HopTransformer.forward
     monkeypatch.setattr(HopTransformer, "forward", lambda self, tokens, *rest: (
         seen.append(tokens.clone()) if self.training else None, forward(self, tokens, *rest))[1])
     hop_induction.train(run.args, run)
-    fixed = HopTask(12, 4, 2).sample(20, generator(0))[0]
-    assert torch.equal(torch.cat(seen), fixed[torch.arange(40) % 20])
+    fixed = HopTask(12, 4, 2).sample(16, generator(0))[0]                        # two batches of 8
+    assert torch.equal(torch.cat(seen), fixed[torch.arange(40) % 16])
+
+
+def test_a_training_set_smaller_than_a_batch_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        hop_induction.parse_args([*TINY, "--n-train", "0", "7"])
+    assert "--n-train 7: less than one --batch-size 8" in capsys.readouterr().err
+    assert hop_induction.parse_args([*TINY, "--n-train", "0", "8"]).n_train == [0, 8]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, monkeypatch):
@@ -357,22 +404,23 @@ def printed(capsys, flags):
     """The table of errors that a command prints, its models making no error: for each run, the rows that follow it."""
     runs = runs_of(*flags, "--device", "cpu", "--out-dir", "/nonexistent")
     n_hops = runs[0].args.max_hops + 1
-    hop_induction.print_errors(runs, [dict(errors=[0.0] * n_hops, se=[0.0] * n_hops, n_params=1) for _ in runs])
-    table = capsys.readouterr().out.split("solved\n")[1].splitlines()
+    hop_induction.print_errors(runs, [dict(errors=[0.0] * n_hops, se=[0.0] * n_hops, n_params=1, undefined=0.5)
+                                       for _ in runs])
+    table = capsys.readouterr().out.split("solved\n")[1].splitlines()[1:]       # the first row: how many have a k-th hop
     rows = []
     for line in table:
         if "paper" not in line:
             rows.append([])
         else:
             label = line[:line.index("dropout o") + 11].split()[-1]
-            rows[-1].append((label, line.split()[-8:]))
+            rows[-1].append((label, line.partition("dropout o")[2].split()[1:]))
     return list(zip([run.args for run in runs], map(dict, rows), strict=True))
 
 
 def test_the_papers_commands_print_what_the_paper_has(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)           # matplotlib
     last = {(2, 4, 0): "0.737", (3, 4, 0): "0.706", (4, 4, 0): "0.612", (5, 4, 0): "0.414", (6, 4, 0): "0.062",
-            (4, 8, 0): "0.334", (5, 8, 0): "0.027", (6, 8, 0): "0.002", (4, 4, 1000): "0.772", (4, 4, 3000): "0.632"}
+            (2, 8, 0): "0.267", (3, 8, 0): "0.021", (4, 8, 0): "0.334", (5, 8, 0): "0.027", (6, 8, 0): "0.002", (4, 4, 1000): "0.772", (4, 4, 3000): "0.632"}
     without = {(2, 4, 0): "0.737", (3, 4, 0): "0.695", (4, 4, 0): "0.542", (5, 4, 0): "0.281",
                (4, 4, 1000): "0.774", (4, 4, 3000): "0.592"}
     seen = set()
@@ -388,7 +436,7 @@ def test_the_papers_commands_print_what_the_paper_has(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("other", ["--n-head 8", "--dropout 0", "--steps 1000", "--lr 1e-3", "--seq-len 90",
-                                   "--n-chars 5", "--batch-size 64", "--arch lstm", "--n-train 20", "--n-embd 256"])
+                                   "--n-chars 5", "--batch-size 64", "--arch lstm", "--n-train 50", "--n-embd 256"])
 def test_the_papers_numbers_stand_beside_the_papers_setting_alone(capsys, other):
     (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4"])
     assert set(rows) == {"on", "off"}
@@ -466,7 +514,7 @@ def test_sequences_too_long_for_the_construction(tmp_path, capsys):
     flags = ["--seq-len", "502", "--max-hops", "1", "--steps", "1", "--n-eval", "1", "--batch-size", "1", "--n-head", "1"]
     result, = call_main(hop_induction, *command(tmp_path, *flags))
     out = capsys.readouterr().out
-    assert len(result["alignment"]) == 2 and "find^1" in out and "by construction" not in out
+    assert len(result["alignment"]) == 2 and "find^" in out and "by construction" not in out
 
 
 def test_tables_fit_in_a_hundred_columns(tmp_path, capsys):
@@ -476,7 +524,7 @@ def test_tables_fit_in_a_hundred_columns(tmp_path, capsys):
     call_main(hop_induction, "--mpc", "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if ",seed=" not in line) <= 100       # but for the names of runs
-    assert sum("k=16" in line for line in lines) == sum("head 8" in line for line in lines) == 1
+    assert sum("k=16" in line for line in lines) == 2            # errors and heads, each in one piece
 
 
 def test_construct_and_mpc_return_their_tables(tmp_path, capsys):
@@ -509,10 +557,10 @@ def test_the_figures_are_drawn(tmp_path):
     flags = ["--plot", "--steps", "10", "--n-layer", "1", "2", "--seed", "0", "1", "--arch", "transformer", "lstm"]
     call_main(hop_induction, *command(tmp_path, *flags))
     figures = sorted((tmp_path / "out" / "hop_induction").glob("*.png"))
-    assert [path.name.split(",")[0] for path in figures] == ["errors", "heads"]
+    assert [path.name.split(",")[0] for path in figures] == ["errors", "heads", "heads_by_k"]
     assert all(path.stat().st_size > 5_000 for path in figures)
     call_main(hop_induction, *command(tmp_path, "--plot", "--steps", "10", "--arch", "lstm"))
-    assert len(list((tmp_path / "out" / "hop_induction").glob("*.png"))) == 3    # errors alone, of another name
+    assert len(list((tmp_path / "out" / "hop_induction").glob("*.png"))) == 4    # errors alone, of another name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -534,7 +582,7 @@ def test_hops_double_with_each_layer(tmp_path, one_thread, seed):
 
 def test_the_table_of_errors_has_each_number_of_hops_in_its_column(capsys):
     runs = runs_of(*TINY)
-    hop_induction.print_errors(runs, [dict(errors=[0.0, 0.01, 0.02], se=[0.0, 0.001, 0.002], n_params=7)])
+    hop_induction.print_errors(runs, [dict(errors=[0.0, 0.01, 0.02], se=[0.0, 0.001, 0.002], n_params=7, undefined=0.5)])
     out = capsys.readouterr().out
     assert out.splitlines()[-1].split() == ["2", "layers", "7", "0.010", "0.020", "2"] and "up to 0.002" in out
 
@@ -549,9 +597,19 @@ def test_the_loss_counts_all_positions_of_the_sequences_of_the_seed(tmp_path):
     assert metrics_of(run.folder)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_figure_of_errors_shows_as_many_published_numbers_as_there_are(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
+    runs = runs_of("--preset", "paper", "--n-layer", "3", "--n-head", "8", "--n-embd", "256", "--out-dir", str(tmp_path))
+    hop_induction.plot_errors(runs, [dict(errors=[0.1] * 17, undefined=0.5)])
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines["paper, dropout on"] == [[1, 0.001], [2, 0.001], [3, 0.005], [4, 0.021]]
+
+
 def test_published_errors_rise_with_the_number_of_hops():
     rows = [line.split() for line in hop_induction.PUBLISHED.splitlines()[2:]]
-    assert len(rows) == 21 and all(row[5:] == sorted(row[5:]) for row in rows)
+    assert len(rows) == 23 and all(row[5:] == sorted(row[5:]) for row in rows)
 
 
 def test_standard_errors_are_those_of_a_ratio_over_sequences():
@@ -602,7 +660,7 @@ def test_the_figure_of_errors_shows_medians_ranges_and_what_is_published(tmp_pat
     figures = []
     monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
     runs = runs_of("--preset", "paper", "--n-layer", "4", "--seed", "0", "1", "2", "--out-dir", str(tmp_path))
-    hop_induction.plot_errors(runs, [dict(errors=[x] * 17) for x in (0.1, 0.2, 0.9)])
+    hop_induction.plot_errors(runs, [dict(errors=[x] * 17, undefined=0.5) for x in (0.1, 0.2, 0.9)])
     axis, = figures[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert lines["4 layers"] == [[k, 0.2] for k in range(17)]
@@ -617,14 +675,16 @@ def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(
     monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
     run = one_run(tmp_path, "--steps", "1")
     hop_induction.train(run.args, run)
-    alignment = [[[0.1, 0.2], [0.3, 0.1], [0.1, 0.1], [0.1, 0.1]], [[0.2, 0.1], [0.1, 0.6], [0.1, 0.1], [0.1, 0.1]]]
-    hop_induction.plot_heads([run], [(run.args, dict(alignment=alignment, folder=str(run.folder)))])
+    alignment = torch.full((3, 2, 4, 3), 0.1)                                    # by k, layer, head and j
+    alignment[0] = 0.9                                                           # without meaning: the figure is of k = 2
+    alignment[2, 0, 2, 1], alignment[2, 1, 1, 2] = 0.3, 0.6
+    hop_induction.plot_heads([run], [(run.args, dict(alignment=alignment.tolist(), folder=str(run.folder)))])
     task, model = hop_induction.load(run.folder)
     tokens, _ = task.sample(1, generator(0), hops=2)
     attns = model(tokens, return_attn=True)[1]
     text = "".join(map(chr, tokens[0, 1:]))
-    for j, layer, head in (1, 0, 1), (2, 1, 1):
-        axis = figures[0].axes[j]
+    for j, layer, head in (1, 0, 2), (2, 1, 1):
+        axis = figures[0].axes[layer + 1]
         assert axis.get_title().startswith(f"attention of {layer + 1}.{head + 1}")
         assert torch.equal(torch.tensor(axis.images[0].get_array().data), attns[layer][0, head].detach())
         expected = []
@@ -633,6 +693,31 @@ def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(
             if found is not None:
                 expected.append([found + 1, i + 1])
         assert axis.lines[0].get_xydata().tolist() == expected
+
+
+def test_heads_are_shown_by_the_number_of_hops_asked_for(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
+    run, = runs_of(*TINY, "--max-hops", "4", "--out-dir", str(tmp_path))
+    alignment = torch.rand(5, 2, 4, 5, generator=generator()) / 2                # by k, layer, head and j
+    best = {(1, 0): (3, 0), (1, 1): (1, 4), (2, 0): (2, 1), (2, 1): (4, 2), (4, 0): (1, 3), (4, 1): (2, 0)}
+    for (k, layer), (head, j) in best.items():
+        alignment[k, layer, head - 1, j] = 0.5 + k / 10 + layer / 100
+    shown = [(run.args, dict(alignment=alignment.tolist()))]
+    hop_induction.print_heads(run.args, [run], shown)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for layer in (0, 1):
+        cells = []
+        for k in (1, 2, 4):
+            head, j = best[k, layer]
+            cells += [f"{head}:", f"find^{j}", f"{0.5 + k / 10 + layer / 100:.2f}"]
+        assert ["2", "layers", str(layer + 1), *cells] in rows
+    hop_induction.plot_heads_by_k([run], shown)
+    axis = figures[0].axes[0]
+    texts = {text.get_position(): text.get_text() for text in axis.texts}
+    for (k, layer), (head, j) in best.items():
+        assert texts[k, layer] == str(j) and axis.images[0].get_array()[layer, k] == pytest.approx(0.5 + k / 10 + layer / 100)
 
 
 def test_the_settings_of_the_paper():
