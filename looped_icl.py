@@ -31,7 +31,7 @@ Tables of OpenML, downloaded by id (the paper's, as we read it: 720 725 737 803 
 What the paper preset leaves open (points, loops, window, steps, batch) is the task's: see TASKS.
 
 To lift: InContextTransformer needs common's Block and gpt2_init_; sample_prompts needs all that is
-above it in its section; a baseline needs torch, and from here randn, sum_before or best_splits.
+above it in its section; a baseline needs torch, and from here sum_before or best_split.
 """
 import copy
 import csv
@@ -129,7 +129,7 @@ TASKS = {
     "sparse-linear": FunctionClass(
         sparse_linear, lambda d: min(d, 3), False, USUAL + ["Lasso"], loops=20, window=10),
     "decision-tree": FunctionClass(
-        decision_tree, lambda d: 1, True, USUAL + ["greedy tree", "2-layer network"],
+        decision_tree, lambda d: 1, True, USUAL + ["tree on x", "tree on signs"],
         loops=70, window=15, **LONG),
     "relu-2nn": FunctionClass(
         relu_2nn, lambda d: d, False, USUAL + ["2-layer network"],
@@ -509,67 +509,73 @@ def lasso(xs, ys, alpha=0.01):
         warnings.warn(f"Lasso: no minimum found for {unfinished} of {len(w)} prefixes")
     return (x * w.view(B, n, d)).sum(2).to(ys)
 
-def best_splits(right, y, node, n_nodes):
-    """The coordinate at which to split each node, so that the squared error falls most: right
-    (B, i, d) is 1 where a pair would go right, y (B, i), node (B, i) -> (B, nodes)."""
-    member = F.one_hot(node, n_nodes).to(y.dtype)                       # (B, i, nodes)
-    member_y = member * y[..., None]
-    n = member.sum(1)[..., None]                                        # (B, nodes, 1)
-    total = member_y.sum(1)[..., None]
-    n_right = member.mT @ right                                         # (B, nodes, d)
-    total_right = member_y.mT @ right
+def best_split(x, y, member):
+    """The split of the pairs of each prompt with `member`, at a value of one coordinate, that
+    lowers their squared error most: x (B, i, d), y (B, i), member (B, i) -> coordinate (B,) and
+    threshold (B, 1), halfway between two values; infinite where they cannot be split."""
+    i = x.shape[1]
+    value, order = x.masked_fill(~member[..., None], math.inf).sort(1)  # (B, i, d), others last
+    y = (y * member)[..., None].expand_as(x).gather(1, order)
+    left = y.cumsum(1)
+    left, total = left[:, :-1], left[:, -1:]                            # (B, i-1, d), (B, 1, d)
+    n_left = torch.arange(1, i, device=x.device)[:, None]
+    n_right = member.sum(1)[:, None, None] - n_left
     # about their means, the y of n pairs have the squared error sum y^2 - (sum y)^2 / n
-    gain = total_right**2 / n_right.clamp_min(1)
-    gain = gain + (total - total_right)**2 / (n - n_right).clamp_min(1)
-    splits_nothing = (n_right == 0) | (n_right == n)
-    return gain.masked_fill(splits_nothing, -1).argmax(2)
+    gain = left**2 / n_left + (total - left)**2 / n_right.clamp_min(1)
+    threshold = (value[:, 1:] + value[:, :-1]) / 2
+    splits_nothing = (n_right < 1) | (value[:, 1:] == value[:, :-1])
+    gain = gain.masked_fill(splits_nothing, -1).mT.flatten(1)           # (B, d (i-1))
+    threshold = threshold.masked_fill(splits_nothing, math.inf).mT.flatten(1)
+    best = gain.argmax(1)
+    return best // (i - 1), threshold.gather(1, best[:, None])
 
-def greedy_tree(xs, ys, depth=4):
-    """A regression tree on the signs of x, grown greedily on the pairs before each x; a leaf
-    without pairs answers as its parent.
-
-    The trees of all prompts grow at once, level by level. The children of a level's node k are the
-    next level's 2 k (x <= 0) and 2 k + 1 (x > 0). Split at coordinate 0, then at coordinate 1:
-        x of four pairs   (-1, 2)   (3, -1)   (-2, -2)   (1, 1)
-        node              0 0 0 0,  then 0 1 0 1,  then 1 2 0 3
-    """
+def value_tree(xs, ys, depth=2):
+    """A regression tree on the values of x, grown greedily on the pairs before each x. Only the
+    branch that x_i takes is grown: its answer is the mean y of the pairs that take it, too."""
     out = torch.zeros_like(ys)
-    right = (xs > 0).to(ys.dtype)                                       # (B, n, d)
-    for i in range(1, ys.shape[1]):
-        y = ys[:, :i]                                                   # of the pairs before x_i
-        seen = right[:, :i + 1]                                         # their x, and x_i at last
-        node = torch.zeros_like(seen[..., 0], dtype=torch.long)         # (B, i + 1)
-        out[:, i] = y.mean(1)
+    out[:, 1:2] = ys[:, :1]                                             # one pair: nothing to split
+    for i in range(2, ys.shape[1]):
+        x, y = xs[:, :i + 1], ys[:, :i]                                 # x_i is the last
+        member = torch.ones_like(y, dtype=torch.bool)
         for level in range(depth):
-            split = best_splits(seen[:, :i], y, node[:, :i], 2**level)  # (B, nodes)
-            asked = split.gather(1, node)[..., None]
-            went = seen.gather(2, asked)[..., 0]                        # (B, i + 1)
-            node = 2 * node + went.long()
-            same = (node[:, :i] == node[:, i:]).to(y.dtype)             # (B, i)
-            n_same = same.sum(1)
-            mean = (same * y).sum(1) / n_same.clamp_min(1)
-            out[:, i] = torch.where(n_same > 0, mean, out[:, i])
+            coordinate, threshold = best_split(x[:, :i], y, member)
+            asked = x.gather(2, coordinate[:, None, None].expand(-1, i + 1, 1))[..., 0]
+            right = asked > threshold                                   # (B, i + 1)
+            member = member & (right[:, :i] == right[:, i:])
+        out[:, i] = (y * member).sum(1) / member.sum(1)
     return out
 
+def sign_tree(xs, ys, depth=4):
+    """The same on the signs of x."""
+    return value_tree((xs > 0).to(xs.dtype), ys, depth)
+
 @torch.enable_grad()
-def gd_network(xs, ys, hidden=100, steps=200, lr=5e-3):
-    """A two-layer ReLU network, trained by Adam on the pairs before each x: one a prompt and x."""
+def gd_network(xs, ys, hidden=100, steps=1_000, batch=10, lr=5e-3):
+    """A two-layer ReLU network with biases, trained by Adam on the pairs before each x, in batches
+    drawn from them: one a prompt and x, begun as torch begins nn.Linear."""
     B, n, d = xs.shape
     draw = torch.Generator(xs.device).manual_seed(0)
+
+    def uniform(n_in, *shape):
+        numbers = torch.rand(B, *shape, generator=draw, device=xs.device)
+        return ((2 * numbers - 1) / math.sqrt(n_in)).requires_grad_()
+
     out = torch.zeros_like(ys)
-    for i in range(1, n):
-        W1 = randn(draw, B, d, hidden) / math.sqrt(d)
-        W2 = randn(draw, B, hidden, 1) / math.sqrt(hidden)
-        W1.requires_grad_()
-        W2.requires_grad_()
-        optimizer = torch.optim.Adam([W1, W2], lr=lr)
+    for i in range(1, n):                                               # no loop over prompts
+        W1, b1 = uniform(d, d, hidden), uniform(d, 1, hidden)
+        W2, b2 = uniform(hidden, hidden, 1), uniform(hidden, 1, 1)
+
+        def f(x):                                                       # (B, batch, d)
+            return (((x @ W1 + b1).relu() @ W2) + b2)[..., 0]
+
+        optimizer = torch.optim.Adam([W1, b1, W2, b2], lr=lr, fused=True)
         for _ in range(steps):
-            predictions = ((xs[:, :i] @ W1).relu() @ W2)[..., 0]        # (B, i)
-            loss = (predictions - ys[:, :i]).square().mean(1).sum()     # each prompt on its own
-            W1.grad, W2.grad = torch.autograd.grad(loss, [W1, W2])
+            rows = torch.randperm(i, generator=draw, device=xs.device)[:batch]
+            loss = (f(xs[:, rows]) - ys[:, rows]).square().mean(1).sum()        # each on its own
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
-        hidden_units = (xs[:, i, None] @ W1).relu()                     # (B, 1, hidden)
-        out[:, i] = (hidden_units @ W2)[:, 0, 0].detach()
+        out[:, i] = f(xs[:, i:i + 1])[:, 0].detach()
     return out
 
 BASELINES = {
@@ -577,7 +583,8 @@ BASELINES = {
     "averaging": averaging,
     "3-NN": nearest_neighbors,
     "Lasso": lasso,
-    "greedy tree": greedy_tree,
+    "tree on x": value_tree,
+    "tree on signs": sign_tree,
     "2-layer network": gd_network,
 }
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import common
 import looped_icl
-from looped_icl import (InContextTransformer, Prompts, Tables, averaging, gd_network, greedy_tree, lasso, least_squares,
+from looped_icl import (InContextTransformer, Prompts, Tables, averaging, gd_network, lasso, least_squares,
                         nearest_neighbors, sample_prompts)
 from test_common import call_main, cut_and_continued, metrics_of, numpy_block
 
@@ -326,26 +326,68 @@ def test_lasso_against_plain_coordinate_descent():
             assert ours[b, i].item() == pytest.approx(x[i] @ w, abs=1e-3), (b, i)
 
 
-def test_the_greedy_tree_agrees_with_a_plain_one():
-    xs, ys = sample_prompts("decision-tree", 10, 40, 4, generator())
+@pytest.mark.parametrize("on", ["values", "signs"])
+def test_trees_agree_with_plain_ones(on):
+    xs, ys = sample_prompts("decision-tree", 10, 30, 4, generator())
+    ys = (4 * ys).round()                                    # sums are exact, and so are ties
+    depth = {"values": 2, "signs": 3}[on]
+    ours = {"values": looped_icl.value_tree, "signs": looped_icl.sign_tree}[on](xs, ys, depth)
+    xs = xs.numpy() if on == "values" else (xs > 0).float().numpy()
 
     def plain(x, y, query, depth):
-        if depth == 0 or len(y) == 0:
-            return y.mean() if len(y) else None
-        def error(j):
-            return sum(((side - side.mean()) ** 2).sum() for side in (y[x[:, j] > 0], y[x[:, j] <= 0]))
-        splits = [j for j in range(4) if 0 < (x[:, j] > 0).sum() < len(y)]
-        if not splits:
+        """The mean y of the leaf that the query falls into."""
+        best, split = None, None
+        for j in range(4):
+            values = np.unique(x[:, j])
+            for threshold in (values[1:] + values[:-1]) / 2:
+                sides = y[x[:, j] <= threshold], y[x[:, j] > threshold]
+                gain = sum(side.sum()**2 / np.float32(len(side)) for side in sides)
+                if best is None or gain > best:
+                    best, split = gain, (j, threshold)
+        if depth == 0 or split is None:
             return y.mean()
-        j = min(splits, key=error)
-        side = (x[:, j] > 0) == (query[j] > 0)
+        j, threshold = split
+        side = (x[:, j] > threshold) == (query[j] > threshold)
         return plain(x[side], y[side], query, depth - 1)
-    ours = greedy_tree(xs.double(), ys.double(), depth=3)
     for b in range(10):
-        x, y = xs[b].double().numpy(), ys[b].double().numpy()
+        x, y = xs[b], ys[b].numpy()
         assert ours[b, 0] == 0
-        for i in range(1, 40):
-            assert ours[b, i].item() == pytest.approx(plain(x[:i], y[:i], x[i], 3), abs=1e-9)
+        for i in range(1, 30):
+            assert ours[b, i].item() == pytest.approx(plain(x[:i], y[:i], x[i], depth), abs=1e-5), (b, i)
+
+
+def test_the_networks_of_all_prompts_are_trained_as_one_would_be(monkeypatch):
+    xs, ys = sample_prompts("relu-2nn", 3, 15, 2, generator())
+    drawn, rand = [], torch.rand
+
+    def watched(*shape, generator, device):
+        drawn.append(rand(*shape, generator=generator))
+        return drawn[-1]
+    monkeypatch.setattr(torch, "rand", watched)
+    ours = gd_network(xs, ys, hidden=5, steps=40)
+    monkeypatch.undo()
+    assert not ours[:, 0].any()
+    draw, place = generator(0), 0
+    for i in range(1, 15):
+        networks = []
+        for b in range(3):
+            network = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1))
+            networks.append(network)
+            for p, numbers in zip([network[0].weight, network[0].bias, network[2].weight, network[2].bias], drawn[place:]):
+                n_in = 2 if p.shape[0] == 5 else 5
+                p.data = ((2 * numbers[b] - 1) / math.sqrt(n_in)).mT.reshape(p.shape)       # torch's nn.Linear
+        for numbers in drawn[place:place + 4]:
+            rand(numbers.shape, generator=draw)
+        place += 4
+        optimizers = [torch.optim.Adam(network.parameters(), lr=5e-3) for network in networks]
+        for _ in range(40):
+            rows = torch.randperm(i, generator=draw)[:10]
+            for b, (network, optimizer) in enumerate(zip(networks, optimizers)):
+                optimizer.zero_grad()
+                F.mse_loss(network(xs[b, rows])[:, 0], ys[b, rows]).backward()
+                optimizer.step()
+        for b, network in enumerate(networks):
+            assert network(xs[b, i])[0].item() == pytest.approx(ours[b, i].item(), abs=1e-4), (b, i)
 
 
 def test_the_trained_network_learns_from_its_own_prompt():
@@ -487,7 +529,8 @@ def test_the_evaluation_needs_no_float64_on_the_device(tmp_path, request, task):
     request.getfixturevalue("no_float64_on_device")
     results = looped_icl.measure(run.args, run)
     assert ("ood" in results and "probe" in results) == (task != "openml")
-    assert ("2-layer network" in results["baselines"]) == (task in ("decision-tree", "relu-2nn"))
+    assert ("2-layer network" in results["baselines"]) == (task == "relu-2nn")
+    assert ("tree on x" in results["baselines"]) == (task == "decision-tree")
     assert np.isfinite(results["curve"]).all() and np.isfinite(results["by_loops"]).all()
 
 
@@ -817,7 +860,7 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys)
     results = call_main(looped_icl, *flags)
     out = capsys.readouterr().out
     assert len(results) == 10
-    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "w (control)",
+    for wanted in ("Lasso", "tree on x", "tree on signs", "2-layer network", "skewed covariance", "w (control)",
                    "looped, 4 loops", "training seeds vary more", "2 layers", "10/10"):
         assert wanted in out, wanted
     tables = out[out.index("linear: squared"):out.index("figure:")]
