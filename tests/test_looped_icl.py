@@ -827,7 +827,7 @@ def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
     results, = call_main(looped_icl, *flags)
     after = torch.load(Path(results["folder"]) / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
-    assert len(results["curve"][0]) == 6 and ("by_loops" in results) == (model == "looped")
+    assert len(results["curve"][0]) == 6 and ("by_loops" in results) == (model != "standard")
     metrics = metrics_of(Path(results["folder"]))
     assert metrics[-1]["error"] < metrics[0]["error"]                            # on the same prompts
 
@@ -1023,6 +1023,34 @@ def test_examples_count_from_0_and_loops_from_1():
     run = dict(curve=[[0.0] * 6] * 3, curve_loops=4, by_loops=[0.0] * 40, baselines={})
     by_examples, by_loops = looped_icl.panels("linear", {"looped": (settings(*TINY), [run])})
     assert list(by_examples[3]) == [0, 1, 2, 3, 4, 5] and list(by_loops[3]) == list(range(1, 41))
+
+
+def test_curves_of_fewer_loops_end_and_the_papers_stand_beside_ours(tmp_path, capsys):
+    runs = {}
+    for model, b in ("looped", 20), ("tied", 12):
+        args = settings("--preset", "paper", "--model", model)
+        curve = [[0.25] * 41] * 3
+        runs[model] = args, [dict(curve=curve, curve_loops=500, by_loops=[0.5] * 10 * b, baselines={})]
+    assert runs["looped"][0].eval_loops == 500 and settings("--preset", "paper", "--task", "decision-tree").eval_loops == 200
+    assert settings().eval_loops == 20
+    looped_icl.print_panels("linear", runs)
+    out = capsys.readouterr().out
+    by_examples, by_loops = [[line.split() for line in part.splitlines()] for part in out.split("linear, all examples")]
+    rows = {row[0]: row for row in by_examples if row}
+    assert rows["0"][-2:] == ["-", "-"] and sorted(rows["19"][-2:]) == ["0.059", "0.060"] and rows["30"][-1] in ("0.001", "0.000")
+    rows = {row[0]: row for row in by_loops if row}
+    assert rows["120"][1:] == ["0.500", "0.500"] and rows["200"][1:] == ["0.500", "-"]
+    small = settings("--preset", "paper", "--n-dims", "10")
+    by_examples, _ = looped_icl.panels("linear", {"looped": (small, runs["looped"][1])})
+    assert not any("paper" in name for name in by_examples[4])                   # another setting
+
+
+def test_published_curves_have_a_number_for_every_example():
+    for task, curves in looped_icl.PUBLISHED_CURVES.items():
+        assert len({len(curve) for curve in curves.values()}) == 1
+        for name, (curve,) in looped_icl.published_curves(task, looped_icl.TASKS[task].n_points).items():
+            known = [x for x, y in enumerate(curve) if np.isfinite(y)]
+            assert known == curves["examples"]
 
 
 def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
