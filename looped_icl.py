@@ -827,7 +827,7 @@ def fetch(number, folder):
         raise ValueError(f"OpenML {number}: no such data set")
     # ARFF: a line "@attribute name type" for each column, then the rows; % begins a comment
     text = download(about["url"])
-    attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S+)", text)
+    attributes = re.findall(r"(?im)^@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(\S.*)", text)
     names = [name.strip("'\"") for name, kind in attributes]
     lines = [line for line in text.splitlines() if line.strip() and line[0] not in "%@"]
     rows = list(csv.reader(lines, quotechar="'", skipinitialspace=True))
@@ -836,12 +836,18 @@ def fetch(number, folder):
         raise ValueError(f"OpenML {number}: not a dense table with one target")
     ignored = about.get("ignore_attribute") or []                       # one name, or a list
     left_out = [target, about.get("row_id_attribute"), *np.ravel(ignored)]
-    kinds = [kind.lower() for name, kind in attributes]
+    kinds = [kind.split()[0].lower() for name, kind in attributes]
     keep = []
     for i, name in enumerate(names):
         if kinds[i] in ("numeric", "real", "integer") and name not in left_out:
             keep.append(i)
     keep.append(names.index(target))
+    classes = attributes[keep[-1]][1].strip(" {}\r")                    # {a, b}, or a word: numeric
+    classes, = csv.reader([classes], quotechar="'", skipinitialspace=True)
+    classes = [name.strip() for name in classes]
+    if len(classes) > 1:                                                # label 0 is the first
+        for row in rows:
+            row[keep[-1]] = classes.index(row[keep[-1]].strip())
     Path(folder).mkdir(parents=True, exist_ok=True)
     part = Path(folder) / f"{number}.{os.getpid()}.part"        # several processes may fetch it
     with open(part, "w", newline="") as file:

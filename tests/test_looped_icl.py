@@ -701,7 +701,15 @@ def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch)
     looped_icl.fetch(1462, tmp_path / "tables")
     assert asked == ["https://www.openml.org/api/v1/json/data/1462", "https://host/bank.arff"]
     with open(tmp_path / "tables" / "1462.csv", newline="") as file:
-        assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "1"], ["40", "7", "2"]]
+        assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "0"], ["40", "7", "1"]]
+
+
+def test_labels_keep_the_order_in_which_they_are_declared(tmp_path, monkeypatch):
+    for declared, expected in ("{'no way', yes}", ["1", "0"]), ("{yes,'no way'}", ["0", "1"]), ("numeric", ["yes", "no way"]):
+        serve(monkeypatch, f"@attribute a numeric\n@attribute Class {declared}\n@data\n1, yes\n2, 'no way'\n")
+        looped_icl.fetch(7, tmp_path)
+        assert [line.split(",")[-1] for line in (tmp_path / "7.csv").read_text().splitlines()[1:]] == expected
+
 
 
 @pytest.mark.parametrize("more, left", [
