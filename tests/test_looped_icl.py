@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import common
 import looped_icl
-from looped_icl import (InContextTransformer, Prompts, Tables, averaging, gd_network, greedy_tree, lasso, least_squares,
+from looped_icl import (InContextTransformer, Prompts, Tables, averaging, gd_network, lasso, least_squares,
                         nearest_neighbors, sample_prompts)
 from test_common import call_main, cut_and_continued, metrics_of, numpy_block
 
@@ -326,26 +326,68 @@ def test_lasso_against_plain_coordinate_descent():
             assert ours[b, i].item() == pytest.approx(x[i] @ w, abs=1e-3), (b, i)
 
 
-def test_the_greedy_tree_agrees_with_a_plain_one():
-    xs, ys = sample_prompts("decision-tree", 10, 40, 4, generator())
+@pytest.mark.parametrize("on", ["values", "signs"])
+def test_trees_agree_with_plain_ones(on):
+    xs, ys = sample_prompts("decision-tree", 10, 30, 4, generator())
+    ys = (4 * ys).round()                                    # sums are exact, and so are ties
+    depth = {"values": 2, "signs": 3}[on]
+    ours = {"values": looped_icl.value_tree, "signs": looped_icl.sign_tree}[on](xs, ys, depth)
+    xs = xs.numpy() if on == "values" else (xs > 0).float().numpy()
 
     def plain(x, y, query, depth):
-        if depth == 0 or len(y) == 0:
-            return y.mean() if len(y) else None
-        def error(j):
-            return sum(((side - side.mean()) ** 2).sum() for side in (y[x[:, j] > 0], y[x[:, j] <= 0]))
-        splits = [j for j in range(4) if 0 < (x[:, j] > 0).sum() < len(y)]
-        if not splits:
+        """The mean y of the leaf that the query falls into."""
+        best, split = None, None
+        for j in range(4):
+            values = np.unique(x[:, j])
+            for threshold in (values[1:] + values[:-1]) / 2:
+                sides = y[x[:, j] <= threshold], y[x[:, j] > threshold]
+                gain = sum(side.sum()**2 / np.float32(len(side)) for side in sides)
+                if best is None or gain > best:
+                    best, split = gain, (j, threshold)
+        if depth == 0 or split is None:
             return y.mean()
-        j = min(splits, key=error)
-        side = (x[:, j] > 0) == (query[j] > 0)
+        j, threshold = split
+        side = (x[:, j] > threshold) == (query[j] > threshold)
         return plain(x[side], y[side], query, depth - 1)
-    ours = greedy_tree(xs.double(), ys.double(), depth=3)
     for b in range(10):
-        x, y = xs[b].double().numpy(), ys[b].double().numpy()
+        x, y = xs[b], ys[b].numpy()
         assert ours[b, 0] == 0
-        for i in range(1, 40):
-            assert ours[b, i].item() == pytest.approx(plain(x[:i], y[:i], x[i], 3), abs=1e-9)
+        for i in range(1, 30):
+            assert ours[b, i].item() == pytest.approx(plain(x[:i], y[:i], x[i], depth), abs=1e-5), (b, i)
+
+
+def test_the_networks_of_all_prompts_are_trained_as_one_would_be(monkeypatch):
+    xs, ys = sample_prompts("relu-2nn", 3, 15, 2, generator())
+    drawn, rand = [], torch.rand
+
+    def watched(*shape, generator, device):
+        drawn.append(rand(*shape, generator=generator))
+        return drawn[-1]
+    monkeypatch.setattr(torch, "rand", watched)
+    ours = gd_network(xs, ys, hidden=5, steps=40)
+    monkeypatch.undo()
+    assert not ours[:, 0].any()
+    draw, place = generator(0), 0
+    for i in range(1, 15):
+        networks = []
+        for b in range(3):
+            network = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1))
+            networks.append(network)
+            for p, numbers in zip([network[0].weight, network[0].bias, network[2].weight, network[2].bias], drawn[place:]):
+                n_in = 2 if p.shape[0] == 5 else 5
+                p.data = ((2 * numbers[b] - 1) / math.sqrt(n_in)).mT.reshape(p.shape)       # torch's nn.Linear
+        for numbers in drawn[place:place + 4]:
+            rand(numbers.shape, generator=draw)
+        place += 4
+        optimizers = [torch.optim.Adam(network.parameters(), lr=5e-3) for network in networks]
+        for _ in range(40):
+            rows = torch.randperm(i, generator=draw)[:10]
+            for b, (network, optimizer) in enumerate(zip(networks, optimizers)):
+                optimizer.zero_grad()
+                F.mse_loss(network(xs[b, rows])[:, 0], ys[b, rows]).backward()
+                optimizer.step()
+        for b, network in enumerate(networks):
+            assert network(xs[b, i])[0].item() == pytest.approx(ours[b, i].item(), abs=1e-4), (b, i)
 
 
 def test_the_trained_network_learns_from_its_own_prompt():
@@ -393,17 +435,19 @@ def test_to_answer_0_scores_1_on_other_inputs(task):
 
 
 class Fake(nn.Module):
-    """Its first hidden state says nothing, its second has x_i y_i at each y, its third x_i (x_i . 1) for any y."""
+    """Its layer 0 says nothing, layer 1 has x_i y_i at each y, layer 2 x_i (x_i . 1) for any y."""
 
     def __init__(self):
         super().__init__()
-        self.h = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Identity()])
+        self.read_in = nn.Linear(3, 3)
+        self.h = nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def forward(self, xs, ys, loops):
         zeros = torch.zeros_like(xs)
         read = torch.stack([zeros, xs * ys[..., None]], 2).flatten(1, 2)[:, :-1]
         guessed = torch.stack([zeros, xs * xs.sum(2, keepdim=True)], 2).flatten(1, 2)[:, :-1]
-        for block, state in zip(self.h, [torch.zeros_like(read), read, guessed]):
+        self.read_in(torch.zeros_like(read))
+        for block, state in zip(self.h, [read, guessed]):
             block(state)
 
 
@@ -413,24 +457,60 @@ def test_the_probe_finds_what_is_there():
     assert set(found) == {target + fitted for target in ("X^T y", "w") for fitted in ("", " (control)")}
     nothing, read, guessed = found["X^T y"]
     assert nothing == pytest.approx(1, abs=0.05) and read < 0.01 and guessed > 0.9
-    assert 0.02 < found["w"][1] < 0.5                              # X^T y is close to n w
+    assert found["w"][1] < 0.6 * found["w"][0]                     # X^T y tells a part of w
     # fitted on w = 1, only what the states hold of the prompt's own w is found
     nothing, read, guessed = found["X^T y (control)"]
     assert nothing > 1.5 and read < 0.01 and guessed > 1.5
-    assert found["w (control)"][0] == pytest.approx(2, abs=0.2)             # |1 - w|^2 / |w|^2
-    assert not any(block._forward_hooks for block in fake.h)
+    assert found["w (control)"][0] > 1.5
+    assert not any(part._forward_hooks for part in [fake.read_in, *fake.h])
 
 
-def test_the_probe_reads_each_loop_and_layer():
+def test_the_probe_reads_the_read_in_and_each_loop_and_layer():
     torch.manual_seed(0)
     model = InContextTransformer(3, 6, 2, 2, 16)
-    xs, ys = sample_prompts("linear", 300, 6, 3, generator())
+    xs, ys = sample_prompts("linear", 30, 6, 3, generator())
     states = looped_icl.hidden_states(model, xs, ys, 3)
-    assert [tuple(state.shape) for state in states] == [(300, 33)] * 6           # 3 loops of 2 layers
-    z = model.h[0](model.read_in(torch.stack([xs, F.pad(ys[..., None], (0, 2))], 2).flatten(1, 2)[:, :-1]) + model.wpe.weight[:11])
-    torch.testing.assert_close(states[0][:, :16].float(), z[:, -1])
-    torch.testing.assert_close(states[0][:, 16:32].float(), z.mean(1))
-    assert (states[0][:, 32] == 1).all()
+    assert states.shape == (7, 5, 30, 33)                          # 1 + 3 loops of 2 layers, prefixes of 1 to 5 pairs
+    e = model.read_in(torch.stack([xs, F.pad(ys[..., None], (0, 2))], 2).flatten(1, 2)[:, :-1])
+    z = model.h[0](e + model.wpe.weight[:11])
+    for layer, tokens in enumerate([e, z]):
+        for i in range(1, 6):
+            read = states[layer, i - 1].float()
+            torch.testing.assert_close(read[:, :16], tokens[:, 2 * i - 1])        # y_i
+            torch.testing.assert_close(read[:, 16:32], tokens[:, :2 * i].mean(1))
+            assert (read[:, 32] == 1).all()
+
+
+@pytest.mark.parametrize("d, n", [(2, 6), (4, 3)])                 # more pairs than dimensions, and fewer
+def test_the_probe_against_one_prompt_and_one_prefix_at_a_time(d, n):
+    torch.manual_seed(0)
+    model = InContextTransformer(d, n, 1, 1, 4)
+    found = looped_icl.probe(model, Prompts("linear", d), n, 2, n=150)
+    fitted_on = 150                                                # more than 8 * 9
+    for constant in (False, True):
+        errors = {"X^T y": [[] for _ in range(3)], "w": [[] for _ in range(3)]}
+        (xs, ys), (x_test, y_test) = (sample_prompts("linear", count, n, d, generator(seed))
+                                      for count, seed in [(fitted_on, 40_001), (150, 40_000)])
+        if constant:
+            ys = xs.sum(2)
+        layers, layers_test = ([z.detach().double().numpy() for z in looped_icl.hidden_states(model, x, y, 2)]
+                               for x, y in [(xs, ys), (x_test, y_test)])
+        for i in range(1, n):
+            def target(x, y, name):
+                x, y = x[:i].double().numpy(), y[:i].double().numpy()
+                return sum(a * b for a, b in zip(x, y)) / i if name == "X^T y" else np.linalg.lstsq(x, y, rcond=None)[0]
+            for name in errors:
+                if name == "w" and i > d:
+                    continue
+                wanted = np.array([target(x, y, name) for x, y in zip(xs, ys)])
+                wanted_test = np.array([target(x, y, name) for x, y in zip(x_test, y_test)])
+                for layer in range(3):
+                    fit, test = layers[layer][i - 1], layers_test[layer][i - 1]
+                    W = np.linalg.inv(fit.T @ fit + np.eye(9)) @ fit.T @ wanted
+                    errors[name][layer].append(((test @ W - wanted_test)**2).sum() / (wanted_test**2).sum())
+        for name, by_layer in errors.items():
+            expected = [np.mean(by_prefix) for by_prefix in by_layer]
+            assert found[name + " (control)" * constant] == pytest.approx(expected, rel=1e-4), (name, constant)
 
 
 @pytest.mark.parametrize("task", looped_icl.TASKS)
@@ -449,7 +529,8 @@ def test_the_evaluation_needs_no_float64_on_the_device(tmp_path, request, task):
     request.getfixturevalue("no_float64_on_device")
     results = looped_icl.measure(run.args, run)
     assert ("ood" in results and "probe" in results) == (task != "openml")
-    assert ("2-layer network" in results["baselines"]) == (task in ("decision-tree", "relu-2nn"))
+    assert ("2-layer network" in results["baselines"]) == (task == "relu-2nn")
+    assert ("tree on x" in results["baselines"]) == (task == "decision-tree")
     assert np.isfinite(results["curve"]).all() and np.isfinite(results["by_loops"]).all()
 
 
@@ -476,17 +557,20 @@ def test_a_run_that_ends_within_its_curriculum_says_so(tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
-def test_the_probe_at_the_papers_width_is_not_fitted_by_heart():
+def test_the_probe_is_not_fitted_by_heart():
     noise = generator()
 
     class Noise(Fake):
-        """Its states, of the paper's width, say nothing."""
+        """Its states say nothing."""
+        def __init__(self):
+            super().__init__()
+            self.read_in = nn.Linear(64, 64)
+
         def forward(self, xs, ys, loops):
-            self.h[0](torch.randn(len(xs), 11, 256, generator=noise))
-            self.h[1](torch.randn(len(xs), 11, 256, generator=noise))
-            self.h[2](torch.randn(len(xs), 11, 256, generator=noise))
+            for part in [self.read_in, *self.h]:
+                part(torch.randn(len(xs), 11, 64, generator=noise))
     found = looped_icl.probe(Noise(), Prompts("linear", 3), 6, 1)
-    assert max(found["w"]) < 1.25                                                # chance is 1; fitted on 1,000 prompts, 2
+    assert max(found["w"]) < 1.25                                                # chance is 1; fitted on 250 prompts, 2
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------------------
@@ -617,7 +701,15 @@ def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch)
     looped_icl.fetch(1462, tmp_path / "tables")
     assert asked == ["https://www.openml.org/api/v1/json/data/1462", "https://host/bank.arff"]
     with open(tmp_path / "tables" / "1462.csv", newline="") as file:
-        assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "1"], ["40", "7", "2"]]
+        assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "0"], ["40", "7", "1"]]
+
+
+def test_labels_keep_the_order_in_which_they_are_declared(tmp_path, monkeypatch):
+    for declared, expected in ("{'no way', yes}", ["1", "0"]), ("{yes,'no way'}", ["0", "1"]), ("numeric", ["yes", "no way"]):
+        serve(monkeypatch, f"@attribute a numeric\n@attribute Class {declared}\n@data\n1, yes\n2, 'no way'\n")
+        looped_icl.fetch(7, tmp_path)
+        assert [line.split(",")[-1] for line in (tmp_path / "7.csv").read_text().splitlines()[1:]] == expected
+
 
 
 @pytest.mark.parametrize("more, left", [
@@ -743,7 +835,7 @@ def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
     results, = call_main(looped_icl, *flags)
     after = torch.load(Path(results["folder"]) / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
-    assert len(results["curve"][0]) == 6 and ("by_loops" in results) == (model == "looped")
+    assert len(results["curve"][0]) == 6 and ("by_loops" in results) == (model != "standard")
     metrics = metrics_of(Path(results["folder"]))
     assert metrics[-1]["error"] < metrics[0]["error"]                            # on the same prompts
 
@@ -776,7 +868,7 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys)
     results = call_main(looped_icl, *flags)
     out = capsys.readouterr().out
     assert len(results) == 10
-    for wanted in ("Lasso", "greedy tree", "2-layer network", "skewed covariance", "w (control)",
+    for wanted in ("Lasso", "tree on x", "tree on signs", "2-layer network", "skewed covariance", "w (control)",
                    "looped, 4 loops", "training seeds vary more", "2 layers", "10/10"):
         assert wanted in out, wanted
     tables = out[out.index("linear: squared"):out.index("figure:")]
@@ -939,6 +1031,34 @@ def test_examples_count_from_0_and_loops_from_1():
     run = dict(curve=[[0.0] * 6] * 3, curve_loops=4, by_loops=[0.0] * 40, baselines={})
     by_examples, by_loops = looped_icl.panels("linear", {"looped": (settings(*TINY), [run])})
     assert list(by_examples[3]) == [0, 1, 2, 3, 4, 5] and list(by_loops[3]) == list(range(1, 41))
+
+
+def test_curves_of_fewer_loops_end_and_the_papers_stand_beside_ours(tmp_path, capsys):
+    runs = {}
+    for model, b in ("looped", 20), ("tied", 12):
+        args = settings("--preset", "paper", "--model", model)
+        curve = [[0.25] * 41] * 3
+        runs[model] = args, [dict(curve=curve, curve_loops=500, by_loops=[0.5] * 10 * b, baselines={})]
+    assert runs["looped"][0].eval_loops == 500 and settings("--preset", "paper", "--task", "decision-tree").eval_loops == 200
+    assert settings().eval_loops == 20
+    looped_icl.print_panels("linear", runs)
+    out = capsys.readouterr().out
+    by_examples, by_loops = [[line.split() for line in part.splitlines()] for part in out.split("linear, all examples")]
+    rows = {row[0]: row for row in by_examples if row}
+    assert rows["0"][-2:] == ["-", "-"] and sorted(rows["19"][-2:]) == ["0.059", "0.060"] and rows["30"][-1] in ("0.001", "0.000")
+    rows = {row[0]: row for row in by_loops if row}
+    assert rows["120"][1:] == ["0.500", "0.500"] and rows["200"][1:] == ["0.500", "-"]
+    small = settings("--preset", "paper", "--n-dims", "10")
+    by_examples, _ = looped_icl.panels("linear", {"looped": (small, runs["looped"][1])})
+    assert not any("paper" in name for name in by_examples[4])                   # another setting
+
+
+def test_published_curves_have_a_number_for_every_example():
+    for task, curves in looped_icl.PUBLISHED_CURVES.items():
+        assert len({len(curve) for curve in curves.values()}) == 1
+        for name, (curve,) in looped_icl.published_curves(task, looped_icl.TASKS[task].n_points).items():
+            known = [x for x, y in enumerate(curve) if np.isfinite(y)]
+            assert known == curves["examples"]
 
 
 def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
