@@ -293,6 +293,27 @@ def test_probes_of_fixed_triggers_look_at_those_alone():
     assert memory_birth.probes(model, fixed)["wk2"] == 1 > memory_birth.probes(model, free)["wk2"]
 
 
+def test_the_key_is_looked_for_among_all_characters_and_among_the_triggers():
+    task = BigramTask(k=20, seq_len=12)
+    torch.manual_seed(4)
+    model = SimpleTransformer(65, 12, 24)
+    with torch.no_grad():                                                        # some keys are right, among many or few
+        model.W_K2 += 0.02 * model.W_E.mT @ model.W_E @ (model.W_O1 @ model.W_V1).mT
+    E, W_K2, W_OV1 = (x.detach().numpy() for x in (model.W_E, model.W_K2, model.W_O1 @ model.W_V1))
+
+    def fraction_right(candidates):
+        right = 0
+        for q in task.fixed.tolist():
+            right += max(candidates, key=lambda other: E[q] @ W_K2 @ W_OV1 @ E[other]) == q
+        return right / 20
+
+    held = memory_birth.probes(model, task)
+    assert held["wk2"] == pytest.approx(fraction_right(range(65)))
+    assert held["wk2_triggers"] == pytest.approx(fraction_right(task.fixed.tolist()))
+    assert 0 < held["wk2"] < held["wk2_triggers"] < 1
+    assert "wk2_triggers" not in memory_birth.probes(model, BigramTask(k=20, seq_len=12, triggers="random"))
+
+
 # ---- Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -346,8 +367,11 @@ def test_results_are_measured_on_the_checkpoint(tmp_path):
         task = BigramTask(5, 16, "random", outputs, self_loops=False)
         assert result[f"accuracy_{outputs}"] == memory_birth.evaluate(model, task, n=1024)["accuracy"]
     lines = metrics_of(run.folder)
-    for name, step in result["first"].items():
-        assert step == next((line["step"] for line in lines if line[name] >= 0.5), None)
+    assert set(result["first"]) == {"0.5", "0.9"}
+    for level, first in result["first"].items():
+        assert set(first) == {"wo2", "wk2", "wk1_64", "accuracy"}                # random triggers: no wk2_triggers
+        for name, step in first.items():
+            assert step == next((line["step"] for line in lines if line[name] >= float(level)), None)
 
 
 def test_attention_of_a_loaded_model(tmp_path):
@@ -568,7 +592,7 @@ def test_the_papers_accuracy_stands_beside_its_own_setting_only(tmp_path, capsys
         argv = ["--preset", "paper", "--model", "full", "--device", "cpu", "--out-dir", str(tmp_path), *flags]
         runs = common.sweep(memory_birth.parse_args(argv), memory_birth.SWEEP, memory_birth.resolve)
         names = "loss_global loss_in_context accuracy_uniform accuracy_bigram".split()
-        memory_birth.print_summary(runs, [dict.fromkeys(names, 0.5) | {"first": {}}])
+        memory_birth.print_summary(runs, [dict.fromkeys(names, 0.5) | {"first": {"0.5": {}, "0.9": {}}}])
         return "0.99" in capsys.readouterr().out
 
     assert shown() and shown("--eval-every", "7") and not shown("--seq-len", "32")
@@ -599,7 +623,7 @@ def test_the_memories_are_born_in_the_order_that_the_docstring_states(tmp_path, 
 
 @pytest.mark.slow
 def test_self_loops_teach_wk2_first(tmp_path):
-    first = quick(tmp_path, "--self-loops", "--seq-len", 64, "--lr", 0.2, "--steps", 100, "--seed", 1)["first"]
+    first = quick(tmp_path, "--self-loops", "--seq-len", 64, "--lr", 0.2, "--steps", 100, "--seed", 1)["first"]["0.5"]
     assert first["wk2"] < first["wo2"] < first["accuracy"]
 
 
@@ -690,14 +714,15 @@ def test_the_loss_of_the_flag_on_sequences_of_the_seed_is_what_moves_the_weights
 
 def test_the_summary_has_each_number_under_its_name(capsys):
     ends = dict(loss_global=0.1, loss_in_context=0.2, accuracy_uniform=0.3, accuracy_bigram=0.4)
-    memory_birth.print_summary(runs_of(), [{**ends, "first": dict(wo2=1, wk2=2, wk1_64=3, accuracy=4)}])
+    half = dict(wo2=1, wk2=2, wk2_triggers=3, wk1_64=4, accuracy=5)
+    memory_birth.print_summary(runs_of(), [{**ends, "first": {"0.5": half, "0.9": dict(half, wo2=None)}}])
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "setting global in context acc uniform acc bigram paper" in out
     assert "simple model 0.100 0.200 0.300 0.400 -" in out
-    assert out[-2:] == ["setting wo2 wk2 wk1 accuracy", "simple model 1 2 3 4"]
+    assert out[-3:] == ["setting level wo2 wk2 wk2 of K wk1 accuracy", "simple model 0.5 1 2 3 4 5", "simple model 0.9 - 2 3 4 5"]
     for name, label in memory_birth.COLUMNS.items():
         if name[:2] in ("wo", "wk"):
-            assert label.partition("<")[0] == name.partition("_")[0]
+            assert label[:3] == name[:3]
 
 
 @pytest.mark.parametrize("model, expected", [("simple", dict(momentum=0.9)), ("full", dict(betas=(0.9, 0.99)))])
