@@ -38,7 +38,9 @@ evaluate chunk_size. These need torch alone; FullTransformer needs common's Bloc
 """
 import argparse
 import base64
+import itertools
 import math
+import re
 import string
 import zlib
 from pathlib import Path
@@ -80,14 +82,15 @@ def count_pairs(text):
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
 
-    For each sequence, K triggers q_k (fixed: the K most frequent characters; random: drawn from
-    pi_u without replacement) get an output o_k (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~
-    pi_u, and z_t = o_k where z_{t-1} = q_k, else z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the
-    character and pair frequencies of `text`, a path; None is Tiny Shakespeare, unless vocab_size
-    gives a number of characters, pi_u and pi_b uniform.
+    For each sequence, K triggers q_k (fixed: the K most frequent characters; fixed:10: the K most
+    frequent after the first ten; random: drawn from pi_u without replacement) get an output o_k
+    (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~ pi_u, and z_t = o_k where z_{t-1} = q_k, else
+    z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the character and pair frequencies of `text`, a path;
+    None is Tiny Shakespeare, unless vocab_size gives a number of characters, pi_u and pi_b uniform.
 
     A sequence with o_k = q_k is stuck from q_k on; without self_loops o_k is another character.
-    OSError for a text that cannot be read, ValueError for too few characters or successors.
+    OSError for a text that cannot be read, ValueError for too few characters or successors, or for
+    triggers of another form.
     """
 
     def __init__(self, k=5, seq_len=256, triggers="fixed", outputs="uniform", text=None,
@@ -108,13 +111,16 @@ class BigramTask:
             pairs = shakespeare_pairs()
             counts = torch.maximum(pairs.sum(0), pairs.sum(1))   # pairs miss an end of the text
         self.vocab_size = V = len(self.chars)
-        if not 1 <= k <= V or V < 2:
-            raise ValueError(f"{k} triggers need as many characters, 2 at least; there are {V}")
+        if not re.fullmatch(r"random|fixed(:\d+)?", triggers):
+            raise ValueError(f"triggers are random, fixed or fixed:OFFSET, not {triggers}")
+        offset = int(triggers.partition(":")[2] or 0)
+        if k < 1 or V < max(2, offset + k):
+            raise ValueError(f"{k} triggers need {max(2, offset + k)} characters; there are {V}")
         # the very last character of a text may have no successor: it gets pi_u
         pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)
         self.unigram = (counts / counts.sum()).to(device)                        # pi_u (V,)
         self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(device)            # pi_b (V, V)
-        self.fixed = self.unigram.topk(k).indices                                # (K,)
+        self.fixed = self.unigram.topk(offset + k).indices[offset:]              # (K,)
 
         # To draw from pi_b: all successors in one list, sorted by the character before. Those of a
         # are successors[start[a] : start[a] + width[a]]. Example: "abaac" has a -> a, b, c, b -> a,
@@ -140,11 +146,11 @@ class BigramTask:
         generator is one of the task's device."""
         B, T, V, K = batch, self.seq_len, self.vocab_size, self.k
         how = dict(generator=generator, device=self.device)
-        if self.triggers == "fixed":
-            q = self.fixed.expand(B, K)
-        else:                                  # K draws without replacement: a race, rates pi_u
+        if self.triggers == "random":          # K draws without replacement: a race, rates pi_u
             times = torch.empty(B, V, device=self.device).exponential_(generator=generator)
             q = (times / self.unigram).topk(K, largest=False).indices            # (B, K)
+        else:
+            q = self.fixed.expand(B, K)
         upto = self.outputs_upto[q]                                              # (B, K, V)
         draw = torch.randint(LARGE, (B, K, 1), **how) % upto[:, :, -1:]
         o = torch.searchsorted(upto, draw, right=True).squeeze(2)                # (B, K)
@@ -562,7 +568,7 @@ def probes(model, task):
     negative_entropy = torch.special.xlogy(task.bigram, task.bigram)
     kl = (negative_entropy - task.bigram * log_p).sum(1)                         # (V,)
     held = dict(wk1=recall_wk1(model), wo2=out.float().mean().item())
-    if task.triggers == "fixed":
+    if task.triggers != "random":
         key = key[task.fixed]
         among = scores[task.fixed][:, task.fixed]                                # (K, K)
         own = among.argmax(1) == torch.arange(task.k, device=among.device)
@@ -818,7 +824,8 @@ def parse_args(argv=None):
     add("--n-embd", type=common.number(int, 1, 2**14), help="width d")
     add("--use-wf", action=switch, help="simple: W_F, the memory of global bigrams")
     add("--n-triggers", type=count, help="K, the triggers of a sequence")
-    add("--triggers", **some, choices=["fixed", "random"], help="the most frequent, or drawn anew")
+    add("--triggers", **some, metavar="KIND",
+        help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
     add("--outputs", **some, choices=["uniform", "bigram"], help="of a trigger: any, or as in pi_b")
     add("--self-loops", action=switch, help="an output may be the trigger itself")
     add("--text", type=common.data_path, help="a text for the bigrams (default: Tiny Shakespeare)")
@@ -856,10 +863,9 @@ def parse_args(argv=None):
             parser.error(f"--freeze {text} needs --use-wf")
         if all(until.get(name, 0) > 0 for name in trained):
             parser.error(f"--freeze {text}: nothing is left to train at the start")
-    # Each task that a run or its measurement needs is built once, for its errors. They do not
-    # depend on which triggers are drawn.
-    for model in args.model:
-        own = argparse.Namespace(**{**vars(args), "model": model, "triggers": "fixed"})
+    # Each task that a run or its measurement needs is built once, for its errors
+    for model, triggers in itertools.product(args.model, args.triggers):
+        own = argparse.Namespace(**{**vars(args), "model": model, "triggers": triggers})
         resolve(own)
         try:
             build_task(own, "uniform")

@@ -159,6 +159,30 @@ def test_without_self_loops_outputs_are_the_other_characters(outputs):
             assert 0.5 * (pairs[q] / pairs[q].sum() - expected).abs().sum() < 1.5 * noise
 
 
+def test_fixed_triggers_after_an_offset_are_the_less_frequent_characters(tmp_path):
+    (tmp_path / "text").write_text(text := "eeeee tttt aaa oo n" * 3)
+    common_first = sorted(set(text), key=lambda char: -text.count(char))         # e, t and " ", a, o, n
+    task = BigramTask(k=2, seq_len=40, triggers="fixed:3", text=tmp_path / "text")
+    assert [task.chars[q] for q in task.fixed] == common_first[3:5] == ["a", "o"]
+    tokens, occurrence = task.sample(200, generator())
+    assert set(tokens[:, :-1][occurrence > 0].tolist()) == set(task.fixed.tolist())
+    probed = memory_birth.probes(SimpleTransformer(6, 40, 8), task)
+    assert 2 * probed["wk2"] == round(2 * probed["wk2"]) and "wk2_triggers" in probed
+    shakespeare = BigramTask(triggers="fixed:10")
+    by_rank = sorted(range(65), key=lambda v: -shakespeare.unigram[v].item())
+    assert shakespeare.fixed.tolist() == by_rank[10:15] and [shakespeare.chars[q] for q in by_rank[10:15]] == list("\nldum")
+
+
+@pytest.mark.parametrize("triggers, error", [("fixed:4", "need 7 characters; there are 6"), ("fixed:-1", "fixed:OFFSET"),
+                                             ("random:3", "fixed:OFFSET"), ("rare", "fixed:OFFSET")])
+def test_triggers_of_another_form_or_beyond_the_characters_are_refused(tmp_path, capsys, triggers, error):
+    with pytest.raises(ValueError, match=error):
+        BigramTask(k=3, vocab_size=6, triggers=triggers)
+    with pytest.raises(SystemExit) as stop:
+        memory_birth.parse_args(["--n-triggers", "3", "--vocab-size", "6", "--triggers", "random", triggers])
+    assert stop.value.code == 2 and error in capsys.readouterr().err
+
+
 def test_a_vocabulary_without_a_text_is_uniform():
     task = BigramTask(k=2, seq_len=5, triggers="random", vocab_size=9, self_loops=False)
     assert task.vocab_size == len(set(task.chars)) == 9
