@@ -83,7 +83,6 @@ class Task:
     metric = "accuracy"                                      # or "loss", in nats
     size_flag = "size"                                       # the flag that gives the size
     needs_text = False
-    decays_vectors = True                                    # weight decay of biases and norms, too
     usual = dict(n_layer=2, n_head=4, dropout=0.0, weight_decay=1e-3)   # where a preset is silent
 
     def __init__(self, size=None, device="cpu"):
@@ -438,7 +437,6 @@ class LM(Task):
     n_answers = 512
     metric = "loss"
     needs_text = True
-    decays_vectors = False
     usual = dict(n_layer=4, n_head=8, dropout=0.1, weight_decay=1e-3)
     quick = dict(size=1_000, steps=200, batch_size=4, lr=5e-3)
     # 5 epochs; layers, heads and dropout as released
@@ -768,13 +766,12 @@ def answers(tokens, scored, n):
     at = predicts_answer.int().argsort(dim=1, descending=True, stable=True)[:, :n]
     return at, next_token.gather(1, at)
 
-def make_optimizer(task, trained, lr, args):
-    """AdamW. On the language model, biases and norms do not decay (the released code)."""
+def make_optimizer(trained, lr, weight_decay):
+    """AdamW. Biases and norms do not decay (the released code)."""
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    of_vectors = args.weight_decay if task.decays_vectors else 0.0
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=of_vectors)]
-    how = dict(lr=lr, weight_decay=args.weight_decay)
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+    how = dict(lr=lr, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, **how, fused=True, capturable=lr.is_cuda)
 
 def train(args, run):
@@ -785,7 +782,7 @@ def train(args, run):
         raise ValueError(f"{args.task}: a sequence has {most} answers, n_answers {task.n_answers}")
     trained = train_only(model, args.train)
     lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
-    optimizer = make_optimizer(task, trained, lr, args)
+    optimizer = make_optimizer(trained, lr, args.weight_decay)
     data = torch.Generator(args.device).manual_seed(args.seed)
     start = run.restore(model=model, optimizer=optimizer, data=data)
     for group in optimizer.param_groups:
