@@ -34,9 +34,9 @@ that an odd number of brackets cannot be balanced, which gives 0.683.
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
 To lift: a task needs Task (Needle, Addition, Parens: HashedTask, too; Modadd, Memorize: Lookup),
-functools and torch; drop its `published`, or take table1 along. Transformer needs Block, Attention,
-SumOfValues, pick and common's CausalSelfAttention, MLP and gpt2_init_; train_only needs TRAINABLE;
-explained_variance, find_needles, answers and circuit need torch alone.
+functools and torch; drop its `published`, or take table1 along. Transformer needs init_, Block,
+Attention, SumOfValues, pick and common's CausalSelfAttention, MLP and gpt2_init_; train_only needs
+TRAINABLE; explained_variance, find_needles, answers and circuit need torch alone.
 """
 import functools
 import itertools
@@ -595,11 +595,28 @@ class Block(nn.Module):
         x = pick(x, at) + self.attn(self.ln_1(x), at=at)
         return x + self.mlp(self.ln_2(x))
 
+INITS = ["gpt2", "paper"]
+
+@torch.no_grad()
+def init_(model, init):
+    """Random weights of a Transformer, in place; biases are zero. Standard deviations:
+
+    gpt2: GPT-2's, 0.02; what writes to the residual stream 0.02 / sqrt(2 n_layer).
+    paper: the paper's text, as an independent replication reads it: 0.02; in the MLP 0.01.
+    """
+    common.gpt2_init_(model, len(model.h))
+    if init == "paper":
+        for block in model.h:
+            block.attn.c_proj.weight.normal_(std=0.02)
+            block.mlp.c_fc.weight.normal_(std=0.01)
+            block.mlp.c_proj.weight.normal_(std=0.01)
+
 class Transformer(nn.Module):
     """GPT-2 with an unembedding of its own. Parameters a layer: 12 d^2 + 13 d;
     with linear attention 10 d^2 + 11 d."""
 
-    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, linear=False, dropout=0.0):
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, linear=False, dropout=0.0,
+            init="gpt2"):
         super().__init__()
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
@@ -609,7 +626,7 @@ class Transformer(nn.Module):
             self.h.append(Block(n_embd, n_head, linear, dropout))
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        common.gpt2_init_(self, n_layer)
+        init_(self, init)
 
     def forward(self, tokens, at=None, return_attn=False):
         """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions `at` (B, Q) alone.
@@ -687,7 +704,7 @@ PRESETS = {
         task=FOUR, train=["embeddings", "full"],
         n_embd=[1024, 16],
         target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
-        warmup=500, eval_every=500,
+        init="paper", warmup=500, eval_every=500,
     ),
 }
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
@@ -713,6 +730,7 @@ def resolve(args):
         args.n_head = None                                   # a sum of values has no heads
     if args.model in RECURRENT:
         args.n_layer = None                                  # two layers
+        args.init = None                                     # torch's
         if args.train == "token_unembed":
             args.train = "embeddings"                        # the same: there are no positions
 
@@ -737,7 +755,7 @@ def build(args):
         model = Recurrent(task.vocab_size, RECURRENT[args.model], args.n_embd, args.dropout)
     else:
         sizes = task.vocab_size, task.block_size, args.n_layer, args.n_head, args.n_embd
-        model = Transformer(*sizes, args.model == "linear", args.dropout)
+        model = Transformer(*sizes, args.model == "linear", args.dropout, args.init)
     return task, model.to(args.device)
 
 def load(folder, device="cpu"):
@@ -1158,6 +1176,9 @@ def parse_args(argv=None):
     add("--train", nargs="+", choices=list(TRAINABLE),
         help="what is trained; embeddings: the paper's random transformer")
     add("--n-embd", nargs="+", type=common.number(int, 1, 10**5), help="widths")
+    add("--init", choices=INITS, default="gpt2",
+        help="random weights of a transformer; gpt2: standard deviation 0.02, "
+        "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
     add("--n-layer", type=common.number(int, 1, 100),
         help="layers of a transformer, also a linear one (2; imitate 3, lm 4)")
     add("--n-head", type=count, help="heads a layer of a softmax transformer (4; lm 8)")

@@ -409,6 +409,21 @@ def test_the_transformer_agrees_with_numpy(linear):
     torch.testing.assert_close(model(changed)[:, :5], logits[:, :5])             # causal
 
 
+@pytest.mark.parametrize("flags, init", [([], "gpt2"), (["--init", "paper"], "paper"), (["--preset", "paper"], "paper")])
+def test_initial_weights_have_the_stated_standard_deviations(tmp_path, flags, init):
+    command = ["--task", "imitate", "--n-embd", "256", "--n-layer", "3", "--target-width", "4", *flags]
+    _, model = random_transformer.build(one_run(tmp_path, *command).args)
+    attn, c_fc, mlp = {"gpt2": (0.02 / 6**0.5, 0.02, 0.02 / 6**0.5), "paper": (0.02, 0.01, 0.01)}[init]
+    expected = {"attn.c_proj": attn, "mlp.c_fc": c_fc, "mlp.c_proj": mlp}        # all others 0.02
+    for name, weights in model.named_parameters():
+        if weights.dim() == 2:
+            std = next((std for part, std in expected.items() if part in name), 0.02)
+            assert weights.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(weights.mean().item()) < 0.001
+        elif "bias" in name:
+            assert not weights.any(), name
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.RNN])
 def test_recurrent_models_predict_where_they_are_asked(kind):
     model, tokens, at = Recurrent(11, kind, 8), torch.randint(11, (3, 7)), torch.tensor([[6], [2], [0]])
