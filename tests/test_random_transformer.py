@@ -790,7 +790,7 @@ def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_
     lines = {line.get_label(): line.get_xydata().tolist() for line in addition.lines}
     assert lines["random, embeddings trained"] == [[16, 0.2], [1024, 0.8]]
     assert sorted(lines["published"]) == [[16, 0.266], [1024, 1.0]]
-    assert lines["one answer at each position"][0][1] == pytest.approx(0.198, abs=0.001)
+    assert lines["trivial: one answer at each position"][0][1] == pytest.approx(0.198, abs=0.001)
     band = addition.collections[0].get_paths()[0].vertices
     assert {(x, round(y, 6)) for x, y in band} >= {(16, 0.1), (16, 0.9), (1024, 0.7), (1024, 1.0)}
     assert parens.get_xlabel() == "width" and parens.get_ylabel() == "test accuracy" and parens.get_xscale() == "log"
