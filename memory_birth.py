@@ -6,16 +6,21 @@ On sequences that mix global bigrams (those of English text) with bigrams privat
 two-layer transformer learns the global ones fast, then slowly builds an induction head. Each weight
 matrix is an associative memory, a sum of outer products of embeddings, and a probe reads off which
 pairs it holds. The memories are learned from the top down: what to output (W_O2), then which key to
-look for (W_K2), then how to attend to the previous token (W_K1). W_K2 learns nothing while W_O2
-stays as it is at random, nor W_K1 while W_K2 does.
+look for (W_K2), then how to attend to the previous token (W_K1).
 
-What to look for, in the order in which each first reaches one half: wo2, then wk2, then the
-accuracy in context together with wk1. Higher thresholds hide this order: wk2 is a share of five
-triggers, but wo2 one of 65 characters, the last of which are slow. Self-loops hide it, too: once a
-trigger's output is the trigger itself, the sequence repeats it to the end, which teaches W_K2 its
-pairs while wo2 is still below one half; and so does a loss on all tokens (Fig. 4). The simple
-model's quick and medium presets leave both out, so that the loss on global tokens, which is not
-trained, rises; --preset paper has both, the full model self-loops.
+Freezing shows it. While W_O2 stays as it is at random, neither W_K2 nor W_K1 is learned. While W_K2
+does, W_O2 is learned, and W_K1 is not at T = 256 (at T = 32, the quick preset, it is, but slowly).
+
+The order of the curves shows less. In the quick preset wo2 and wk2 rise before wk1 and the accuracy
+do, but which of the two is first depends on the probe and on the level: at 0.5 it is wo2, if a key
+is looked for among all characters (wk2); the authors look among the K fixed triggers (wk2 of K),
+which blurs it, and at 0.9 wk2 is first with either probe. wk2 is a fraction of five triggers, wo2
+of 65 characters, the last of which are slow. Self-loops put wk2 first at 0.5, too, also in the
+authors' own setting (d = 256, learning rate 0.03): once a trigger's output is the trigger itself,
+the sequence repeats it to the end, which teaches W_K2 its pairs. So does a loss on all tokens with
+fixed triggers (Fig. 4). The simple model's quick and medium presets leave both out, so that the
+loss on global tokens, which is not trained, rises; --preset paper has both, the full model
+self-loops.
 
     python memory_birth.py                          the birth of an induction head, in a minute
     python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
@@ -26,6 +31,12 @@ trained, rises; --preset paper has both, the full model self-loops.
         --steps 1000 --freeze none wo2:300 wk1:300+wk2:300 wk1:300 wk2:300 --plot
     Fig. 4, global before in-context, fixed before random triggers; each kind of output on both:
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
+    The same with less frequent fixed triggers, without the ten most frequent characters:
+    python memory_birth.py --preset paper --triggers fixed:10
+    Order of the curves, frozen or not; and at the authors' width and learning rate:
+    python memory_birth.py --freeze none wo2:300 wk1:300 wk2:300 --seed 20 21 22
+    python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf \\
+        --n-embd 256 --lr 0.03 --steps 200 --eval-every 10
     Sec. 3, one layer against two, everything trained; small, and at the paper's size:
     python memory_birth.py --model full --n-layer 1 2 --loss all
     python memory_birth.py --preset paper --model full --n-layer 1 2
@@ -38,7 +49,9 @@ evaluate chunk_size. These need torch alone; FullTransformer needs common's Bloc
 """
 import argparse
 import base64
+import itertools
 import math
+import re
 import string
 import zlib
 from pathlib import Path
@@ -80,14 +93,15 @@ def count_pairs(text):
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
 
-    For each sequence, K triggers q_k (fixed: the K most frequent characters; random: drawn from
-    pi_u without replacement) get an output o_k (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~
-    pi_u, and z_t = o_k where z_{t-1} = q_k, else z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the
-    character and pair frequencies of `text`, a path; None is Tiny Shakespeare, unless vocab_size
-    gives a number of characters, pi_u and pi_b uniform.
+    For each sequence, K triggers q_k (fixed: the K most frequent characters; fixed:10: the K most
+    frequent after the first ten; random: drawn from pi_u without replacement) get an output o_k
+    (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~ pi_u, and z_t = o_k where z_{t-1} = q_k, else
+    z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the character and pair frequencies of `text`, a path;
+    None is Tiny Shakespeare, unless vocab_size gives a number of characters, pi_u and pi_b uniform.
 
     A sequence with o_k = q_k is stuck from q_k on; without self_loops o_k is another character.
-    OSError for a text that cannot be read, ValueError for too few characters or successors.
+    OSError for a text that cannot be read, ValueError for too few characters or successors, or for
+    triggers of another form.
     """
 
     def __init__(self, k=5, seq_len=256, triggers="fixed", outputs="uniform", text=None,
@@ -108,13 +122,16 @@ class BigramTask:
             pairs = shakespeare_pairs()
             counts = torch.maximum(pairs.sum(0), pairs.sum(1))   # pairs miss an end of the text
         self.vocab_size = V = len(self.chars)
-        if not 1 <= k <= V or V < 2:
-            raise ValueError(f"{k} triggers need as many characters, 2 at least; there are {V}")
+        if not re.fullmatch(r"random|fixed(:\d+)?", triggers):
+            raise ValueError(f"triggers are random, fixed or fixed:OFFSET, not {triggers}")
+        offset = int(triggers.partition(":")[2] or 0)
+        if k < 1 or V < max(2, offset + k):
+            raise ValueError(f"{k} triggers need {max(2, offset + k)} characters; there are {V}")
         # the very last character of a text may have no successor: it gets pi_u
         pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)
         self.unigram = (counts / counts.sum()).to(device)                        # pi_u (V,)
         self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(device)            # pi_b (V, V)
-        self.fixed = self.unigram.topk(k).indices                                # (K,)
+        self.fixed = self.unigram.topk(offset + k).indices[offset:]              # (K,)
 
         # To draw from pi_b: all successors in one list, sorted by the character before. Those of a
         # are successors[start[a] : start[a] + width[a]]. Example: "abaac" has a -> a, b, c, b -> a,
@@ -140,11 +157,11 @@ class BigramTask:
         generator is one of the task's device."""
         B, T, V, K = batch, self.seq_len, self.vocab_size, self.k
         how = dict(generator=generator, device=self.device)
-        if self.triggers == "fixed":
-            q = self.fixed.expand(B, K)
-        else:                                  # K draws without replacement: a race, rates pi_u
+        if self.triggers == "random":          # K draws without replacement: a race, rates pi_u
             times = torch.empty(B, V, device=self.device).exponential_(generator=generator)
             q = (times / self.unigram).topk(K, largest=False).indices            # (B, K)
+        else:
+            q = self.fixed.expand(B, K)
         upto = self.outputs_upto[q]                                              # (B, K, V)
         draw = torch.randint(LARGE, (B, K, 1), **how) % upto[:, :, -1:]
         o = torch.searchsorted(upto, draw, right=True).squeeze(2)                # (B, K)
@@ -375,7 +392,7 @@ MODELS = {
         "quick": dict(
             SIMPLE, self_loops=False,
             seq_len=32, batch_size=128, steps=1_000,
-            lr=0.1, eval_every=5,                            # slow enough to see the order
+            lr=0.1, eval_every=5,                            # slow enough to date the memories
         ),
         "medium": dict(
             SIMPLE, self_loops=False,
@@ -542,33 +559,36 @@ def recall_wk1(model, first=None):
 
 @torch.no_grad()
 def probes(model, task):
-    """What a SimpleTransformer's matrices hold, four numbers (Sec. 5).
+    """What a SimpleTransformer's matrices hold, a dict of numbers (Sec. 5).
 
-    wk1: share of positions t with argmax_s p_t . W_K1 p_s = t - 1.
-    wk2: share of trigger characters q (any character where triggers are random) whose key is their
-         own, argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q. For fixed triggers the authors look for
-         the argmax among the K triggers, where chance is 1/K; among all characters it is 1/V.
-    wo2: share of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
+    wk1: fraction of positions t with argmax_s p_t . W_K1 p_s = t - 1.
+    wk2: fraction of triggers q (of all characters if triggers are random) whose key is their own,
+         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q, over all characters q': chance is 1/V.
+    wk2_triggers: the same over the K triggers q' alone, as the authors take it: chance is 1/K.
+         Only with fixed triggers.
+    wo2: fraction of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
     wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
          triggers; a model without W_F counts as W_F = 0.
     """
     everyone = torch.arange(task.vocab_size, device=model.W_E.device)
-    key = key_scores(model).argmax(1) == everyone                                # (V,)
+    scores = key_scores(model)
+    key = scores.argmax(1) == everyone                                           # (V,)
     out = output_scores(model).argmax(1) == everyone
     W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
     log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
     negative_entropy = torch.special.xlogy(task.bigram, task.bigram)
     kl = (negative_entropy - task.bigram * log_p).sum(1)                         # (V,)
-    if task.triggers == "fixed":
+    held = dict(wk1=recall_wk1(model), wo2=out.float().mean().item())
+    if task.triggers != "random":
         key = key[task.fixed]
+        among = scores[task.fixed][:, task.fixed]                                # (K, K)
+        own = among.argmax(1) == torch.arange(task.k, device=among.device)
+        held["wk2_triggers"] = own.float().mean().item()
         others = torch.ones_like(out).index_fill(0, task.fixed, False)
         kl = kl[others]
-    return dict(
-        wk1=recall_wk1(model),
-        wk2=key.float().mean().item(),
-        wo2=out.float().mean().item(),
-        wf=kl.mean().item() if len(kl) else 0.0,
-    )
+    held["wk2"] = key.float().mean().item()
+    held["wf"] = kl.mean().item() if len(kl) else 0.0
+    return held
 
 @torch.no_grad()
 def evaluate(model, task, n=256, seed=10_000):
@@ -625,8 +645,9 @@ def snapshot(args, model, task):
     loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
     return {"loss": loss, "accuracy": metrics["accuracy"], **metrics}            # run.log shows two
 
-# What the summary dates: the first step at which it is at least a half
-FIRSTS = ["wo2", "wk2", "wk1_64", "accuracy"]
+# What the summary dates: the first step at which each of FIRSTS is at least each of LEVELS
+FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
+LEVELS = [0.5, 0.9]
 
 def measure(args, run):
     """A finished run: its last evaluation, its accuracy on both outputs (Fig. 4, right), FIRSTS."""
@@ -637,19 +658,21 @@ def measure(args, run):
         results[f"accuracy_{outputs}"] = other["accuracy"]
     course = run.read("metrics.jsonl")
     results["first"] = {}
-    for name in FIRSTS:
-        if name not in results:                              # the full model has no memories
-            continue
-        reached = [line["step"] for line in course if line[name] >= 0.5]
-        results["first"][name] = reached[0] if reached else None
+    for level in LEVELS:
+        first = results["first"][str(level)] = {}
+        for name in FIRSTS:
+            if name not in course[0]:                        # the full model has no memories
+                continue
+            reached = [line["step"] for line in course if line[name] >= level]
+            first[name] = reached[0] if reached else None
     return results
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
 # What metrics.jsonl holds, by the names of the tables
 COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="accuracy", wo2="wo2",
-               wk2="wk2", wk1_64="wk1<64", wk1="wk1", wf="KL wf", attn_prev="attn prev",
-               attn_match="attn match")
+               wk2="wk2", wk2_triggers="wk2 of K", wk1_64="wk1<64", wk1="wk1", wf="KL wf",
+               attn_prev="attn prev", attn_match="attn match")
 WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
              outputs="{} outputs", freeze="{}")
 PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
@@ -697,11 +720,12 @@ def print_course(run, runs):
     for line in [metrics[i] for i in sorted(shown)]:
         rows.append([str(line["step"]), *cells(line, names)])
     print(f"\n{in_words(run.args, runs)}, seed {run.args.seed}")
-    print("Losses in nats, on global tokens and in context; accuracy in context; probes; attention")
+    print("Losses in nats, on global tokens and in context; accuracy in context; probes (wk2 over")
+    print("all characters, wk2 of K over the K fixed triggers alone, chance 1/K); attention")
     common.print_table(["step"] + [COLUMNS[name] for name in names], rows)
 
 def print_summary(runs, results):
-    """A row a setting, median and range over its seeds: its end, and when each was half full."""
+    """Medians and ranges over seeds: a row for each setting's end, and for each of LEVELS."""
     ends = dict(loss_global="global", loss_in_context="in context", accuracy_uniform="acc uniform",
                 accuracy_bigram="acc bigram")
     end_rows = []
@@ -713,18 +737,19 @@ def print_summary(runs, results):
         as_published = args.preset == "paper" and NOT_THE_MODEL.issuperset(args.given)
         published = PAPER.get(args.n_layer, "-") if as_published else "-"
         end_rows.append(end + [str(published)])
-        first = [in_words(args, runs)]
-        for key in FIRSTS:
-            steps = [result["first"].get(key) for result in group]
-            first.append(common.spread(steps, ".0f"))
-        first_rows.append(first)
+        for level in map(str, LEVELS):
+            first = [in_words(args, runs), level]
+            for key in FIRSTS:
+                steps = [result["first"][level].get(key) for result in group]
+                first.append(common.spread(steps, ".0f"))
+            first_rows.append(first)
     print("\nAt the end: losses in nats, accuracy in context on both kinds of outputs, the paper's")
     common.print_table(["setting", *ends.values(), "paper"], end_rows)
-    print("\nThe first evaluated step at which each is at least a half")
+    print("\nThe first evaluated step at which each reaches a level: the order depends on it")
     names = dict(COLUMNS)
     if runs[0].args.seq_len <= 64:                           # wk1<64 is then wk1
         names["wk1_64"] = "wk1"
-    common.print_table(["setting"] + [names[key] for key in FIRSTS], first_rows)
+    common.print_table(["setting", "level"] + [names[key] for key in FIRSTS], first_rows, keys=2)
 
 def plot_curves(runs):
     """Fig. 3: a row a setting, its losses, and its accuracy and memories; a band over seeds."""
@@ -755,7 +780,7 @@ def plot_curves(runs):
             axis.legend(fontsize=8)
         row[0].set_ylabel("loss (nats)")
         row[1].set(ylabel="share", ylim=(-0.02, 1.02))
-        row[1].axhline(0.5, color="black", linewidth=0.6)    # what print_summary dates
+        row[1].axhline(0.5, color="black", linewidth=0.6)    # the first of LEVELS
     common.save_figure(figure, runs, "curves")
 
 @torch.no_grad()
@@ -810,7 +835,8 @@ def parse_args(argv=None):
     add("--n-embd", type=common.number(int, 1, 2**14), help="width d")
     add("--use-wf", action=switch, help="simple: W_F, the memory of global bigrams")
     add("--n-triggers", type=count, help="K, the triggers of a sequence")
-    add("--triggers", **some, choices=["fixed", "random"], help="the most frequent, or drawn anew")
+    add("--triggers", **some, metavar="KIND",
+        help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
     add("--outputs", **some, choices=["uniform", "bigram"], help="of a trigger: any, or as in pi_b")
     add("--self-loops", action=switch, help="an output may be the trigger itself")
     add("--text", type=common.data_path, help="a text for the bigrams (default: Tiny Shakespeare)")
@@ -848,10 +874,9 @@ def parse_args(argv=None):
             parser.error(f"--freeze {text} needs --use-wf")
         if all(until.get(name, 0) > 0 for name in trained):
             parser.error(f"--freeze {text}: nothing is left to train at the start")
-    # Each task that a run or its measurement needs is built once, for its errors. They do not
-    # depend on which triggers are drawn.
-    for model in args.model:
-        own = argparse.Namespace(**{**vars(args), "model": model, "triggers": "fixed"})
+    # Each task that a run or its measurement needs is built once, for its errors
+    for model, triggers in itertools.product(args.model, args.triggers):
+        own = argparse.Namespace(**{**vars(args), "model": model, "triggers": triggers})
         resolve(own)
         try:
             build_task(own, "uniform")
