@@ -32,7 +32,7 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --sentences FILE         your own data, lines of token ids: "0 3" for
         each token and what follows it, then sentences, all of one length, each with its next token
 
-To lift: max_margin needs only numpy, max_margin_kq also max_margin_matrix and said_orders;
+To reuse: max_margin needs only numpy, max_margin_kq also max_margin_matrix and said_orders;
 OneLayer (with a float64 embedding) and gradients (with loss_and_residual) need torch; the task
 needs numpy, and torch for Task.tensors. panels takes the Task as tensors, generalisation as arrays.
 """
@@ -63,8 +63,8 @@ class Task(NamedTuple):
     next_tokens: np.ndarray                    # (N,) n(x*)
     collocation: np.ndarray                    # (V,) n, an injective map
     optimal: np.ndarray                        # (N,) x*
-    weights: np.ndarray                        # (V,) of the pairs (v, n(v)) in stage 1, sum 1
     orders: np.ndarray                         # (V, V, V) bool, [q, a, b]: a >_q b; None: a file
+    weights: np.ndarray                        # (V,) of the pairs (v, n(v)) in stage 1, sum 1
 
     def tensors(self, device):
         """The same as tensors on a device."""
@@ -107,13 +107,13 @@ def optimal_token(sentences, orders):
     above_all = (above | (sentences == best[:, None])).all(axis=1)
     return np.where(above_all, best, -1)
 
-def draw_sentences(n, length, orders, rng, tries=1_000):
+def draw_sentences(n, length, orders, rng, batches=250):
     """Random sentences (n, L) that have an optimal token, repeats allowed; and that token (n,).
 
-    Fewer than n, where `tries` random ones for each do not do: long ones seldom have one.
+    Fewer than n if so many batches of 4 n do not hold them: long sentences seldom have one.
     """
     found = np.empty((0, length), dtype=np.int64)
-    for _ in range(tries // 4):
+    for _ in range(batches):
         sentences = rng.integers(len(orders), size=(4 * n, length))
         has_one = optimal_token(sentences, orders) >= 0
         found = np.concatenate([found, sentences[has_one]])
@@ -123,8 +123,6 @@ def draw_sentences(n, length, orders, rng, tries=1_000):
 
 def draw_dataset(vocab_size, n_sentences, length, seed, order):
     """What make_dataset returns, and the orders (V, V, V)."""
-    if min(vocab_size, length) < 2:
-        raise ValueError("nothing to learn with fewer than 2 tokens, or sentences of fewer")
     rng = np.random.default_rng(seed)
     collocation = rng.permutation(vocab_size)
     orders = make_orders(vocab_size, order, rng)
@@ -133,14 +131,14 @@ def draw_dataset(vocab_size, n_sentences, length, seed, order):
         drawn = f"of {1_000 * n_sentences} random sentences of {length} tokens"
         found = f"only {len(sentences)} have an optimal token by the {order} orders of seed {seed}"
         raise ValueError(f"{drawn} {found}: take shorter ones, more tokens or total orders")
-    return (sentences, collocation[optimal], collocation, optimal), orders
+    return sentences, collocation[optimal], collocation, optimal, orders
 
 def make_dataset(vocab_size, n_sentences, length, seed, order="total"):
     """Sentences (N, L), next_tokens (N,), collocation (V,), optimal (N,): realizable, int64.
 
-    ValueError: V or L below 2, or less than one random sentence in 1,000 has an optimal token.
+    ValueError if less than one random sentence in 1,000 has an optimal token.
     """
-    return draw_dataset(vocab_size, n_sentences, length, seed, order)[0]
+    return draw_dataset(vocab_size, n_sentences, length, seed, order)[:4]
 
 def said_orders(sentences, optimal, vocab_size):
     """What the sentences say: (V, V, V) bool, [q, a, b]: a is optimal in one with b and query q."""
@@ -168,66 +166,43 @@ def extended_orders(sentences, optimal, vocab_size):
 def check_realizable(sentences, next_tokens, collocation):
     """The optimal tokens (N,) of a realizable dataset, however it was made.
 
-    ValueError says what makes it not one: a collocation that is not injective, a next token that
-    no token of the sentence gives, or a cycle in a query's order.
+    ValueError if it is not realizable: the collocation is not injective, no token of a sentence
+    gives its next token, or a query's order has a cycle.
     """
-    given_by = {}
-    for token, following in enumerate(collocation.tolist()):
-        if following in given_by:
-            pair = f"{given_by[following]} and {token}"
-            raise ValueError(f"not realizable: tokens {pair} are both followed by {following}")
-        given_by[following] = token
-    optimal = []
-    for i, (x, following) in enumerate(zip(sentences.tolist(), next_tokens.tolist())):
-        if given_by.get(following) not in x:
-            raise ValueError(f"not realizable: in sentence {i}, {x}, none gives {following}")
-        optimal.append(given_by[following])
-    optimal = np.array(optimal)
-    implied = closure(said_orders(sentences, optimal, len(collocation)))
-    cycles = np.argwhere(implied.diagonal(axis1=1, axis2=2))                         # (q, token)
-    if len(cycles):
-        q, token = cycles[0]
-        raise ValueError(f"not realizable: sentences with query {q} put token {token} above itself")
+    V = len(collocation)
+    if sorted(collocation) != list(range(V)):
+        raise ValueError("not realizable: two tokens are followed by the same token")
+    optimal = np.argsort(collocation)[next_tokens]           # n^-1
+    missing = (sentences != optimal[:, None]).all(axis=1)
+    if missing.any():
+        sentence = sentences[missing][0].tolist()
+        raise ValueError(f"not realizable: no token of {sentence} gives its next token")
+    implied = closure(said_orders(sentences, optimal, V))
+    for query, token in np.argwhere(implied.diagonal(axis1=1, axis2=2)):
+        raise ValueError(f"not realizable: with query {query}, token {token} is above itself")
     return optimal
 
 def read_dataset(path):
-    """Token ids from a file: each line a sentence and its next token.
+    """What draw_dataset returns, of token ids in a file: each line a sentence and its next token.
 
-    Lines of two tokens give the collocation, all of it. Returns what make_dataset returns.
-    ValueError names what is wrong, and the line.
+    Lines of two tokens give the collocation, all of it. The orders are None. ValueError says what
+    is wrong.
     """
-    pairs = {}
-    longer = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) < 2 or not all(word.isdecimal() and len(word) < 10 for word in words):
-            raise ValueError(f"line {number}: give token ids 0, 1, ...: a sentence, what follows")
-        row = list(map(int, words))
-        if len(row) > 2:
-            longer.append(row)
-            continue
-        token, following = row
-        if pairs.setdefault(token, following) != following:
-            both = f"{pairs[token]} and {following}"
-            raise ValueError(f"line {number}: {token} is followed by {both}")
-    if len(set(map(len, longer))) != 1:
-        raise ValueError("give sentences of two tokens or more, all of one length, such as "
-                         '"0 1 3": of 0 and 1, 3 is next')
-    tokens = set(pairs).union(pairs.values(), *longer)
-    V = len(tokens)
-    if V > 200:
-        raise ValueError(f"{V} tokens: their orders need V^3 numbers; give 200 at most")
-    for token in range(V):                                   # V tokens, so that there are no others
-        if token not in pairs:
-            raise ValueError(f'every token needs a line with what follows it, such as "{token} 0"; '
-                             f"{token} has none")
-    collocation = np.array([pairs[token] for token in range(V)])
+    pairs, longer = [], []
+    for line in Path(path).read_text().splitlines():
+        row = [int(word) for word in line.split()]
+        if row:
+            (pairs if len(row) == 2 else longer).append(row)
+    if len({len(row) for row in longer}) != 1:
+        raise ValueError("sentences must have two tokens or more, and all the same length")
     rows = np.array(longer)
-    sentences, next_tokens = rows[:, :-1], rows[:, -1]
+    pairs = np.array(sorted(pairs)).reshape(-1, 2)
+    V = len(pairs)
+    if pairs[:, 0].tolist() != list(range(V)) or rows.min() < 0 or rows.max() >= V:
+        raise ValueError("each token 0, 1, ... needs one line with what follows it, such as 0 3")
+    sentences, next_tokens, collocation = rows[:, :-1], rows[:, -1], pairs[:, 1]
     optimal = check_realizable(sentences, next_tokens, collocation)
-    return sentences, next_tokens, collocation, optimal
+    return sentences, next_tokens, collocation, optimal, None
 
 # ---- The model (Sec. 3) -------------------------------------------------------------------------
 
@@ -261,15 +236,15 @@ class OneLayer(nn.Module):
         logits = (attn.unsqueeze(1) @ values).squeeze(1)     # (N, V)
         return (logits, attn) if return_attn else logits
 
-# The gradients in plain form, with which a test compares what follows:
-#
-#     logits = model(sentences)
-#     loss = weights @ F.cross_entropy(logits, next_tokens, reduction="none")
-#     loss.backward()
-#
-# That loses all digits just where this paper looks. At a loss of 1e-17 the probability p of the
-# next token rounds to 1, and its residual p - 1 to 0; yet normalised gradient descent goes on as
-# fast as ever, in the direction of what is left. Two differences of nearly equal numbers are to
+def plain_gradients(model, sentences, next_tokens, weights):
+    """What gradients computes, by autograd: what it means, and what a test compares it with."""
+    losses = F.cross_entropy(model(sentences), next_tokens, reduction="none")
+    loss = weights @ losses
+    return loss, *torch.autograd.grad(loss, [model.W_OV, model.W_KQ])
+
+# Autograd loses all digits just where this paper looks. At a loss of 1e-17 the probability p of
+# the next token rounds to 1, and its residual p - 1 to 0; yet normalised gradient descent goes on
+# as fast as ever, in the direction of what is left. Two differences of nearly equal numbers are to
 # blame, and each has a form that keeps the digits:
 #
 #     p - 1 = -sigmoid(z) and loss = log(1 + e^z), with
@@ -350,16 +325,10 @@ def max_margin(A, tolerance=1e-12):
         raise ValueError("no max-margin solution: the constraints cannot all be met")
     return w, l
 
-def check_constraints(n):
-    """ValueError for more constraints in one problem than a quarter of an hour is enough for."""
-    if n > 4_000:
-        raise ValueError(f"{n:,} max-margin constraints at once: take fewer tokens")
-
 def max_margin_matrix(differences, queries, embedding):
     """argmin |W|_F subject to differences[i]^T W x_queries[i] >= 1: W (a, d).
 
-    For differences (m, a), token ids queries (m,) and an embedding (d, V). ValueError for more than
-    4,000 constraints in one problem.
+    For differences (m, a), token ids queries (m,) and an embedding (d, V).
     """
     d, V = embedding.shape
     if np.allclose(embedding.T @ embedding, np.eye(V)):
@@ -369,7 +338,6 @@ def max_margin_matrix(differences, queries, embedding):
             w, _ = max_margin(differences[queries == q])
             W += np.outer(w, embedding[:, q])
         return W
-    check_constraints(len(queries))
     A = differences[:, :, None] * embedding[:, queries].T[:, None, :]                # (m, a, d)
     w, _ = max_margin(A.reshape(len(A), -1))
     return w.reshape(A.shape[1:])
@@ -397,74 +365,58 @@ def max_margin_kq(embedding, sentences, optimal):
 
 # ---- Training (Algorithm 1) ---------------------------------------------------------------------
 
-class Optimizer(NamedTuple):
-    """How both matrices are trained; the step sizes are in units of 1 / sqrt(d)."""
-    torch_class: type
-    normalised: bool                           # gradients of norm 1
-    lr_ov: float                               # eta_0, of W_OV
-    lr: float                                  # eta, of W_KQ
-
-OPTIMIZERS = {
-    "ngd": Optimizer(torch.optim.SGD, True, lr_ov=0.2, lr=0.05),                     # Algorithm 1
-    "gd": Optimizer(torch.optim.SGD, False, lr_ov=40.0, lr=40.0),
-    "adam": Optimizer(torch.optim.Adam, False, lr_ov=0.05, lr=0.05),
-}
-
-QUICK = dict(
-    optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"],
-    weights=["random"], sentences=None, vocab_size=20, n_sentences=200, seq_len=5,
-    steps_ov=2_000, steps=20_000, lr_ov=None, lr=None,
-)
-PRESETS = {"quick": QUICK, "medium": {**QUICK, "seed": list(range(10))}, "paper": QUICK}
+# Step sizes of W_OV and W_KQ, in units of 1 / sqrt(d): normalised (Algorithm 1), plain, Adam
+STEP_SIZES = {"ngd": (0.2, 0.05), "gd": (40.0, 40.0), "adam": (0.05, 0.05)}
+PRESETS = {"quick": {}, "medium": dict(seed=list(range(10))), "paper": {}}
 SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
 
 def resolve(args):
-    """Completes a run's settings: the optimizer's step sizes; None for what has no effect on it."""
-    chosen = OPTIMIZERS[args.optimizer]
-    args.lr_ov = chosen.lr_ov if args.lr_ov is None else args.lr_ov
-    args.lr = chosen.lr if args.lr is None else args.lr
+    """Completes a run's flags: the optimizer's step sizes. Unused ones become None."""
+    lr_ov, lr = STEP_SIZES[args.optimizer]
+    args.lr_ov = args.lr_ov or lr_ov
+    args.lr = args.lr or lr
     if args.stages == "joint":
         args.steps_ov = None
     if args.sentences:
         args.order = args.vocab_size = args.n_sentences = args.seq_len = None
 
-def get_dataset(args):
-    """A run's dataset, and its true orders (None for a file). ValueError, OSError: none."""
+def build(args):
+    """The task and the model of a run. ValueError, OSError: there is no such dataset."""
     if args.sentences:
-        dataset, orders = read_dataset(args.sentences), None
+        dataset = read_dataset(args.sentences)
     else:
         size = args.vocab_size, args.n_sentences, args.seq_len
-        dataset, orders = draw_dataset(*size, args.seed, args.order)
-    sentences = dataset[0]
-    if (sentences == sentences[:, -1:]).all():
+        dataset = draw_dataset(*size, args.seed, args.order)
+    sentences, _, collocation, optimal, _ = dataset
+    V = len(collocation)
+    n_orders = said_orders(sentences, optimal, V).sum()
+    if n_orders == 0:
         raise ValueError("each sentence repeats one token, so that attention has nothing to learn")
-    if args.embedding == "gaussian":                         # all constraints in one problem
-        V = len(dataset[2])                                  # of the collocation
-        n_orders = said_orders(sentences, dataset[3], V).sum()
-        check_constraints(max(V * (V - 1), n_orders))
-    return dataset, orders
-
-def build(args):
-    """The task and the model of a run."""
-    dataset, orders = get_dataset(args)
-    V = len(dataset[2])                                      # of the collocation
     rng = np.random.default_rng(args.seed + 10_000)
     embedding = rng.standard_normal((V, V)) / math.sqrt(V)
     if args.embedding == "orthonormal":
         embedding, _ = np.linalg.qr(embedding)
+    elif max(V * (V - 1), n_orders) > 4_000:                 # minutes, gigabytes
+        raise ValueError("over 4,000 max-margin constraints at once: take fewer tokens")
     weights = rng.exponential(size=V) if args.weights == "random" else np.ones(V)
-    task = Task(*dataset, weights / weights.sum(), orders)
+    task = Task(*dataset, weights / weights.sum())
     return task, OneLayer(torch.from_numpy(embedding)).to(args.device)
 
 def load(folder, device="cpu"):
     """The task and the trained model of a run's folder, the model in eval mode."""
     return common.load(folder, build, device)
 
-def learning_rate(step_size, d):
-    """Constant over all steps: a step size that is given in units of 1 / sqrt(d) (Algorithm 1)."""
-    return step_size / math.sqrt(d)
+def examples(data):
+    """What each stage trains on: sentences (N, L), next tokens (N,), weights (N,), sum 1.
 
-TRAINED = {0: ["ov", "kq"], 1: ["ov"], 2: ["kq"]}            # by stage; 0: both jointly
+    For a Task of tensors. Stage 1: the one-token sentences; stage 2: the sentences.
+    """
+    pairs = torch.arange(len(data.collocation), device=data.weights.device)[:, None]         # (V, 1)
+    N = len(data.sentences)
+    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=data.weights.device)
+    stage_1 = pairs, data.collocation, data.weights
+    stage_2 = data.sentences, data.next_tokens, uniform
+    return stage_1, stage_2
 
 def marks(steps):
     """The steps to measure at: some log-spaced, some evenly spaced, the last one."""
@@ -474,59 +426,56 @@ def marks(steps):
 def train(args, run):
     """One run of the sweep: stage 1 on the pairs, stage 2 on the sentences; or both jointly."""
     task, model = build(args)
+    data = task.tensors(args.device)
+    pairs, sentences = examples(data)
     E = model.E.cpu()
     best = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
     best = [torch.from_numpy(W).to(model.E) for W in best]   # W_OV*, W_KQ*
-    data = task.tensors(args.device)
-    V, N = len(task.collocation), len(task.sentences)
-    pairs = torch.arange(V, device=args.device)[:, None]     # the one-token sentences (V, 1)
-    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=args.device)
-    chosen = OPTIMIZERS[args.optimizer]
-    optimizer = chosen.torch_class([
-        {"params": model.W_OV, "lr": learning_rate(args.lr_ov, V)},
-        {"params": model.W_KQ, "lr": learning_rate(args.lr, V)},
+    V = len(task.collocation)
+    sgd = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+    optimizer = sgd([
+        {"params": model.W_OV, "lr": args.lr_ov / math.sqrt(V)},
+        {"params": model.W_KQ, "lr": args.lr / math.sqrt(V)},
     ])
-    start = run.restore(model=model, optimizer=optimizer)
+    start = run.restore(model, optimizer, torch.Generator())             # nothing is drawn
 
     joint = args.stages == "joint"
-    stage_1 = 0 if joint else args.steps_ov                  # steps of stage 1
-    measured = {stage_1 + t for t in marks(args.steps)}
+    steps_ov = 0 if joint else args.steps_ov
+    measured = {steps_ov + t for t in marks(args.steps)}
     if not joint:
-        measured |= marks(stage_1)
+        measured |= marks(steps_ov)
 
-    for step in run.steps(start, stage_1 + args.steps):
-        if joint:
-            stage = 0
-        else:
-            stage = 1 if step < stage_1 else 2
-        trained = TRAINED[stage]
-        optimizer.zero_grad(set_to_none=True)
-        if "ov" in trained:
-            _, model.W_OV.grad, _ = gradients(model, pairs, data.collocation, data.weights)
-        if "kq" in trained:
-            loss, by_W_OV, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
-            model.W_KQ.grad = by_W_KQ
-            if joint:
-                model.W_OV.grad += by_W_OV
+    for step in run.steps(start, steps_ov + args.steps):
+        train_ov = joint or step < steps_ov
+        train_kq = step >= steps_ov
+        optimizer.zero_grad()
+        if train_ov:
+            _, model.W_OV.grad, _ = gradients(model, *pairs)
+        if train_kq:
+            loss, by_W_OV, model.W_KQ.grad = gradients(model, *sentences)
             below = (loss < 1e-3) & (model.first < 0)        # an `if` would make a GPU wait
-            model.first = torch.where(below, step - stage_1, model.first)
-        if chosen.normalised:
-            for W in model.parameters():
-                if W.grad is not None:
-                    # below 1e-150 the squares in the norm underflow: no direction is left
-                    W.grad /= W.grad.norm().clamp_min(1e-150)
+            model.first = torch.where(below, step - steps_ov, model.first)
+        if joint:
+            model.W_OV.grad += by_W_OV
+        for W in model.parameters():
+            if args.optimizer == "ngd" and W.grad is not None:
+                # below 1e-150 the squares in the norm underflow: no direction is left
+                W.grad /= W.grad.norm().clamp_min(1e-150)
         optimizer.step()
         if step + 1 in measured:
             now = panels(model, data, best)
-            t = step + 1 - stage_1 if stage == 2 else step + 1
-            if min(now[f"gradient_{name}"] for name in trained) < 1e-150:
-                raise common.RunError(f"the gradient underflows at step {step + 1}; take fewer")
-            # what run.log shows
-            loss, cosine = now[f"loss_{trained[-1]}"], now[f"cosine_{trained[-1]}"]
-            run.log(step + 1, loss=loss, cosine=cosine, stage=stage, t=t, **now)
-            run.save(step + 1)
+            for name, trained in [("ov", train_ov), ("kq", train_kq)]:
+                if trained and now[f"gradient_{name}"] < 1e-150:
+                    raise common.RunError(f"the gradient underflows at step {step + 1}; take fewer")
+            name = "kq" if train_kq else "ov"
+            shown = {"loss": now[f"loss_{name}"], "cosine": now[f"cosine_{name}"]}
+            stage = 0 if joint else STAGE[name]
+            t = step + 1 - steps_ov if train_kq else step + 1
+            run.log(step + 1, **shown, stage=stage, t=t, **now)
 
 # ---- Measurement --------------------------------------------------------------------------------
+
+STAGE = {"ov": 1, "kq": 2}                                   # that trains W_OV, W_KQ
 
 def alignment(W, W_best):
     """The cosine of the angle between two matrices; 0 where W is 0."""
@@ -539,11 +488,9 @@ def panels(model, data, best):
     Losses in nats, cosines with the solutions, Frobenius norms, accuracy, and the norms of both
     gradients. excess is L - L_min: L_min is the loss of a hard attention to x*, with this W_OV.
     """
-    N, device = len(data.sentences), data.weights.device
-    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=device)
-    pairs = torch.arange(len(data.collocation), device=device)[:, None]
-    loss_ov, by_W_OV, _ = gradients(model, pairs, data.collocation, data.weights)
-    loss_kq, _, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
+    pairs, sentences = examples(data)
+    loss_ov, by_W_OV, _ = gradients(model, *pairs)
+    loss_kq, _, by_W_KQ = gradients(model, *sentences)
     logits = model(data.sentences)
     soft, _ = loss_and_residual(logits, data.next_tokens)
     hard, _ = loss_and_residual(model.token_logits()[data.optimal], data.next_tokens)
@@ -561,25 +508,23 @@ def panels(model, data, best):
         "gradient_kq": by_W_KQ.norm().item(),
     }
 
-STAGE = {"ov": 1, "kq": 2}                                   # that trains W_OV, W_KQ
-LOSS = {"ov": "loss_ov", "kq": "excess"}                     # what falls at a linear rate there
-
 def of_stage(metrics, name):
     """The lines of metrics.jsonl where a matrix is trained; the joint training is stage 0."""
-    return [m for m in metrics if name in TRAINED[m["stage"]]]
+    return [line for line in metrics if line["stage"] in (0, STAGE[name])]
 
 def curves(metrics, name):
     """The panels of Fig. 2 of one stage, arrays (T,): loss, gap (1 - cosine) and norm against t."""
     lines = of_stage(metrics, name)
-    columns = {}                                             # (T,) each
-    for key in lines[0]:
-        columns[key] = np.array([m[key] for m in lines])
+
+    def column(key):
+        return np.array([line[key] for line in lines])
+
     return {
-        "t": columns["t"],
-        "loss": columns[LOSS[name]],
-        "total": columns[f"loss_{name}"],                    # of which L - L_min is a small part
-        "gap": 1 - columns[f"cosine_{name}"],
-        "norm": columns[f"norm_{name}"],
+        "t": column("t"),
+        "loss": column("loss_ov" if name == "ov" else "excess"),
+        "total": column(f"loss_{name}"),                     # of which L - L_min is a small part
+        "gap": 1 - column(f"cosine_{name}"),
+        "norm": column(f"norm_{name}"),
     }
 
 def straight_parts(curve):
@@ -594,16 +539,17 @@ def straight_parts(curve):
         "gap": (np.log(t[late]), np.log(gap[late])),
     }
 
+RATES = {"norm": "norm_{}_rate", "loss": "loss_{}_rate", "gap": "exponent_{}"}
+
 def line_fit(x, y):
-    """Least squares y = a x + b: slope a and R^2; None, None for fewer than 3 points."""
+    """Least squares y = a x + b: a, b and R^2; None for each with fewer than 3 points."""
     if len(x) < 3:
-        return None, None
-    x, y = np.array(x, dtype=float), np.array(y)
+        return None, None, None
     slope, offset = np.polyfit(x, y, 1)
     left = ((y - slope * x - offset) ** 2).sum()
     total = ((y - y.mean()) ** 2).sum()
     r_squared = 1 - left / total if total > 0 else 1.0
-    return float(slope), float(r_squared)
+    return float(slope), float(offset), float(r_squared)
 
 def unseen_sentences(task, n, rng):
     """Sentences (M, L) that are not in the data, M <= n; their optimal tokens, -1 for a file."""
@@ -611,7 +557,7 @@ def unseen_sentences(task, n, rng):
     if task.orders is None:
         drawn, truth = rng.integers(len(task.collocation), size=size), np.full(n, -1)
     else:
-        drawn, truth = draw_sentences(*size, task.orders, rng, tries=100)
+        drawn, truth = draw_sentences(*size, task.orders, rng, batches=25)
     seen = {tuple(x) for x in task.sentences.tolist()}
     new = np.array([tuple(x) not in seen for x in drawn.tolist()])
     return drawn[new], truth[new]
@@ -681,219 +627,171 @@ def generalisation(model, task, seed, n=20_000):
 def measure(args, run):
     """What Theorems 1 to 3 say of a trained run, from its checkpoint and its metrics."""
     task, model = load(run.folder, args.device)
-    metrics = run.read("metrics.jsonl")
     last = ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")
-    results = {key: metrics[-1][key] for key in last}
+    results = {key: run.metrics[-1][key] for key in last}
     for name in STAGE:
-        parts = straight_parts(curves(metrics, name))
-        results[f"norm_{name}_rate"] = line_fit(*parts["norm"])     # slope, R^2
-        results[f"loss_{name}_rate"] = line_fit(*parts["loss"])
-        results[f"exponent_{name}"] = line_fit(*parts["gap"])
+        parts = straight_parts(curves(run.metrics, name))
+        for panel, key in RATES.items():
+            slope, _, r_squared = line_fit(*parts[panel])
+            results[key.format(name)] = slope, r_squared
     results.update(generalisation(model, task, args.seed))
     results["steps_to_1e_3"] = None if model.first < 0 else int(model.first)
     return results
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-WORDS = {
-    "ngd": "normalised GD", "gd": "GD", "adam": "Adam",
-    "two": "two stages", "joint": "joint",
-    "total": "total orders", "partial": "partial orders", "two-level": "two levels",
-    "random": "random weights", "uniform": "equal weights",
+MATRICES = {"ov": "W_OV", "kq": "W_KQ"}
+PANELS = {                                                   # Fig. 2 as numbers
+    "ov": {"loss_ov": "L_0 (nats)", "cosine_ov": "cosine", "norm_ov": "|W_OV|"},
+    "kq": {"loss_kq": "L (nats)", "excess": "L - L_min", "cosine_kq": "cosine",
+           "norm_kq": "|W_KQ|", "accuracy": "accuracy"},
 }
 
-def in_words(args, runs):
-    """A run's setting, by what the sweep varies beside the seed."""
-    words = []
-    for key in SWEEP[:-1]:
-        if len({getattr(run.args, key) for run in runs}) > 1:
-            value = getattr(args, key)
-            words.append(WORDS.get(value, value))
-    return ", ".join(words)
-
-PANELS = [                                                   # Fig. 2: matrix, label, key, format
-    ("ov", "L_0", "loss_ov", ".3g"),
-    ("ov", "cosine W_OV", "cosine_ov", ".4f"),
-    ("ov", "|W_OV|", "norm_ov", ".3g"),
-    ("kq", "L", "loss_kq", ".3g"),
-    ("kq", "L - L_min", "excess", ".3g"),
-    ("kq", "cosine W_KQ", "cosine_kq", ".4f"),
-    ("kq", "|W_KQ|", "norm_kq", ".3g"),
-    ("kq", "accuracy", "accuracy", ".3g"),
-]
-
-def print_panels(run, title):
+def print_panels(run):
     """Fig. 2 of one run: each panel a row of numbers at log-spaced steps."""
-    for name, stage in STAGE.items():
-        lines = of_stage(run.read("metrics.jsonl"), name)
-        t = np.array([m["t"] for m in lines])
-        goals = np.geomspace(1, t[-1], 8)
-        nearest = sorted({int(np.abs(t - goal).argmin()) for goal in goals})
-        rows = []
-        for of, label, key, form in PANELS:
-            if of == name:
-                rows.append([label, *[f"{lines[i][key]:{form}}" for i in nearest]])
-        part = "joint training" if run.args.stages == "joint" else f"stage {stage}"
-        print(f"\n{title}: {part}")
-        common.print_table(["step", *[str(t[i]) for i in nearest]], rows)
+    for name, matrix in MATRICES.items():
+        lines = of_stage(run.metrics, name)
+        shown = {round(t) for t in np.geomspace(1, lines[-1]["t"], 7)}
+        cells = []
+        for line in lines:
+            if line["t"] in shown:
+                for key, label in PANELS[name].items():
+                    cells.append((label, line["t"], line[key], ".4g"))
+        title = f"{run.args.label or 'Fig. 2'}, seed {run.args.seed}: steps of {matrix}"
+        common.print_table(title, cells)
 
-SUMMARY = [                                                  # label, format, key, index in its list
-    ("stage 1: L_0 (nats)", ".1e", "loss_ov", None),
-    ("alignment of W_OV", ".4f", "cosine_ov", None),
-    ("|W_OV| a step", ".4f", "norm_ov_rate", 0),
-    ("  R^2", ".5f", "norm_ov_rate", 1),
-    ("log L_0 a step, second half", ".5f", "loss_ov_rate", 0),
-    ("  R^2", ".4f", "loss_ov_rate", 1),
-    ("1 - alignment ~ t^", ".2f", "exponent_ov", 0),
-    ("  R^2", ".4f", "exponent_ov", 1),
-    ("stage 2: L (nats)", ".1e", "loss_kq", None),
-    ("training accuracy", ".3f", "accuracy", None),
-    ("alignment of W_KQ", ".4f", "cosine_kq", None),
-    ("|W_KQ| a step", ".4f", "norm_kq_rate", 0),
-    ("  R^2", ".5f", "norm_kq_rate", 1),
-    ("log(L - L_min) a step, second half", ".5f", "loss_kq_rate", 0),
-    ("  R^2", ".4f", "loss_kq_rate", 1),
-    ("1 - alignment ~ t^", ".2f", "exponent_kq", 0),
-    ("  R^2", ".4f", "exponent_kq", 1),
-    ("steps (of stage 2) to L < 1e-3", ".0f", "steps_to_1e_3", None),
-]
-
-def print_summary(runs, results):
-    """What Theorems 1 and 2 say, a column a setting: median and range over seeds."""
-    groups = common.by_setting(runs, results)
-    rows = []
-    for label, form, key, index in SUMMARY:
-        row = [label]
-        for _, group in groups:
-            values = [r[key] if index is None else r[key][index] for r in group]
-            row.append(common.spread(values, form))
-        rows.append(row)
-    print("\nTheorems 1 and 2, measured (median [range] over seeds)")
-    common.print_table(["", *[in_words(args, runs) or "measured" for args, _ in groups]], rows)
-
-GROUPS = {                                                   # of generalisation
-    "decided": "the training data",
-    "extended": "Theorem 3's extension only",
-    "top": "  of it, x* never beaten",
-    "chain": "  x* beaten elsewhere (chain)",
-    "new": "  x* not compared",
-    "truth": "true orders, the same sentences",
-    "undecided": "true orders only",
-}
-MEASURES = {                                                 # columns, and keys of generalisation
-    "fraction": "fraction",
-    "accuracy": "trained",
-    "exact": "exact W_KQ*",
-    "ties": "its ties",
+SLOPES = {
+    "norm": "norm a step",
+    "loss": "log(loss - minimum) a step, second half",
+    "gap": "1 - alignment ~ t^",
 }
 
-def print_unseen(runs, results):
-    """Theorem 3, a table a setting: median and range over seeds."""
-    for args, group in common.by_setting(runs, results):
-        rows = []
-        for name, label in GROUPS.items():
-            row = [label]
-            for measure in MEASURES:
-                values = [r[f"{measure}_{name}"] for r in group]
-                known = [x for x in values if x is not None]         # None: no such sentences
-                row.append(common.spread(known or [None]))
-            rows.append(row)
-        setting = in_words(args, runs) or "Theorem 3"
-        print(f"\n{setting}: accuracy on unseen sentences, by what gives x*")
-        common.print_table(["x* by", *MEASURES.values()], rows)
-    print("chain a > b > c in the data: x* = b is optimal in one sentence, beaten in another")
-    print("ties are between scores of the exact W_KQ*, whose accuracy counts them as wrong")
+def print_theorems(runs):
+    """What Theorems 1 and 2 say of one setting: median and range over seeds."""
+    cells = []
+    for run in runs:
+        for name, matrix in MATRICES.items():
+            cells.append(("loss at the end (nats)", matrix, run.results[f"loss_{name}"], ".1e"))
+            cells.append(("alignment at the end", matrix, run.results[f"cosine_{name}"], ".4f"))
+            for panel, label in SLOPES.items():
+                slope, r_squared = run.results[RATES[panel].format(name)]
+                cells.append((label, matrix, slope, ".4f"))
+                cells.append((f"R^2 of {label}", matrix, r_squared, ".5f"))
+        cells.append(("training accuracy", "W_KQ", run.results["accuracy"]))
+        cells.append(("steps to L < 1e-3", "W_KQ", run.results["steps_to_1e_3"], ".0f"))
+    title = f"{runs[0].args.label or 'Theorems 1 and 2'}: Theorems 1 and 2, measured"
+    common.print_table(title, cells)
 
-FIG_2 = [
-    ("ov", "loss", "L_0 (nats)"),
-    ("ov", "gap", "1 - cosine(W_OV, W_OV*)"),
-    ("ov", "norm", "norm of W_OV"),
-    ("kq", "loss", "L - L_min (nats)"),
-    ("kq", "gap", "1 - cosine(W_KQ, W_KQ*)"),
-    ("kq", "norm", "norm of W_KQ"),
-]
-SCALES = {"loss": ("linear", "log"), "gap": ("log", "log"), "norm": ("linear", "linear")}
+# Columns: the keys of generalisation begin with these
+MEASURES = {"fraction": "fraction", "accuracy": "trained", "exact": "exact W_KQ*", "ties": "ties"}
+GROUPS = {                                                   # rows: the keys end with these
+    "decided": "the data",
+    "extended": "extension",
+    "top": "- top",
+    "chain": "- chain",
+    "new": "- new",
+    "truth": "- truth",
+    "undecided": "truth",
+}
 
-def draw_fit(axis, panel, curve):
-    """The straight line through one panel, and its slope."""
-    x, y = straight_parts(curve)[panel]
-    if len(x) < 3:
-        return
-    slope, offset = np.polyfit(x, y, 1)
-    y = slope * x + offset
-    text = {"loss": f"e^({slope:.2g} t)", "gap": f"t^{slope:.2f}", "norm": f"{slope:.3f} t"}[panel]
-    x_scale, y_scale = SCALES[panel]
-    if x_scale == "log":
-        x = np.exp(x)
-    if y_scale == "log":
-        y = np.exp(y)
-    axis.plot(x, y, "k--", lw=1, label=f"fit: {text}")
+def print_unseen(runs):
+    """Theorem 3 for one setting: median and range over seeds."""
+    cells = []
+    for run in runs:
+        for group, row in GROUPS.items():
+            for measure, column in MEASURES.items():
+                value = run.results[f"{measure}_{group}"]
+                if value is not None:                        # None: there are no such sentences
+                    cells.append((row, column, value))
+    title = f"{runs[0].args.label or 'Theorem 3'}: accuracy on unseen sentences, by what gives x*"
+    common.print_table(title, cells)
+
+LEGEND = """
+the data: what they say and imply; extension: only what Theorem 3 adds to that; truth: the orders
+top: x* is never beaten in the data; chain (b of a > b > c): optimal in one sentence, beaten in
+another; new: not compared; ties of the exact W_KQ*, whose accuracy counts them as wrong"""
+
+FIG_2 = {                                                    # label for each matrix, scales
+    "loss": ({"ov": "L_0 (nats)", "kq": "L - L_min (nats)"}, "linear", "log"),
+    "gap": ({"ov": "1 - cosine(W_OV, W_OV*)", "kq": "1 - cosine(W_KQ, W_KQ*)"}, "log", "log"),
+    "norm": ({"ov": "norm of W_OV", "kq": "norm of W_KQ"}, "linear", "linear"),
+}
+
+def fitted_line(curve, panel):
+    """The straight line through a panel of Fig. 2: its two ends, t and y; None if there is none."""
+    slope, offset, _ = line_fit(*straight_parts(curve)[panel])
+    if slope is None:
+        return None
+    last = curve["t"][-1]
+    if panel == "norm":
+        t = np.array([0, last])
+        return t, slope * t + offset
+    if panel == "loss":
+        t = np.array([last / 2, last])
+        return t, np.exp(slope * t + offset)
+    t = np.array([100, last])
+    return t, np.exp(offset) * t**slope
 
 def plot(runs):
-    """Fig. 2: L_0 and L - L_min, 1 - alignment, norms; median and range over seeds."""
-    groups = common.by_setting(runs, [run.read("metrics.jsonl") for run in runs])
-    figure, axes = common.new_figure(2, 3, width=3.4, height=2.9)
-    for axis, (name, panel, quantity) in zip(axes.flat, FIG_2):
-        for number, (args, seeds) in enumerate(groups):
-            found = [curves(metrics, name) for metrics in seeds]
-            median = {}
-            for key in found[0]:
-                median[key] = np.median([c[key] for c in found], axis=0)
-            t, values = median["t"], np.array([c[panel] for c in found])
-            color, line = f"C{number % 10}", ["-", "-.", ":", "--"][number % 4]
-            label = in_words(args, runs) or "measured"
-            axis.plot(t, median[panel], color=color, ls=line, label=label)
-            axis.fill_between(t, values.min(0), values.max(0), color=color, alpha=0.25, lw=0)
-            draw_fit(axis, panel, median)
-        joint = {run.args.stages for run in runs} == {"joint"}
-        axis.set(xlabel="step t" if joint else f"step t of stage {STAGE[name]}", ylabel=quantity)
-        axis.set(xscale=SCALES[panel][0], yscale=SCALES[panel][1])
-        axis.legend(fontsize=7)
-    common.save_figure(figure, runs, "fig2")
+    """Fig. 2: L_0 and L - L_min, 1 - alignment, norms, and the fitted lines."""
+    panels = {}
+    for name in MATRICES:
+        for panel, (labels, x_scale, y_scale) in FIG_2.items():
+            trained, fitted = [], []
+            for run in runs:
+                curve = curves(run.metrics, name)
+                label = run.args.label or "trained"
+                trained.append((label, curve["t"], curve[panel], {}))
+                line = fitted_line(curve, panel)
+                if line:
+                    fitted.append((f"{label}: fit", *line, dict(color="k", ls="--", lw=1)))
+            axis = dict(xlabel="step of its stage", xscale=x_scale, yscale=y_scale)
+            panels[labels[name]] = axis, trained + fitted
+    common.plot(runs[0].folder.parent / "fig2.png", panels)
 
 # ---- The command --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.make_parser(main)
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
-    tokens, steps = common.number(int, 2, 200), common.number(int, 1, 10_000_000)
-    add("--vocab-size", type=tokens, help="|V|, tokens; also d, the width of the embedding")
-    add("--n-sentences", type=common.number(int, 1, 10_000), help="N, training sentences")
-    add("--seq-len", type=tokens, help="L, tokens of a sentence")
-    add("--order", nargs="+", choices=ORDERS, help="the strict order of each query")
-    add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], help="of the tokens")
-    add("--weights", nargs="+", choices=["random", "uniform"], help="of the pairs in stage 1")
-    add("--sentences", type=common.data_path, help="a file: token ids, a sentence and what follows")
-    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), help="ngd: normalised, gd: plain")
-    add("--stages", nargs="+", choices=["two", "joint"], help="W_OV, then W_KQ; or both at once")
-    add("--steps-ov", type=steps, help="steps of stage 1")
-    add("--steps", type=steps, help="steps of stage 2, or of the joint training")
+    tokens, steps = common.number(int, 2, 200), common.positive_int
     own = "in units of 1/sqrt(d) (default: the optimizer's own)"
+    add("--vocab-size", type=tokens, default=20, help="|V|, tokens; also d, the embedding's width")
+    add("--n-sentences", type=steps, default=200, help="N, training sentences")
+    add("--seq-len", type=tokens, default=5, help="L, tokens of a sentence")
+    add("--order", nargs="+", choices=ORDERS, default=["total"], help="each query's strict order")
+    add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], default=["orthonormal"],
+        help="of the tokens")
+    add("--weights", nargs="+", choices=["random", "uniform"], default=["random"],
+        help="of the pairs in stage 1")
+    add("--sentences", help="a file: token ids, a sentence and what follows")
+    add("--optimizer", nargs="+", choices=list(STEP_SIZES), default=["ngd"],
+        help="ngd: normalised, gd: plain")
+    add("--stages", nargs="+", choices=["two", "joint"], default=["two"],
+        help="W_OV, then W_KQ; or both at once")
+    add("--steps-ov", type=steps, default=2_000, help="steps of stage 1")
+    add("--steps", type=steps, default=20_000, help="steps of stage 2, or of the joint training")
     add("--lr-ov", type=common.positive_float, help=f"eta_0, the step size of W_OV, {own}")
     add("--lr", type=common.positive_float, help=f"eta, the step size of W_KQ, {own}")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of data and embedding")
-    without = ["--dtype", "--compile", "--eval-every"]       # float64; measured at marks()
-    return common.parse_args(parser, PRESETS, argv, without, devices=("cuda", "cpu"))
+    return common.parse_args(parser, PRESETS, argv)
 
-def show(runs, results):
+def show(runs):
     """Prints Fig. 2 of each setting's first run, and the theorems' tables; draws Fig. 2."""
-    for args, group in common.by_setting(runs, runs):
-        print_panels(group[0], f"{in_words(args, runs) or 'Fig. 2'}, seed {args.seed}")
-    print_summary(runs, results)
-    print_unseen(runs, results)
+    for label in dict.fromkeys(run.args.label for run in runs):
+        seeds = [run for run in runs if run.args.label == label]
+        print_panels(seeds[0])
+        print_theorems(seeds)
+        print_unseen(seeds)
+    common.say(LEGEND)
     if runs[0].args.plot:
         plot(runs)
 
 def main(argv=None):
     """Trains what the flags ask for, shows it; returns the results, a dict a run."""
     args = parse_args(argv)
-    runs = common.sweep(args, SWEEP, resolve)
-    for run in runs:
-        try:
-            get_dataset(run.args)                            # before anything is written
-        except (OSError, ValueError) as error:
-            common.fail(f"--sentences: {error}" if args.sentences else error, 2)
+    runs = common.sweep(args, SWEEP, build, resolve)
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
