@@ -29,15 +29,14 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --order total partial --embedding orthonormal gaussian
     python ntp_convergence.py --embedding gaussian --steps-ov 5000 --steps 60000
     python ntp_convergence.py --optimizer ngd gd adam --stages two joint
-    python ntp_convergence.py --sentences FILE         your own data, lines of token ids: "0 3" for
-        each token and what follows it, then sentences, all of one length, each with its next token
+    python ntp_convergence.py --sentences FILE         your own data: a line n(0) n(1) ..., that is,
+        what follows each token; then lines of one length, a sentence and its next token
 
 To reuse: max_margin needs only numpy, max_margin_kq also max_margin_matrix and said_orders;
 OneLayer (with a float64 embedding) and gradients (with loss_and_residual) need torch; the task
-needs numpy, and torch for Task.tensors. panels takes the Task as tensors, generalisation as arrays.
+needs numpy.
 """
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -66,13 +65,9 @@ class Task(NamedTuple):
     orders: np.ndarray                         # (V, V, V) bool, [q, a, b]: a >_q b; None: a file
     weights: np.ndarray                        # (V,) of the pairs (v, n(v)) in stage 1, sum 1
 
-    def tensors(self, device):
-        """The same as tensors on a device."""
-        return Task(*[x if x is None else torch.from_numpy(x).to(device) for x in self])
-
 def closure(orders):
     """The transitive closure of each relation of (..., V, V), by squaring."""
-    for _ in range(max(1, (orders.shape[-1] - 1).bit_length())):
+    for _ in range(orders.shape[-1].bit_length()):
         paths = orders.astype(np.float32) @ orders.astype(np.float32)
         orders = orders | (paths > 0)
     return orders
@@ -171,7 +166,7 @@ def check_realizable(sentences, next_tokens, collocation):
     """
     V = len(collocation)
     if sorted(collocation) != list(range(V)):
-        raise ValueError("not realizable: two tokens are followed by the same token")
+        raise ValueError("not realizable: each token must follow exactly one token")
     optimal = np.argsort(collocation)[next_tokens]           # n^-1
     missing = (sentences != optimal[:, None]).all(axis=1)
     if missing.any():
@@ -183,24 +178,17 @@ def check_realizable(sentences, next_tokens, collocation):
     return optimal
 
 def read_dataset(path):
-    """What draw_dataset returns, of token ids in a file: each line a sentence and its next token.
+    """What draw_dataset returns, of a file of token ids; the orders are None.
 
-    Lines of two tokens give the collocation, all of it. The orders are None. ValueError says what
-    is wrong.
+    The first line is the collocation, n(0) n(1) ...; the others are sentences of one length, each
+    followed by its next token. ValueError says what is wrong.
     """
-    pairs, longer = [], []
-    for line in Path(path).read_text().splitlines():
-        row = [int(word) for word in line.split()]
-        if row:
-            (pairs if len(row) == 2 else longer).append(row)
-    if len({len(row) for row in longer}) != 1:
-        raise ValueError("sentences must have two tokens or more, and all the same length")
-    rows = np.array(longer)
-    pairs = np.array(sorted(pairs)).reshape(-1, 2)
-    V = len(pairs)
-    if pairs[:, 0].tolist() != list(range(V)) or rows.min() < 0 or rows.max() >= V:
-        raise ValueError("each token 0, 1, ... needs one line with what follows it, such as 0 3")
-    sentences, next_tokens, collocation = rows[:, :-1], rows[:, -1], pairs[:, 1]
+    with open(path) as file:
+        collocation = np.loadtxt(file, dtype=int, ndmin=1, max_rows=1)
+        rows = np.loadtxt(file, dtype=int, ndmin=2)
+    if not np.isin(rows, np.arange(len(collocation))).all():
+        raise ValueError("the first line does not say what follows each token")
+    sentences, next_tokens = rows[:, :-1], rows[:, -1]
     optimal = check_realizable(sentences, next_tokens, collocation)
     return sentences, next_tokens, collocation, optimal, None
 
@@ -215,8 +203,8 @@ class OneLayer(nn.Module):
         super().__init__()
         d, V = embedding.shape
         self.register_buffer("E", embedding)                 # (d, V)
-        self.W_OV = nn.Parameter(torch.zeros(V, d, dtype=torch.float64))
-        self.W_KQ = nn.Parameter(torch.zeros(d, d, dtype=torch.float64))
+        self.W_OV = nn.Parameter(embedding.new_zeros(V, d))
+        self.W_KQ = nn.Parameter(embedding.new_zeros(d, d))
         # part of the checkpoint: the first step of stage 2 with a loss below 1e-3, -1 before
         self.register_buffer("first", torch.tensor(-1))
 
@@ -338,7 +326,7 @@ def max_margin_matrix(differences, queries, embedding):
             w, _ = max_margin(differences[queries == q])
             W += np.outer(w, embedding[:, q])
         return W
-    A = differences[:, :, None] * embedding[:, queries].T[:, None, :]                # (m, a, d)
+    A = np.einsum("ma,dm->mad", differences, embedding[:, queries])
     w, _ = max_margin(A.reshape(len(A), -1))
     return w.reshape(A.shape[1:])
 
@@ -406,17 +394,15 @@ def load(folder, device="cpu"):
     """The task and the trained model of a run's folder, the model in eval mode."""
     return common.load(folder, build, device)
 
-def examples(data):
-    """What each stage trains on: sentences (N, L), next tokens (N,), weights (N,), sum 1.
+def examples(task, device):
+    """What stages 1 and 2 train on: sentences (N, L), next tokens (N,), weights (N,) of sum 1."""
+    V, N = len(task.collocation), len(task.sentences)
 
-    For a Task of tensors. Stage 1: the one-token sentences; stage 2: the sentences.
-    """
-    pairs = torch.arange(len(data.collocation), device=data.weights.device)[:, None]         # (V, 1)
-    N = len(data.sentences)
-    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=data.weights.device)
-    stage_1 = pairs, data.collocation, data.weights
-    stage_2 = data.sentences, data.next_tokens, uniform
-    return stage_1, stage_2
+    def tensors(*arrays):
+        return [torch.from_numpy(x).to(device) for x in arrays]
+
+    pairs = tensors(np.arange(V)[:, None], task.collocation, task.weights)
+    return pairs, tensors(task.sentences, task.next_tokens, np.full(N, 1 / N))
 
 def marks(steps):
     """The steps to measure at: some log-spaced, some evenly spaced, the last one."""
@@ -426,8 +412,7 @@ def marks(steps):
 def train(args, run):
     """One run of the sweep: stage 1 on the pairs, stage 2 on the sentences; or both jointly."""
     task, model = build(args)
-    data = task.tensors(args.device)
-    pairs, sentences = examples(data)
+    pairs, sentences = examples(task, args.device)
     E = model.E.cpu()
     best = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
     best = [torch.from_numpy(W).to(model.E) for W in best]   # W_OV*, W_KQ*
@@ -463,11 +448,10 @@ def train(args, run):
                 W.grad /= W.grad.norm().clamp_min(1e-150)
         optimizer.step()
         if step + 1 in measured:
-            now = panels(model, data, best)
-            for name, trained in [("ov", train_ov), ("kq", train_kq)]:
-                if trained and now[f"gradient_{name}"] < 1e-150:
-                    raise common.RunError(f"the gradient underflows at step {step + 1}; take fewer")
+            now = panels(model, task, best)
             name = "kq" if train_kq else "ov"
+            if now[f"gradient_{name}"] < 1e-150:
+                raise common.RunError(f"the gradient underflows at step {step + 1}: take fewer")
             shown = {"loss": now[f"loss_{name}"], "cosine": now[f"cosine_{name}"]}
             stage = 0 if joint else STAGE[name]
             t = step + 1 - steps_ov if train_kq else step + 1
@@ -482,19 +466,20 @@ def alignment(W, W_best):
     return ((W * W_best).sum() / W.norm().clamp_min(1e-300) / W_best.norm()).item()
 
 @torch.no_grad()
-def panels(model, data, best):
-    """What Fig. 2 shows of a model on a task of tensors, beside its max-margin solutions.
+def panels(model, task, best):
+    """What Fig. 2 shows of a model, beside its max-margin solutions W_OV* and W_KQ* (tensors).
 
     Losses in nats, cosines with the solutions, Frobenius norms, accuracy, and the norms of both
     gradients. excess is L - L_min: L_min is the loss of a hard attention to x*, with this W_OV.
     """
-    pairs, sentences = examples(data)
+    pairs, sentences = examples(task, model.E.device)
     loss_ov, by_W_OV, _ = gradients(model, *pairs)
     loss_kq, _, by_W_KQ = gradients(model, *sentences)
-    logits = model(data.sentences)
-    soft, _ = loss_and_residual(logits, data.next_tokens)
-    hard, _ = loss_and_residual(model.token_logits()[data.optimal], data.next_tokens)
-    right = logits.argmax(1) == data.next_tokens
+    x, next_tokens, _ = sentences
+    logits = model(x)
+    soft, _ = loss_and_residual(logits, next_tokens)
+    hard, _ = loss_and_residual(model.token_logits()[task.optimal], next_tokens)
+    right = logits.argmax(1) == next_tokens
     return {
         "accuracy": right.double().mean().item(),
         "loss_ov": loss_ov.item(),
@@ -527,29 +512,34 @@ def curves(metrics, name):
         "norm": column(f"norm_{name}"),
     }
 
-def straight_parts(curve):
-    """Where Theorems 1 and 2 promise a straight line: x and y of a fit, for each panel."""
-    t, loss, gap = curve["t"], curve["loss"], curve["gap"]
-    half = (t >= t[-1] / 2) & (loss > 1e-12 * curve["total"])                # above rounding
-    late = (t >= 100) & (gap > 1e-12)                        # after the first bend; above rounding
-    # norm ~ t, loss ~ e^(-t), gap ~ a power of t
-    return {
-        "norm": (t, curve["norm"]),
-        "loss": (t[half], np.log(loss[half])),
-        "gap": (np.log(t[late]), np.log(gap[late])),
-    }
+# Theorems 1 and 2: norm ~ t, loss ~ e^(-t), 1 - alignment ~ a power of t: straight on these scales
+SCALES = {"loss": ("linear", "log"), "gap": ("log", "log"), "norm": ("linear", "linear")}
 
-RATES = {"norm": "norm_{}_rate", "loss": "loss_{}_rate", "gap": "exponent_{}"}
+def on_scale(x, scale):
+    """x, or its logarithm."""
+    return np.log(x) if scale == "log" else x
 
-def line_fit(x, y):
-    """Least squares y = a x + b: a, b and R^2; None for each with fewer than 3 points."""
-    if len(x) < 3:
-        return None, None, None
+def fit(curve, panel):
+    """The straight line of a panel by least squares: slope, R^2, and both ends: t (2,), y (2,).
+
+    Each is None for fewer than 3 points. The loss is fitted in the second half, the gap after its
+    first bend, both above rounding.
+    """
+    t, y = curve["t"], curve[panel]
+    begin = {"loss": t[-1] / 2, "gap": 100, "norm": 1}[panel]
+    rounding = {"loss": 1e-12 * curve["total"], "gap": 1e-12, "norm": -1}[panel]
+    used = (t >= begin) & (y > rounding)
+    if used.sum() < 3:
+        return None, None, None, None
+    x_scale, y_scale = SCALES[panel]
+    x, y = on_scale(t[used], x_scale), on_scale(y[used], y_scale)
     slope, offset = np.polyfit(x, y, 1)
     left = ((y - slope * x - offset) ** 2).sum()
     total = ((y - y.mean()) ** 2).sum()
     r_squared = 1 - left / total if total > 0 else 1.0
-    return float(slope), float(offset), float(r_squared)
+    ends = np.array([begin, t[-1]])
+    line = slope * on_scale(ends, x_scale) + offset
+    return float(slope), float(r_squared), ends, np.exp(line) if y_scale == "log" else line
 
 def unseen_sentences(task, n, rng):
     """Sentences (M, L) that are not in the data, M <= n; their optimal tokens, -1 for a file."""
@@ -588,8 +578,8 @@ def generalisation(model, task, seed, n=20_000):
     V = len(task.collocation)
     unseen, truth = unseen_sentences(task, n, np.random.default_rng(seed + 20_000))
     with torch.no_grad():
-        logits = model(torch.from_numpy(unseen).to(model.E.device))
-    predicted = logits.argmax(1).cpu().numpy()
+        logits = model(torch.from_numpy(unseen).to(model.E.device)).cpu()
+    predicted = logits.argmax(1).numpy()
     E = model.E.cpu().numpy()
     best_W_KQ = max_margin_kq(E, task.sentences, task.optimal)
     scores = E.T @ best_W_KQ @ E                             # (token, query)
@@ -624,16 +614,17 @@ def generalisation(model, task, seed, n=20_000):
         results[f"ties_{name}"] = mean(np.abs(lead) <= 1e-6)
     return results
 
+RATES = {"norm": "norm_{}_rate", "loss": "loss_{}_rate", "gap": "exponent_{}"}
+
 def measure(args, run):
     """What Theorems 1 to 3 say of a trained run, from its checkpoint and its metrics."""
     task, model = load(run.folder, args.device)
     last = ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")
     results = {key: run.metrics[-1][key] for key in last}
     for name in STAGE:
-        parts = straight_parts(curves(run.metrics, name))
+        curve = curves(run.metrics, name)
         for panel, key in RATES.items():
-            slope, _, r_squared = line_fit(*parts[panel])
-            results[key.format(name)] = slope, r_squared
+            results[key.format(name)] = fit(curve, panel)[:2]
     results.update(generalisation(model, task, args.seed))
     results["steps_to_1e_3"] = None if model.first < 0 else int(model.first)
     return results
@@ -657,12 +648,11 @@ def print_panels(run):
             if line["t"] in shown:
                 for key, label in PANELS[name].items():
                     cells.append((label, line["t"], line[key], ".4g"))
-        title = f"{run.args.label or 'Fig. 2'}, seed {run.args.seed}: steps of {matrix}"
-        common.print_table(title, cells)
+        common.print_table(f"Fig. 2, seed {run.args.seed}: steps of {matrix}", cells)
 
 SLOPES = {
     "norm": "norm a step",
-    "loss": "log(loss - minimum) a step, second half",
+    "loss": "log(loss - minimum) a step",
     "gap": "1 - alignment ~ t^",
 }
 
@@ -671,82 +661,57 @@ def print_theorems(runs):
     cells = []
     for run in runs:
         for name, matrix in MATRICES.items():
-            cells.append(("loss at the end (nats)", matrix, run.results[f"loss_{name}"], ".1e"))
-            cells.append(("alignment at the end", matrix, run.results[f"cosine_{name}"], ".4f"))
+            cells.append(("loss (nats)", matrix, run.results[f"loss_{name}"], ".1e"))
+            cells.append(("alignment", matrix, run.results[f"cosine_{name}"], ".4f"))
             for panel, label in SLOPES.items():
                 slope, r_squared = run.results[RATES[panel].format(name)]
-                cells.append((label, matrix, slope, ".4f"))
+                cells.append((label, matrix, slope, ".5f"))
                 cells.append((f"R^2 of {label}", matrix, r_squared, ".5f"))
         cells.append(("training accuracy", "W_KQ", run.results["accuracy"]))
         cells.append(("steps to L < 1e-3", "W_KQ", run.results["steps_to_1e_3"], ".0f"))
-    title = f"{runs[0].args.label or 'Theorems 1 and 2'}: Theorems 1 and 2, measured"
-    common.print_table(title, cells)
+    common.print_table("Theorems 1 and 2: the end of training, and the fitted lines", cells)
 
-# Columns: the keys of generalisation begin with these
+GROUPS = ["decided", "extended", "top", "chain", "new", "truth", "undecided"]
 MEASURES = {"fraction": "fraction", "accuracy": "trained", "exact": "exact W_KQ*", "ties": "ties"}
-GROUPS = {                                                   # rows: the keys end with these
-    "decided": "the data",
-    "extended": "extension",
-    "top": "- top",
-    "chain": "- chain",
-    "new": "- new",
-    "truth": "- truth",
-    "undecided": "truth",
-}
 
 def print_unseen(runs):
     """Theorem 3 for one setting: median and range over seeds."""
     cells = []
     for run in runs:
-        for group, row in GROUPS.items():
+        for group in GROUPS:
             for measure, column in MEASURES.items():
                 value = run.results[f"{measure}_{group}"]
                 if value is not None:                        # None: there are no such sentences
-                    cells.append((row, column, value))
-    title = f"{runs[0].args.label or 'Theorem 3'}: accuracy on unseen sentences, by what gives x*"
-    common.print_table(title, cells)
+                    cells.append((group, column, value))
+    common.print_table("Theorem 3: accuracy on unseen sentences, by what gives x*", cells)
 
 LEGEND = """
-the data: what they say and imply; extension: only what Theorem 3 adds to that; truth: the orders
-top: x* is never beaten in the data; chain (b of a > b > c): optimal in one sentence, beaten in
-another; new: not compared; ties of the exact W_KQ*, whose accuracy counts them as wrong"""
+decided: by the data and what they imply; extended: only by what Theorem 3 adds; of these, top: x*
+is never beaten in the data; chain: x* is b of a > b > c; new: x* is not compared; truth: the same
+sentences, x* by the true orders; undecided: the others, x* by the true orders
+ties: x* scores as high as the best other token; the accuracy of W_KQ* counts them as wrong"""
 
-FIG_2 = {                                                    # label for each matrix, scales
-    "loss": ({"ov": "L_0 (nats)", "kq": "L - L_min (nats)"}, "linear", "log"),
-    "gap": ({"ov": "1 - cosine(W_OV, W_OV*)", "kq": "1 - cosine(W_KQ, W_KQ*)"}, "log", "log"),
-    "norm": ({"ov": "norm of W_OV", "kq": "norm of W_KQ"}, "linear", "linear"),
+FIG_2 = {
+    "ov": {"loss": "L_0 (nats)", "gap": "1 - cosine(W_OV, W_OV*)", "norm": "norm of W_OV"},
+    "kq": {"loss": "L - L_min (nats)", "gap": "1 - cosine(W_KQ, W_KQ*)", "norm": "norm of W_KQ"},
 }
-
-def fitted_line(curve, panel):
-    """The straight line through a panel of Fig. 2: its two ends, t and y; None if there is none."""
-    slope, offset, _ = line_fit(*straight_parts(curve)[panel])
-    if slope is None:
-        return None
-    last = curve["t"][-1]
-    if panel == "norm":
-        t = np.array([0, last])
-        return t, slope * t + offset
-    if panel == "loss":
-        t = np.array([last / 2, last])
-        return t, np.exp(slope * t + offset)
-    t = np.array([100, last])
-    return t, np.exp(offset) * t**slope
 
 def plot(runs):
     """Fig. 2: L_0 and L - L_min, 1 - alignment, norms, and the fitted lines."""
     panels = {}
-    for name in MATRICES:
-        for panel, (labels, x_scale, y_scale) in FIG_2.items():
+    for name, titles in FIG_2.items():
+        for panel, title in titles.items():
             trained, fitted = [], []
             for run in runs:
-                curve = curves(run.metrics, name)
                 label = run.args.label or "trained"
+                curve = curves(run.metrics, name)
                 trained.append((label, curve["t"], curve[panel], {}))
-                line = fitted_line(curve, panel)
-                if line:
-                    fitted.append((f"{label}: fit", *line, dict(color="k", ls="--", lw=1)))
+                slope, _, t, y = fit(curve, panel)
+                if slope is not None:
+                    fitted.append((f"{label}: fit", t, y, dict(color="k", ls="--", lw=1)))
+            x_scale, y_scale = SCALES[panel]
             axis = dict(xlabel="step of its stage", xscale=x_scale, yscale=y_scale)
-            panels[labels[name]] = axis, trained + fitted
+            panels[title] = axis, trained + fitted
     common.plot(runs[0].folder.parent / "fig2.png", panels)
 
 # ---- The command --------------------------------------------------------------------------------
@@ -781,6 +746,7 @@ def show(runs):
     """Prints Fig. 2 of each setting's first run, and the theorems' tables; draws Fig. 2."""
     for label in dict.fromkeys(run.args.label for run in runs):
         seeds = [run for run in runs if run.args.label == label]
+        common.say(f"\n{label or 'measured'}, seeds {[run.args.seed for run in seeds]}")
         print_panels(seeds[0])
         print_theorems(seeds)
         print_unseen(seeds)
