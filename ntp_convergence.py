@@ -277,41 +277,27 @@ def gradients(model, sentences, next_tokens, weights):
 
 # ---- The max-margin solutions (Sec. 4) ----------------------------------------------------------
 
-def max_margin(A, tolerance=1e-12):
+def max_margin(A, tolerance=1e-11):
     """argmin |w| subject to A w >= 1, for A (m, n): w (n,) and multipliers l (m,), w = A^T l.
 
-    An active set grows by the constraint that is most violated; those in it are solved as
-    equations, and leave it where their multiplier would turn negative. In the form of least
-    distance programming (Lawson and Hanson 1974, ch. 23): the u >= 0 that minimises
-    |A^T u|^2 + (1 - sum u)^2 gives l = u / (1 - sum u). Its matrix G = A A^T + 1 is regular for
-    the sets that occur, and with w = A^T l, G u - 1 = (1 - sum u) (A w - 1): its sign says which
-    constraints fail. ValueError where no w meets all of them.
+    Ascent of the dual, sum l - |A^T l|^2 / 2 for l >= 0, one multiplier at a time (Hildreth 1957):
+    each goes to where its constraint is met exactly, or to 0. ValueError if this does not converge,
+    as where no w meets all constraints.
     """
-    G = A @ A.T + 1
-    u = np.zeros(len(A))
-    held = np.zeros(len(A), dtype=bool)
-    for _ in range(10 * len(A)):
-        slack = np.where(held, 0.0, G @ u - 1)
-        if slack.min() > -tolerance:
-            break
-        held[slack.argmin()] = True
-        while True:
-            equations = G[np.ix_(held, held)]
-            solution = np.zeros(len(A))
-            solution[held] = np.linalg.solve(equations, np.ones(len(equations)))
-            falls = held & (solution <= 0)
-            if not falls.any():
-                break
-            # go towards the solution until the first multiplier is 0, and let go of it
-            rate = (u[falls] / (u[falls] - solution[falls])).min()
-            u = u + rate * (solution - u)
-            held[falls & (u <= 1e-15)] = False
-        u = solution
-    l = u / max(1 - u.sum(), 1e-12)
-    w = A.T @ l
-    if (A @ w).min() < 1 - 1e-6:
-        raise ValueError("no max-margin solution: the constraints cannot all be met")
-    return w, l
+    G = A @ A.T
+    l = np.zeros(len(A))
+    margins = np.zeros(len(A))                               # A w = G l
+    for _ in range(20_000):
+        largest = 0.0
+        for i, size in enumerate(G.diagonal()):
+            change = max(-l[i], (1 - margins[i]) / size)
+            if change != 0:
+                l[i] += change
+                margins += change * G[i]
+                largest = max(largest, abs(change) * size)
+        if largest < tolerance:
+            return A.T @ l, l
+    raise ValueError("no max-margin solution: the constraints cannot all be met")
 
 def max_margin_matrix(differences, queries, embedding):
     """argmin |W|_F subject to differences[i]^T W x_queries[i] >= 1: W (a, d).
