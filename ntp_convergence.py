@@ -32,9 +32,9 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --sentences FILE         your own data: a line n(0) n(1) ..., that is,
         what follows each token; then lines of one length, a sentence and its next token
 
-To reuse: max_margin needs only numpy, max_margin_kq also max_margin_matrix and said_orders;
-OneLayer (with a float64 embedding) and gradients (with loss_and_residual) need torch; the task
-needs numpy.
+To reuse: max_margin needs only numpy, max_margin_kq also max_margin_matrix, orthonormal and
+said_orders; OneLayer (with a float64 embedding) and gradients (with loss_and_residual) need torch;
+the task needs numpy.
 """
 import math
 from typing import NamedTuple
@@ -277,7 +277,7 @@ def gradients(model, sentences, next_tokens, weights):
 
 # ---- The max-margin solutions (Sec. 4) ----------------------------------------------------------
 
-def max_margin(A, tolerance=1e-11):
+def max_margin(A):
     """argmin |w| subject to A w >= 1, for A (m, n): w (n,) and multipliers l (m,), w = A^T l.
 
     Ascent of the dual, sum l - |A^T l|^2 / 2 for l >= 0, one multiplier at a time (Hildreth 1957):
@@ -287,7 +287,7 @@ def max_margin(A, tolerance=1e-11):
     G = A @ A.T
     l = np.zeros(len(A))
     margins = np.zeros(len(A))                               # A w = G l
-    for _ in range(20_000):
+    for _ in range(100_000):
         largest = 0.0
         for i, size in enumerate(G.diagonal()):
             change = max(-l[i], (1 - margins[i]) / size)
@@ -295,36 +295,41 @@ def max_margin(A, tolerance=1e-11):
                 l[i] += change
                 margins += change * G[i]
                 largest = max(largest, abs(change) * size)
-        if largest < tolerance:
+        if largest < 1e-11:
             return A.T @ l, l
     raise ValueError("no max-margin solution: the constraints cannot all be met")
+
+def orthonormal(embedding):
+    """Are the columns of an embedding (d, V) orthonormal?"""
+    return np.allclose(embedding.T @ embedding, np.eye(embedding.shape[1]))
 
 def max_margin_matrix(differences, queries, embedding):
     """argmin |W|_F subject to differences[i]^T W x_queries[i] >= 1: W (a, d).
 
     For differences (m, a), token ids queries (m,) and an embedding (d, V).
     """
-    d, V = embedding.shape
-    if np.allclose(embedding.T @ embedding, np.eye(V)):
-        # W = sum_q w_q x_q^T: the x_q are orthonormal, and each w_q has its own constraints
-        W = np.zeros((differences.shape[1], d))
+    W = np.zeros((differences.shape[1], len(embedding)))
+    if orthonormal(embedding):
+        # W = sum_q w_q x_q^T, and each w_q has its own constraints
         for q in np.unique(queries):
             w, _ = max_margin(differences[queries == q])
             W += np.outer(w, embedding[:, q])
         return W
     A = np.einsum("ma,dm->mad", differences, embedding[:, queries])
     w, _ = max_margin(A.reshape(len(A), -1))
-    return w.reshape(A.shape[1:])
+    return w.reshape(W.shape)
 
 def max_margin_ov(embedding, collocation):
     """W_OV* (V, d): (e_n(v) - e_u)^T W x_v >= 1 for each v and all u != n(v).
 
     For an embedding (d, V); with an orthonormal one it is sum_v (e_n(v) - 1/V) x_v^T.
     """
+    E = np.asarray(embedding)
     one_hot = np.eye(len(collocation))
+    if orthonormal(E):
+        return (one_hot[collocation].T - 1 / len(E)) @ E.T
     v, u = np.nonzero(one_hot[collocation] == 0)             # all pairs with u != n(v)
-    differences = one_hot[collocation[v]] - one_hot[u]
-    return max_margin_matrix(differences, v, np.asarray(embedding))
+    return max_margin_matrix(one_hot[collocation[v]] - one_hot[u], v, E)
 
 def max_margin_kq(embedding, sentences, optimal):
     """W_KQ* (d, d): (x* - x)^T W x_q >= 1 for each sentence and each other token x in it.
@@ -403,8 +408,8 @@ def train(args, run):
     best = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
     best = [torch.from_numpy(W).to(model.E) for W in best]   # W_OV*, W_KQ*
     V = len(task.collocation)
-    sgd = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
-    optimizer = sgd([
+    descent = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+    optimizer = descent([
         {"params": model.W_OV, "lr": args.lr_ov / math.sqrt(V)},
         {"params": model.W_KQ, "lr": args.lr / math.sqrt(V)},
     ])
@@ -438,10 +443,10 @@ def train(args, run):
             name = "kq" if train_kq else "ov"
             if now[f"gradient_{name}"] < 1e-150:
                 raise common.RunError(f"the gradient underflows at step {step + 1}: take fewer")
-            shown = {"loss": now[f"loss_{name}"], "cosine": now[f"cosine_{name}"]}
+            loss, cosine = now[f"loss_{name}"], now[f"cosine_{name}"]
             stage = 0 if joint else STAGE[name]
             t = step + 1 - steps_ov if train_kq else step + 1
-            run.log(step + 1, **shown, stage=stage, t=t, **now)
+            run.log(step + 1, loss=loss, cosine=cosine, stage=stage, t=t, **now)
 
 # ---- Measurement --------------------------------------------------------------------------------
 
@@ -534,7 +539,7 @@ def unseen_sentences(task, n, rng):
         drawn, truth = rng.integers(len(task.collocation), size=size), np.full(n, -1)
     else:
         drawn, truth = draw_sentences(*size, task.orders, rng, batches=25)
-    seen = {tuple(x) for x in task.sentences.tolist()}
+    seen = set(map(tuple, task.sentences.tolist()))
     new = np.array([tuple(x) not in seen for x in drawn.tolist()])
     return drawn[new], truth[new]
 
@@ -567,8 +572,7 @@ def generalisation(model, task, seed, n=20_000):
         logits = model(torch.from_numpy(unseen).to(model.E.device)).cpu()
     predicted = logits.argmax(1).numpy()
     E = model.E.cpu().numpy()
-    best_W_KQ = max_margin_kq(E, task.sentences, task.optimal)
-    scores = E.T @ best_W_KQ @ E                             # (token, query)
+    scores = E.T @ max_margin_kq(E, task.sentences, task.optimal) @ E        # (token, query)
 
     said = said_orders(task.sentences, task.optimal, V)
     by_data = optimal_token(unseen, closure(said))           # -1 where there is none
@@ -600,13 +604,13 @@ def generalisation(model, task, seed, n=20_000):
         results[f"ties_{name}"] = mean(np.abs(lead) <= 1e-6)
     return results
 
+# Under which names results.json holds slope and R^2 of the lines; {}: ov, kq
 RATES = {"norm": "norm_{}_rate", "loss": "loss_{}_rate", "gap": "exponent_{}"}
 
 def measure(args, run):
-    """What Theorems 1 to 3 say of a trained run, from its checkpoint and its metrics."""
+    """What Theorems 1 to 3 say of a trained run: its last metrics, the fits, generalisation."""
     task, model = load(run.folder, args.device)
-    last = ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")
-    results = {key: run.metrics[-1][key] for key in last}
+    results = {**run.metrics[-1]}
     for name in STAGE:
         curve = curves(run.metrics, name)
         for panel, key in RATES.items():
@@ -646,17 +650,19 @@ def print_theorems(runs):
     """What Theorems 1 and 2 say of one setting: median and range over seeds."""
     cells = []
     for run in runs:
+        found = run.results
         for name, matrix in MATRICES.items():
-            cells.append(("loss (nats)", matrix, run.results[f"loss_{name}"], ".1e"))
-            cells.append(("alignment", matrix, run.results[f"cosine_{name}"], ".4f"))
+            cells.append(("loss (nats)", matrix, found[f"loss_{name}"], ".1e"))
+            cells.append(("alignment", matrix, found[f"cosine_{name}"], ".4f"))
             for panel, label in SLOPES.items():
-                slope, r_squared = run.results[RATES[panel].format(name)]
+                slope, r_squared = found[RATES[panel].format(name)]
                 cells.append((label, matrix, slope, ".5f"))
                 cells.append((f"R^2 of {label}", matrix, r_squared, ".5f"))
-        cells.append(("training accuracy", "W_KQ", run.results["accuracy"]))
-        cells.append(("steps to L < 1e-3", "W_KQ", run.results["steps_to_1e_3"], ".0f"))
+        cells.append(("training accuracy", "W_KQ", found["accuracy"]))
+        cells.append(("steps to L < 1e-3", "W_KQ", found["steps_to_1e_3"], ".0f"))
     common.print_table("Theorems 1 and 2: the end of training, and the fitted lines", cells)
 
+# The keys of generalisation: measure_group
 GROUPS = ["decided", "extended", "top", "chain", "new", "truth", "undecided"]
 MEASURES = {"fraction": "fraction", "accuracy": "trained", "exact": "exact W_KQ*", "ties": "ties"}
 
