@@ -325,9 +325,10 @@ def max_margin_ov(embedding, collocation):
     For an embedding (d, V); with an orthonormal one it is sum_v (e_n(v) - 1/V) x_v^T.
     """
     E = np.asarray(embedding)
-    one_hot = np.eye(len(collocation))
+    V = len(collocation)
+    one_hot = np.eye(V)
     if orthonormal(E):
-        return (one_hot[collocation].T - 1 / len(E)) @ E.T
+        return (one_hot[collocation].T - 1 / V) @ E.T
     v, u = np.nonzero(one_hot[collocation] == 0)             # all pairs with u != n(v)
     return max_margin_matrix(one_hot[collocation[v]] - one_hot[u], v, E)
 
