@@ -68,8 +68,8 @@ class Task(NamedTuple):
 def closure(orders):
     """The transitive closure of each relation of (..., V, V), by squaring."""
     for _ in range(orders.shape[-1].bit_length()):
-        paths = orders.astype(np.float32) @ orders.astype(np.float32)
-        orders = orders | (paths > 0)
+        ones = orders.astype(np.float32)
+        orders = orders | (ones @ ones > 0)
     return orders
 
 def make_orders(vocab_size, kind, rng):
@@ -123,9 +123,8 @@ def draw_dataset(vocab_size, n_sentences, length, seed, order):
     orders = make_orders(vocab_size, order, rng)
     sentences, optimal = draw_sentences(n_sentences, length, orders, rng)
     if len(sentences) < n_sentences:
-        drawn = f"of {1_000 * n_sentences} random sentences of {length} tokens"
-        found = f"only {len(sentences)} have an optimal token by the {order} orders of seed {seed}"
-        raise ValueError(f"{drawn} {found}: take shorter ones, more tokens or total orders")
+        found = f"only {len(sentences)} of {1_000 * n_sentences} random sentences"
+        raise ValueError(f"{found} have an optimal token: take shorter ones or total orders")
     return sentences, collocation[optimal], collocation, optimal, orders
 
 def make_dataset(vocab_size, n_sentences, length, seed, order="total"):
@@ -739,7 +738,7 @@ def show(runs):
     """Prints Fig. 2 of each setting's first run, and the theorems' tables; draws Fig. 2."""
     for label in dict.fromkeys(run.args.label for run in runs):
         seeds = [run for run in runs if run.args.label == label]
-        common.say(f"\n{label or 'measured'}, seeds {[run.args.seed for run in seeds]}")
+        common.say(f"\n{label or 'Measured'} (seeds: {len(seeds)})")
         print_panels(seeds[0])
         print_theorems(seeds)
         print_unseen(seeds)
