@@ -604,8 +604,12 @@ def generalisation(model, task, seed, n=20_000):
         results[f"ties_{name}"] = mean(np.abs(lead) <= 1e-6)
     return results
 
-# Under which names results.json holds slope and R^2 of the lines; {}: ov, kq
-RATES = {"norm": "norm_{}_rate", "loss": "loss_{}_rate", "gap": "exponent_{}"}
+# Slope and R^2 of each panel's line: the key in results.json, {} being ov or kq, and its name
+RATES = {
+    "norm": ("norm_{}_rate", "norm a step"),
+    "loss": ("loss_{}_rate", "log(loss - minimum) a step"),
+    "gap": ("exponent_{}", "1 - alignment ~ t^"),
+}
 
 def measure(args, run):
     """What Theorems 1 to 3 say of a trained run: its last metrics, the fits, generalisation."""
@@ -613,7 +617,7 @@ def measure(args, run):
     results = {**run.metrics[-1]}
     for name in STAGE:
         curve = curves(run.metrics, name)
-        for panel, key in RATES.items():
+        for panel, (key, _) in RATES.items():
             results[key.format(name)] = fit(curve, panel)[:2]
     results.update(generalisation(model, task, args.seed))
     results["steps_to_1e_3"] = None if model.first < 0 else int(model.first)
@@ -640,12 +644,6 @@ def print_panels(run):
                     cells.append((label, line["t"], line[key], ".4g"))
         common.print_table(f"Fig. 2, seed {run.args.seed}: steps of {matrix}", cells)
 
-SLOPES = {
-    "norm": "norm a step",
-    "loss": "log(loss - minimum) a step",
-    "gap": "1 - alignment ~ t^",
-}
-
 def print_theorems(runs):
     """What Theorems 1 and 2 say of one setting: median and range over seeds."""
     cells = []
@@ -654,13 +652,13 @@ def print_theorems(runs):
         for name, matrix in MATRICES.items():
             cells.append(("loss (nats)", matrix, found[f"loss_{name}"], ".1e"))
             cells.append(("alignment", matrix, found[f"cosine_{name}"], ".4f"))
-            for panel, label in SLOPES.items():
-                slope, r_squared = found[RATES[panel].format(name)]
+            for key, label in RATES.values():
+                slope, r_squared = found[key.format(name)]
                 cells.append((label, matrix, slope, ".5f"))
                 cells.append((f"R^2 of {label}", matrix, r_squared, ".5f"))
         cells.append(("training accuracy", "W_KQ", found["accuracy"]))
         cells.append(("steps to L < 1e-3", "W_KQ", found["steps_to_1e_3"], ".0f"))
-    common.print_table("Theorems 1 and 2: the end of training, and the fitted lines", cells)
+    common.print_table("Theorems 1 and 2: at the end, and fitted lines (loss: second half)", cells)
 
 # The keys of generalisation: measure_group
 GROUPS = ["decided", "extended", "top", "chain", "new", "truth", "undecided"]
