@@ -29,15 +29,14 @@ aligned from the first step) and the step sizes of the other optimizers are ours
     python ntp_convergence.py --order total partial --embedding orthonormal gaussian
     python ntp_convergence.py --embedding gaussian --steps-ov 5000 --steps 60000
     python ntp_convergence.py --optimizer ngd gd adam --stages two joint
-    python ntp_convergence.py --sentences FILE         your own data, lines of token ids: "0 3" for
-        each token and what follows it, then sentences, all of one length, each with its next token
+    python ntp_convergence.py --sentences FILE         your own data: a line n(0) n(1) ..., that is,
+        what follows each token; then lines of one length, a sentence and its next token
 
-To lift: max_margin needs only numpy, max_margin_kq also max_margin_matrix and said_orders;
-OneLayer (with a float64 embedding) and gradients (with loss_and_residual) need torch; the task
-needs numpy, and torch for Task.tensors. panels takes the Task as tensors, generalisation as arrays.
+To reuse: max_margin needs only numpy, max_margin_kq also max_margin_matrix, orthonormal and
+said_orders; OneLayer (with a float64 embedding) and gradients (with loss_and_residual) need torch;
+the task needs numpy.
 """
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -63,18 +62,14 @@ class Task(NamedTuple):
     next_tokens: np.ndarray                    # (N,) n(x*)
     collocation: np.ndarray                    # (V,) n, an injective map
     optimal: np.ndarray                        # (N,) x*
-    weights: np.ndarray                        # (V,) of the pairs (v, n(v)) in stage 1, sum 1
     orders: np.ndarray                         # (V, V, V) bool, [q, a, b]: a >_q b; None: a file
-
-    def tensors(self, device):
-        """The same as tensors on a device."""
-        return Task(*[x if x is None else torch.from_numpy(x).to(device) for x in self])
+    weights: np.ndarray                        # (V,) of the pairs (v, n(v)) in stage 1, sum 1
 
 def closure(orders):
     """The transitive closure of each relation of (..., V, V), by squaring."""
-    for _ in range(max(1, (orders.shape[-1] - 1).bit_length())):
-        paths = orders.astype(np.float32) @ orders.astype(np.float32)
-        orders = orders | (paths > 0)
+    for _ in range(orders.shape[-1].bit_length()):
+        ones = orders.astype(np.float32)
+        orders = orders | (ones @ ones > 0)
     return orders
 
 def make_orders(vocab_size, kind, rng):
@@ -107,13 +102,13 @@ def optimal_token(sentences, orders):
     above_all = (above | (sentences == best[:, None])).all(axis=1)
     return np.where(above_all, best, -1)
 
-def draw_sentences(n, length, orders, rng, tries=1_000):
+def draw_sentences(n, length, orders, rng, batches=250):
     """Random sentences (n, L) that have an optimal token, repeats allowed; and that token (n,).
 
-    Fewer than n, where `tries` random ones for each do not do: long ones seldom have one.
+    Fewer than n if so many batches of 4 n do not hold them: long sentences seldom have one.
     """
     found = np.empty((0, length), dtype=np.int64)
-    for _ in range(tries // 4):
+    for _ in range(batches):
         sentences = rng.integers(len(orders), size=(4 * n, length))
         has_one = optimal_token(sentences, orders) >= 0
         found = np.concatenate([found, sentences[has_one]])
@@ -123,24 +118,21 @@ def draw_sentences(n, length, orders, rng, tries=1_000):
 
 def draw_dataset(vocab_size, n_sentences, length, seed, order):
     """What make_dataset returns, and the orders (V, V, V)."""
-    if min(vocab_size, length) < 2:
-        raise ValueError("nothing to learn with fewer than 2 tokens, or sentences of fewer")
     rng = np.random.default_rng(seed)
     collocation = rng.permutation(vocab_size)
     orders = make_orders(vocab_size, order, rng)
     sentences, optimal = draw_sentences(n_sentences, length, orders, rng)
     if len(sentences) < n_sentences:
-        drawn = f"of {1_000 * n_sentences} random sentences of {length} tokens"
-        found = f"only {len(sentences)} have an optimal token by the {order} orders of seed {seed}"
-        raise ValueError(f"{drawn} {found}: take shorter ones, more tokens or total orders")
-    return (sentences, collocation[optimal], collocation, optimal), orders
+        found = f"only {len(sentences)} of {1_000 * n_sentences} random sentences"
+        raise ValueError(f"{found} have an optimal token: take shorter ones or total orders")
+    return sentences, collocation[optimal], collocation, optimal, orders
 
 def make_dataset(vocab_size, n_sentences, length, seed, order="total"):
     """Sentences (N, L), next_tokens (N,), collocation (V,), optimal (N,): realizable, int64.
 
-    ValueError: V or L below 2, or less than one random sentence in 1,000 has an optimal token.
+    ValueError if less than one random sentence in 1,000 has an optimal token.
     """
-    return draw_dataset(vocab_size, n_sentences, length, seed, order)[0]
+    return draw_dataset(vocab_size, n_sentences, length, seed, order)[:4]
 
 def said_orders(sentences, optimal, vocab_size):
     """What the sentences say: (V, V, V) bool, [q, a, b]: a is optimal in one with b and query q."""
@@ -168,66 +160,36 @@ def extended_orders(sentences, optimal, vocab_size):
 def check_realizable(sentences, next_tokens, collocation):
     """The optimal tokens (N,) of a realizable dataset, however it was made.
 
-    ValueError says what makes it not one: a collocation that is not injective, a next token that
-    no token of the sentence gives, or a cycle in a query's order.
+    ValueError if it is not realizable: the collocation is not injective, no token of a sentence
+    gives its next token, or a query's order has a cycle.
     """
-    given_by = {}
-    for token, following in enumerate(collocation.tolist()):
-        if following in given_by:
-            pair = f"{given_by[following]} and {token}"
-            raise ValueError(f"not realizable: tokens {pair} are both followed by {following}")
-        given_by[following] = token
-    optimal = []
-    for i, (x, following) in enumerate(zip(sentences.tolist(), next_tokens.tolist())):
-        if given_by.get(following) not in x:
-            raise ValueError(f"not realizable: in sentence {i}, {x}, none gives {following}")
-        optimal.append(given_by[following])
-    optimal = np.array(optimal)
-    implied = closure(said_orders(sentences, optimal, len(collocation)))
-    cycles = np.argwhere(implied.diagonal(axis1=1, axis2=2))                         # (q, token)
-    if len(cycles):
-        q, token = cycles[0]
-        raise ValueError(f"not realizable: sentences with query {q} put token {token} above itself")
+    V = len(collocation)
+    if sorted(collocation) != list(range(V)):
+        raise ValueError("not realizable: each token must follow exactly one token")
+    optimal = np.argsort(collocation)[next_tokens]           # n^-1
+    missing = (sentences != optimal[:, None]).all(axis=1)
+    if missing.any():
+        sentence = sentences[missing][0].tolist()
+        raise ValueError(f"not realizable: no token of {sentence} gives its next token")
+    implied = closure(said_orders(sentences, optimal, V))
+    for query, token in np.argwhere(implied.diagonal(axis1=1, axis2=2)):
+        raise ValueError(f"not realizable: with query {query}, token {token} is above itself")
     return optimal
 
 def read_dataset(path):
-    """Token ids from a file: each line a sentence and its next token.
+    """What draw_dataset returns, of a file of token ids; the orders are None.
 
-    Lines of two tokens give the collocation, all of it. Returns what make_dataset returns.
-    ValueError names what is wrong, and the line.
+    The first line is the collocation, n(0) n(1) ...; the others are sentences of one length, each
+    followed by its next token. ValueError says what is wrong.
     """
-    pairs = {}
-    longer = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) < 2 or not all(word.isdecimal() and len(word) < 10 for word in words):
-            raise ValueError(f"line {number}: give token ids 0, 1, ...: a sentence, what follows")
-        row = list(map(int, words))
-        if len(row) > 2:
-            longer.append(row)
-            continue
-        token, following = row
-        if pairs.setdefault(token, following) != following:
-            both = f"{pairs[token]} and {following}"
-            raise ValueError(f"line {number}: {token} is followed by {both}")
-    if len(set(map(len, longer))) != 1:
-        raise ValueError("give sentences of two tokens or more, all of one length, such as "
-                         '"0 1 3": of 0 and 1, 3 is next')
-    tokens = set(pairs).union(pairs.values(), *longer)
-    V = len(tokens)
-    if V > 200:
-        raise ValueError(f"{V} tokens: their orders need V^3 numbers; give 200 at most")
-    for token in range(V):                                   # V tokens, so that there are no others
-        if token not in pairs:
-            raise ValueError(f'every token needs a line with what follows it, such as "{token} 0"; '
-                             f"{token} has none")
-    collocation = np.array([pairs[token] for token in range(V)])
-    rows = np.array(longer)
+    with open(path) as file:
+        collocation = np.loadtxt(file, dtype=int, ndmin=1, max_rows=1)
+        rows = np.loadtxt(file, dtype=int, ndmin=2)
+    if not np.isin(rows, np.arange(len(collocation))).all():
+        raise ValueError("the first line does not say what follows each token")
     sentences, next_tokens = rows[:, :-1], rows[:, -1]
     optimal = check_realizable(sentences, next_tokens, collocation)
-    return sentences, next_tokens, collocation, optimal
+    return sentences, next_tokens, collocation, optimal, None
 
 # ---- The model (Sec. 3) -------------------------------------------------------------------------
 
@@ -240,8 +202,8 @@ class OneLayer(nn.Module):
         super().__init__()
         d, V = embedding.shape
         self.register_buffer("E", embedding)                 # (d, V)
-        self.W_OV = nn.Parameter(torch.zeros(V, d, dtype=torch.float64))
-        self.W_KQ = nn.Parameter(torch.zeros(d, d, dtype=torch.float64))
+        self.W_OV = nn.Parameter(embedding.new_zeros(V, d))
+        self.W_KQ = nn.Parameter(embedding.new_zeros(d, d))
         # part of the checkpoint: the first step of stage 2 with a loss below 1e-3, -1 before
         self.register_buffer("first", torch.tensor(-1))
 
@@ -261,15 +223,15 @@ class OneLayer(nn.Module):
         logits = (attn.unsqueeze(1) @ values).squeeze(1)     # (N, V)
         return (logits, attn) if return_attn else logits
 
-# The gradients in plain form, with which a test compares what follows:
-#
-#     logits = model(sentences)
-#     loss = weights @ F.cross_entropy(logits, next_tokens, reduction="none")
-#     loss.backward()
-#
-# That loses all digits just where this paper looks. At a loss of 1e-17 the probability p of the
-# next token rounds to 1, and its residual p - 1 to 0; yet normalised gradient descent goes on as
-# fast as ever, in the direction of what is left. Two differences of nearly equal numbers are to
+def plain_gradients(model, sentences, next_tokens, weights):
+    """What gradients computes, by autograd: what it means, and what a test compares it with."""
+    losses = F.cross_entropy(model(sentences), next_tokens, reduction="none")
+    loss = weights @ losses
+    return loss, *torch.autograd.grad(loss, [model.W_OV, model.W_KQ])
+
+# Autograd loses all digits just where this paper looks. At a loss of 1e-17 the probability p of
+# the next token rounds to 1, and its residual p - 1 to 0; yet normalised gradient descent goes on
+# as fast as ever, in the direction of what is left. Two differences of nearly equal numbers are to
 # blame, and each has a form that keeps the digits:
 #
 #     p - 1 = -sigmoid(z) and loss = log(1 + e^z), with
@@ -314,75 +276,60 @@ def gradients(model, sentences, next_tokens, weights):
 
 # ---- The max-margin solutions (Sec. 4) ----------------------------------------------------------
 
-def max_margin(A, tolerance=1e-12):
+def max_margin(A):
     """argmin |w| subject to A w >= 1, for A (m, n): w (n,) and multipliers l (m,), w = A^T l.
 
-    An active set grows by the constraint that is most violated; those in it are solved as
-    equations, and leave it where their multiplier would turn negative. In the form of least
-    distance programming (Lawson and Hanson 1974, ch. 23): the u >= 0 that minimises
-    |A^T u|^2 + (1 - sum u)^2 gives l = u / (1 - sum u). Its matrix G = A A^T + 1 is regular for
-    the sets that occur, and with w = A^T l, G u - 1 = (1 - sum u) (A w - 1): its sign says which
-    constraints fail. ValueError where no w meets all of them.
+    Ascent of the dual, sum l - |A^T l|^2 / 2 for l >= 0, one multiplier at a time (Hildreth 1957):
+    each goes to where its constraint is met exactly, or to 0. ValueError if this does not converge,
+    as where no w meets all constraints.
     """
-    G = A @ A.T + 1
-    u = np.zeros(len(A))
-    held = np.zeros(len(A), dtype=bool)
-    for _ in range(10 * len(A)):
-        slack = np.where(held, 0.0, G @ u - 1)
-        if slack.min() > -tolerance:
-            break
-        held[slack.argmin()] = True
-        while True:
-            equations = G[np.ix_(held, held)]
-            solution = np.zeros(len(A))
-            solution[held] = np.linalg.solve(equations, np.ones(len(equations)))
-            falls = held & (solution <= 0)
-            if not falls.any():
-                break
-            # go towards the solution until the first multiplier is 0, and let go of it
-            rate = (u[falls] / (u[falls] - solution[falls])).min()
-            u = u + rate * (solution - u)
-            held[falls & (u <= 1e-15)] = False
-        u = solution
-    l = u / max(1 - u.sum(), 1e-12)
-    w = A.T @ l
-    if (A @ w).min() < 1 - 1e-6:
-        raise ValueError("no max-margin solution: the constraints cannot all be met")
-    return w, l
+    G = A @ A.T
+    l = np.zeros(len(A))
+    margins = np.zeros(len(A))                               # A w = G l
+    for _ in range(100_000):
+        largest = 0.0
+        for i, size in enumerate(G.diagonal()):
+            change = max(-l[i], (1 - margins[i]) / size)
+            if change != 0:
+                l[i] += change
+                margins += change * G[i]
+                largest = max(largest, abs(change) * size)
+        if largest < 1e-11:
+            return A.T @ l, l
+    raise ValueError("no max-margin solution: the constraints cannot all be met")
 
-def check_constraints(n):
-    """ValueError for more constraints in one problem than a quarter of an hour is enough for."""
-    if n > 4_000:
-        raise ValueError(f"{n:,} max-margin constraints at once: take fewer tokens")
+def orthonormal(embedding):
+    """Are the columns of an embedding (d, V) orthonormal?"""
+    return np.allclose(embedding.T @ embedding, np.eye(embedding.shape[1]))
 
 def max_margin_matrix(differences, queries, embedding):
     """argmin |W|_F subject to differences[i]^T W x_queries[i] >= 1: W (a, d).
 
-    For differences (m, a), token ids queries (m,) and an embedding (d, V). ValueError for more than
-    4,000 constraints in one problem.
+    For differences (m, a), token ids queries (m,) and an embedding (d, V).
     """
-    d, V = embedding.shape
-    if np.allclose(embedding.T @ embedding, np.eye(V)):
-        # W = sum_q w_q x_q^T: the x_q are orthonormal, and each w_q has its own constraints
-        W = np.zeros((differences.shape[1], d))
+    W = np.zeros((differences.shape[1], len(embedding)))
+    if orthonormal(embedding):
+        # W = sum_q w_q x_q^T, and each w_q has its own constraints
         for q in np.unique(queries):
             w, _ = max_margin(differences[queries == q])
             W += np.outer(w, embedding[:, q])
         return W
-    check_constraints(len(queries))
-    A = differences[:, :, None] * embedding[:, queries].T[:, None, :]                # (m, a, d)
+    A = np.einsum("ma,dm->mad", differences, embedding[:, queries])
     w, _ = max_margin(A.reshape(len(A), -1))
-    return w.reshape(A.shape[1:])
+    return w.reshape(W.shape)
 
 def max_margin_ov(embedding, collocation):
     """W_OV* (V, d): (e_n(v) - e_u)^T W x_v >= 1 for each v and all u != n(v).
 
     For an embedding (d, V); with an orthonormal one it is sum_v (e_n(v) - 1/V) x_v^T.
     """
-    one_hot = np.eye(len(collocation))
+    E = np.asarray(embedding)
+    V = len(collocation)
+    one_hot = np.eye(V)
+    if orthonormal(E):
+        return (one_hot[collocation].T - 1 / V) @ E.T
     v, u = np.nonzero(one_hot[collocation] == 0)             # all pairs with u != n(v)
-    differences = one_hot[collocation[v]] - one_hot[u]
-    return max_margin_matrix(differences, v, np.asarray(embedding))
+    return max_margin_matrix(one_hot[collocation[v]] - one_hot[u], v, E)
 
 def max_margin_kq(embedding, sentences, optimal):
     """W_KQ* (d, d): (x* - x)^T W x_q >= 1 for each sentence and each other token x in it.
@@ -397,74 +344,56 @@ def max_margin_kq(embedding, sentences, optimal):
 
 # ---- Training (Algorithm 1) ---------------------------------------------------------------------
 
-class Optimizer(NamedTuple):
-    """How both matrices are trained; the step sizes are in units of 1 / sqrt(d)."""
-    torch_class: type
-    normalised: bool                           # gradients of norm 1
-    lr_ov: float                               # eta_0, of W_OV
-    lr: float                                  # eta, of W_KQ
-
-OPTIMIZERS = {
-    "ngd": Optimizer(torch.optim.SGD, True, lr_ov=0.2, lr=0.05),                     # Algorithm 1
-    "gd": Optimizer(torch.optim.SGD, False, lr_ov=40.0, lr=40.0),
-    "adam": Optimizer(torch.optim.Adam, False, lr_ov=0.05, lr=0.05),
-}
-
-QUICK = dict(
-    optimizer=["ngd"], stages=["two"], order=["total"], embedding=["orthonormal"],
-    weights=["random"], sentences=None, vocab_size=20, n_sentences=200, seq_len=5,
-    steps_ov=2_000, steps=20_000, lr_ov=None, lr=None,
-)
-PRESETS = {"quick": QUICK, "medium": {**QUICK, "seed": list(range(10))}, "paper": QUICK}
+# Step sizes of W_OV and W_KQ, in units of 1 / sqrt(d): normalised (Algorithm 1), plain, Adam
+STEP_SIZES = {"ngd": (0.2, 0.05), "gd": (40.0, 40.0), "adam": (0.05, 0.05)}
+PRESETS = {"quick": {}, "medium": dict(seed=list(range(10))), "paper": {}}
 SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
 
 def resolve(args):
-    """Completes a run's settings: the optimizer's step sizes; None for what has no effect on it."""
-    chosen = OPTIMIZERS[args.optimizer]
-    args.lr_ov = chosen.lr_ov if args.lr_ov is None else args.lr_ov
-    args.lr = chosen.lr if args.lr is None else args.lr
+    """Completes a run's flags: the optimizer's step sizes. Unused ones become None."""
+    lr_ov, lr = STEP_SIZES[args.optimizer]
+    args.lr_ov = args.lr_ov or lr_ov
+    args.lr = args.lr or lr
     if args.stages == "joint":
         args.steps_ov = None
     if args.sentences:
         args.order = args.vocab_size = args.n_sentences = args.seq_len = None
 
-def get_dataset(args):
-    """A run's dataset, and its true orders (None for a file). ValueError, OSError: none."""
+def build(args):
+    """The task and the model of a run. ValueError, OSError: there is no such dataset."""
     if args.sentences:
-        dataset, orders = read_dataset(args.sentences), None
+        dataset = read_dataset(args.sentences)
     else:
         size = args.vocab_size, args.n_sentences, args.seq_len
-        dataset, orders = draw_dataset(*size, args.seed, args.order)
-    sentences = dataset[0]
-    if (sentences == sentences[:, -1:]).all():
+        dataset = draw_dataset(*size, args.seed, args.order)
+    sentences, _, collocation, optimal, _ = dataset
+    V = len(collocation)
+    n_orders = said_orders(sentences, optimal, V).sum()
+    if n_orders == 0:
         raise ValueError("each sentence repeats one token, so that attention has nothing to learn")
-    if args.embedding == "gaussian":                         # all constraints in one problem
-        V = len(dataset[2])                                  # of the collocation
-        n_orders = said_orders(sentences, dataset[3], V).sum()
-        check_constraints(max(V * (V - 1), n_orders))
-    return dataset, orders
-
-def build(args):
-    """The task and the model of a run."""
-    dataset, orders = get_dataset(args)
-    V = len(dataset[2])                                      # of the collocation
     rng = np.random.default_rng(args.seed + 10_000)
     embedding = rng.standard_normal((V, V)) / math.sqrt(V)
     if args.embedding == "orthonormal":
         embedding, _ = np.linalg.qr(embedding)
+    elif max(V * (V - 1), n_orders) > 4_000:                 # minutes, gigabytes
+        raise ValueError("over 4,000 max-margin constraints at once: take fewer tokens")
     weights = rng.exponential(size=V) if args.weights == "random" else np.ones(V)
-    task = Task(*dataset, weights / weights.sum(), orders)
+    task = Task(*dataset, weights / weights.sum())
     return task, OneLayer(torch.from_numpy(embedding)).to(args.device)
 
 def load(folder, device="cpu"):
     """The task and the trained model of a run's folder, the model in eval mode."""
     return common.load(folder, build, device)
 
-def learning_rate(step_size, d):
-    """Constant over all steps: a step size that is given in units of 1 / sqrt(d) (Algorithm 1)."""
-    return step_size / math.sqrt(d)
+def examples(task, device):
+    """What stages 1 and 2 train on: sentences (N, L), next tokens (N,), weights (N,) of sum 1."""
+    V, N = len(task.collocation), len(task.sentences)
 
-TRAINED = {0: ["ov", "kq"], 1: ["ov"], 2: ["kq"]}            # by stage; 0: both jointly
+    def tensors(*arrays):
+        return [torch.from_numpy(x).to(device) for x in arrays]
+
+    pairs = tensors(np.arange(V)[:, None], task.collocation, task.weights)
+    return pairs, tensors(task.sentences, task.next_tokens, np.full(N, 1 / N))
 
 def marks(steps):
     """The steps to measure at: some log-spaced, some evenly spaced, the last one."""
@@ -474,80 +403,74 @@ def marks(steps):
 def train(args, run):
     """One run of the sweep: stage 1 on the pairs, stage 2 on the sentences; or both jointly."""
     task, model = build(args)
+    pairs, sentences = examples(task, args.device)
     E = model.E.cpu()
     best = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
     best = [torch.from_numpy(W).to(model.E) for W in best]   # W_OV*, W_KQ*
-    data = task.tensors(args.device)
-    V, N = len(task.collocation), len(task.sentences)
-    pairs = torch.arange(V, device=args.device)[:, None]     # the one-token sentences (V, 1)
-    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=args.device)
-    chosen = OPTIMIZERS[args.optimizer]
-    optimizer = chosen.torch_class([
-        {"params": model.W_OV, "lr": learning_rate(args.lr_ov, V)},
-        {"params": model.W_KQ, "lr": learning_rate(args.lr, V)},
+    V = len(task.collocation)
+    descent = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+    optimizer = descent([
+        {"params": model.W_OV, "lr": args.lr_ov / math.sqrt(V)},
+        {"params": model.W_KQ, "lr": args.lr / math.sqrt(V)},
     ])
-    start = run.restore(model=model, optimizer=optimizer)
+    start = run.restore(model, optimizer, torch.Generator())             # nothing is drawn
 
     joint = args.stages == "joint"
-    stage_1 = 0 if joint else args.steps_ov                  # steps of stage 1
-    measured = {stage_1 + t for t in marks(args.steps)}
+    steps_ov = 0 if joint else args.steps_ov
+    measured = {steps_ov + t for t in marks(args.steps)}
     if not joint:
-        measured |= marks(stage_1)
+        measured |= marks(steps_ov)
 
-    for step in run.steps(start, stage_1 + args.steps):
-        if joint:
-            stage = 0
-        else:
-            stage = 1 if step < stage_1 else 2
-        trained = TRAINED[stage]
-        optimizer.zero_grad(set_to_none=True)
-        if "ov" in trained:
-            _, model.W_OV.grad, _ = gradients(model, pairs, data.collocation, data.weights)
-        if "kq" in trained:
-            loss, by_W_OV, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
-            model.W_KQ.grad = by_W_KQ
-            if joint:
-                model.W_OV.grad += by_W_OV
+    for step in run.steps(start, steps_ov + args.steps):
+        train_ov = joint or step < steps_ov
+        train_kq = step >= steps_ov
+        optimizer.zero_grad()
+        if train_ov:
+            _, model.W_OV.grad, _ = gradients(model, *pairs)
+        if train_kq:
+            loss, by_W_OV, model.W_KQ.grad = gradients(model, *sentences)
             below = (loss < 1e-3) & (model.first < 0)        # an `if` would make a GPU wait
-            model.first = torch.where(below, step - stage_1, model.first)
-        if chosen.normalised:
-            for W in model.parameters():
-                if W.grad is not None:
-                    # below 1e-150 the squares in the norm underflow: no direction is left
-                    W.grad /= W.grad.norm().clamp_min(1e-150)
+            model.first = torch.where(below, step - steps_ov, model.first)
+        if joint:
+            model.W_OV.grad += by_W_OV
+        for W in model.parameters():
+            if args.optimizer == "ngd" and W.grad is not None:
+                # below 1e-150 the squares in the norm underflow: no direction is left
+                W.grad /= W.grad.norm().clamp_min(1e-150)
         optimizer.step()
         if step + 1 in measured:
-            now = panels(model, data, best)
-            t = step + 1 - stage_1 if stage == 2 else step + 1
-            if min(now[f"gradient_{name}"] for name in trained) < 1e-150:
-                raise common.RunError(f"the gradient underflows at step {step + 1}; take fewer")
-            # what run.log shows
-            loss, cosine = now[f"loss_{trained[-1]}"], now[f"cosine_{trained[-1]}"]
+            now = panels(model, task, best)
+            name = "kq" if train_kq else "ov"
+            if now[f"gradient_{name}"] < 1e-150:
+                raise common.RunError(f"the gradient underflows at step {step + 1}: take fewer")
+            loss, cosine = now[f"loss_{name}"], now[f"cosine_{name}"]
+            stage = 0 if joint else STAGE[name]
+            t = step + 1 - steps_ov if train_kq else step + 1
             run.log(step + 1, loss=loss, cosine=cosine, stage=stage, t=t, **now)
-            run.save(step + 1)
 
 # ---- Measurement --------------------------------------------------------------------------------
+
+STAGE = {"ov": 1, "kq": 2}                                   # that trains W_OV, W_KQ
 
 def alignment(W, W_best):
     """The cosine of the angle between two matrices; 0 where W is 0."""
     return ((W * W_best).sum() / W.norm().clamp_min(1e-300) / W_best.norm()).item()
 
 @torch.no_grad()
-def panels(model, data, best):
-    """What Fig. 2 shows of a model on a task of tensors, beside its max-margin solutions.
+def panels(model, task, best):
+    """What Fig. 2 shows of a model, beside its max-margin solutions W_OV* and W_KQ* (tensors).
 
     Losses in nats, cosines with the solutions, Frobenius norms, accuracy, and the norms of both
     gradients. excess is L - L_min: L_min is the loss of a hard attention to x*, with this W_OV.
     """
-    N, device = len(data.sentences), data.weights.device
-    uniform = torch.full((N,), 1 / N, dtype=torch.float64, device=device)
-    pairs = torch.arange(len(data.collocation), device=device)[:, None]
-    loss_ov, by_W_OV, _ = gradients(model, pairs, data.collocation, data.weights)
-    loss_kq, _, by_W_KQ = gradients(model, data.sentences, data.next_tokens, uniform)
-    logits = model(data.sentences)
-    soft, _ = loss_and_residual(logits, data.next_tokens)
-    hard, _ = loss_and_residual(model.token_logits()[data.optimal], data.next_tokens)
-    right = logits.argmax(1) == data.next_tokens
+    pairs, sentences = examples(task, model.E.device)
+    loss_ov, by_W_OV, _ = gradients(model, *pairs)
+    loss_kq, _, by_W_KQ = gradients(model, *sentences)
+    x, next_tokens, _ = sentences
+    logits = model(x)
+    soft, _ = loss_and_residual(logits, next_tokens)
+    hard, _ = loss_and_residual(model.token_logits()[task.optimal], next_tokens)
+    right = logits.argmax(1) == next_tokens
     return {
         "accuracy": right.double().mean().item(),
         "loss_ov": loss_ov.item(),
@@ -561,49 +484,53 @@ def panels(model, data, best):
         "gradient_kq": by_W_KQ.norm().item(),
     }
 
-STAGE = {"ov": 1, "kq": 2}                                   # that trains W_OV, W_KQ
-LOSS = {"ov": "loss_ov", "kq": "excess"}                     # what falls at a linear rate there
-
 def of_stage(metrics, name):
     """The lines of metrics.jsonl where a matrix is trained; the joint training is stage 0."""
-    return [m for m in metrics if name in TRAINED[m["stage"]]]
+    return [line for line in metrics if line["stage"] in (0, STAGE[name])]
 
 def curves(metrics, name):
     """The panels of Fig. 2 of one stage, arrays (T,): loss, gap (1 - cosine) and norm against t."""
     lines = of_stage(metrics, name)
-    columns = {}                                             # (T,) each
-    for key in lines[0]:
-        columns[key] = np.array([m[key] for m in lines])
+
+    def column(key):
+        return np.array([line[key] for line in lines])
+
     return {
-        "t": columns["t"],
-        "loss": columns[LOSS[name]],
-        "total": columns[f"loss_{name}"],                    # of which L - L_min is a small part
-        "gap": 1 - columns[f"cosine_{name}"],
-        "norm": columns[f"norm_{name}"],
+        "t": column("t"),
+        "loss": column("loss_ov" if name == "ov" else "excess"),
+        "total": column(f"loss_{name}"),                     # of which L - L_min is a small part
+        "gap": 1 - column(f"cosine_{name}"),
+        "norm": column(f"norm_{name}"),
     }
 
-def straight_parts(curve):
-    """Where Theorems 1 and 2 promise a straight line: x and y of a fit, for each panel."""
-    t, loss, gap = curve["t"], curve["loss"], curve["gap"]
-    half = (t >= t[-1] / 2) & (loss > 1e-12 * curve["total"])                # above rounding
-    late = (t >= 100) & (gap > 1e-12)                        # after the first bend; above rounding
-    # norm ~ t, loss ~ e^(-t), gap ~ a power of t
-    return {
-        "norm": (t, curve["norm"]),
-        "loss": (t[half], np.log(loss[half])),
-        "gap": (np.log(t[late]), np.log(gap[late])),
-    }
+# Theorems 1 and 2: norm ~ t, loss ~ e^(-t), 1 - alignment ~ a power of t: straight on these scales
+SCALES = {"loss": ("linear", "log"), "gap": ("log", "log"), "norm": ("linear", "linear")}
 
-def line_fit(x, y):
-    """Least squares y = a x + b: slope a and R^2; None, None for fewer than 3 points."""
-    if len(x) < 3:
-        return None, None
-    x, y = np.array(x, dtype=float), np.array(y)
+def on_scale(x, scale):
+    """x, or its logarithm."""
+    return np.log(x) if scale == "log" else x
+
+def fit(curve, panel):
+    """The straight line of a panel by least squares: slope, R^2, and both ends: t (2,), y (2,).
+
+    Each is None for fewer than 3 points. The loss is fitted in the second half, the gap after its
+    first bend, both above rounding.
+    """
+    t, y = curve["t"], curve[panel]
+    begin = {"loss": t[-1] / 2, "gap": 100, "norm": 1}[panel]
+    rounding = {"loss": 1e-12 * curve["total"], "gap": 1e-12, "norm": -1}[panel]
+    used = (t >= begin) & (y > rounding)
+    if used.sum() < 3:
+        return None, None, None, None
+    x_scale, y_scale = SCALES[panel]
+    x, y = on_scale(t[used], x_scale), on_scale(y[used], y_scale)
     slope, offset = np.polyfit(x, y, 1)
     left = ((y - slope * x - offset) ** 2).sum()
     total = ((y - y.mean()) ** 2).sum()
     r_squared = 1 - left / total if total > 0 else 1.0
-    return float(slope), float(r_squared)
+    ends = np.array([begin, t[-1]])
+    line = slope * on_scale(ends, x_scale) + offset
+    return float(slope), float(r_squared), ends, np.exp(line) if y_scale == "log" else line
 
 def unseen_sentences(task, n, rng):
     """Sentences (M, L) that are not in the data, M <= n; their optimal tokens, -1 for a file."""
@@ -611,8 +538,8 @@ def unseen_sentences(task, n, rng):
     if task.orders is None:
         drawn, truth = rng.integers(len(task.collocation), size=size), np.full(n, -1)
     else:
-        drawn, truth = draw_sentences(*size, task.orders, rng, tries=100)
-    seen = {tuple(x) for x in task.sentences.tolist()}
+        drawn, truth = draw_sentences(*size, task.orders, rng, batches=25)
+    seen = set(map(tuple, task.sentences.tolist()))
     new = np.array([tuple(x) not in seen for x in drawn.tolist()])
     return drawn[new], truth[new]
 
@@ -642,11 +569,10 @@ def generalisation(model, task, seed, n=20_000):
     V = len(task.collocation)
     unseen, truth = unseen_sentences(task, n, np.random.default_rng(seed + 20_000))
     with torch.no_grad():
-        logits = model(torch.from_numpy(unseen).to(model.E.device))
-    predicted = logits.argmax(1).cpu().numpy()
+        logits = model(torch.from_numpy(unseen).to(model.E.device)).cpu()
+    predicted = logits.argmax(1).numpy()
     E = model.E.cpu().numpy()
-    best_W_KQ = max_margin_kq(E, task.sentences, task.optimal)
-    scores = E.T @ best_W_KQ @ E                             # (token, query)
+    scores = E.T @ max_margin_kq(E, task.sentences, task.optimal) @ E        # (token, query)
 
     said = said_orders(task.sentences, task.optimal, V)
     by_data = optimal_token(unseen, closure(said))           # -1 where there is none
@@ -678,222 +604,150 @@ def generalisation(model, task, seed, n=20_000):
         results[f"ties_{name}"] = mean(np.abs(lead) <= 1e-6)
     return results
 
+# Slope and R^2 of each panel's line: the key in results.json, {} being ov or kq, and its name
+RATES = {
+    "norm": ("norm_{}_rate", "norm a step"),
+    "loss": ("loss_{}_rate", "log(loss - minimum) a step"),
+    "gap": ("exponent_{}", "1 - alignment ~ t^"),
+}
+
 def measure(args, run):
-    """What Theorems 1 to 3 say of a trained run, from its checkpoint and its metrics."""
+    """What Theorems 1 to 3 say of a trained run: its last metrics, the fits, generalisation."""
     task, model = load(run.folder, args.device)
-    metrics = run.read("metrics.jsonl")
-    last = ("loss_ov", "loss_kq", "accuracy", "cosine_ov", "cosine_kq")
-    results = {key: metrics[-1][key] for key in last}
+    results = {**run.metrics[-1]}
     for name in STAGE:
-        parts = straight_parts(curves(metrics, name))
-        results[f"norm_{name}_rate"] = line_fit(*parts["norm"])     # slope, R^2
-        results[f"loss_{name}_rate"] = line_fit(*parts["loss"])
-        results[f"exponent_{name}"] = line_fit(*parts["gap"])
+        curve = curves(run.metrics, name)
+        for panel, (key, _) in RATES.items():
+            results[key.format(name)] = fit(curve, panel)[:2]
     results.update(generalisation(model, task, args.seed))
     results["steps_to_1e_3"] = None if model.first < 0 else int(model.first)
     return results
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-WORDS = {
-    "ngd": "normalised GD", "gd": "GD", "adam": "Adam",
-    "two": "two stages", "joint": "joint",
-    "total": "total orders", "partial": "partial orders", "two-level": "two levels",
-    "random": "random weights", "uniform": "equal weights",
+MATRICES = {"ov": "W_OV", "kq": "W_KQ"}
+PANELS = {                                                   # Fig. 2 as numbers
+    "ov": {"loss_ov": "L_0 (nats)", "cosine_ov": "cosine", "norm_ov": "|W_OV|"},
+    "kq": {"loss_kq": "L (nats)", "excess": "L - L_min", "cosine_kq": "cosine",
+           "norm_kq": "|W_KQ|", "accuracy": "accuracy"},
 }
 
-def in_words(args, runs):
-    """A run's setting, by what the sweep varies beside the seed."""
-    words = []
-    for key in SWEEP[:-1]:
-        if len({getattr(run.args, key) for run in runs}) > 1:
-            value = getattr(args, key)
-            words.append(WORDS.get(value, value))
-    return ", ".join(words)
-
-PANELS = [                                                   # Fig. 2: matrix, label, key, format
-    ("ov", "L_0", "loss_ov", ".3g"),
-    ("ov", "cosine W_OV", "cosine_ov", ".4f"),
-    ("ov", "|W_OV|", "norm_ov", ".3g"),
-    ("kq", "L", "loss_kq", ".3g"),
-    ("kq", "L - L_min", "excess", ".3g"),
-    ("kq", "cosine W_KQ", "cosine_kq", ".4f"),
-    ("kq", "|W_KQ|", "norm_kq", ".3g"),
-    ("kq", "accuracy", "accuracy", ".3g"),
-]
-
-def print_panels(run, title):
+def print_panels(run):
     """Fig. 2 of one run: each panel a row of numbers at log-spaced steps."""
-    for name, stage in STAGE.items():
-        lines = of_stage(run.read("metrics.jsonl"), name)
-        t = np.array([m["t"] for m in lines])
-        goals = np.geomspace(1, t[-1], 8)
-        nearest = sorted({int(np.abs(t - goal).argmin()) for goal in goals})
-        rows = []
-        for of, label, key, form in PANELS:
-            if of == name:
-                rows.append([label, *[f"{lines[i][key]:{form}}" for i in nearest]])
-        part = "joint training" if run.args.stages == "joint" else f"stage {stage}"
-        print(f"\n{title}: {part}")
-        common.print_table(["step", *[str(t[i]) for i in nearest]], rows)
+    for name, matrix in MATRICES.items():
+        lines = of_stage(run.metrics, name)
+        shown = {round(t) for t in np.geomspace(1, lines[-1]["t"], 7)}
+        cells = []
+        for line in lines:
+            if line["t"] in shown:
+                for key, label in PANELS[name].items():
+                    cells.append((label, line["t"], line[key], ".4g"))
+        common.print_table(f"Fig. 2, seed {run.args.seed}: steps of {matrix}", cells)
 
-SUMMARY = [                                                  # label, format, key, index in its list
-    ("stage 1: L_0 (nats)", ".1e", "loss_ov", None),
-    ("alignment of W_OV", ".4f", "cosine_ov", None),
-    ("|W_OV| a step", ".4f", "norm_ov_rate", 0),
-    ("  R^2", ".5f", "norm_ov_rate", 1),
-    ("log L_0 a step, second half", ".5f", "loss_ov_rate", 0),
-    ("  R^2", ".4f", "loss_ov_rate", 1),
-    ("1 - alignment ~ t^", ".2f", "exponent_ov", 0),
-    ("  R^2", ".4f", "exponent_ov", 1),
-    ("stage 2: L (nats)", ".1e", "loss_kq", None),
-    ("training accuracy", ".3f", "accuracy", None),
-    ("alignment of W_KQ", ".4f", "cosine_kq", None),
-    ("|W_KQ| a step", ".4f", "norm_kq_rate", 0),
-    ("  R^2", ".5f", "norm_kq_rate", 1),
-    ("log(L - L_min) a step, second half", ".5f", "loss_kq_rate", 0),
-    ("  R^2", ".4f", "loss_kq_rate", 1),
-    ("1 - alignment ~ t^", ".2f", "exponent_kq", 0),
-    ("  R^2", ".4f", "exponent_kq", 1),
-    ("steps (of stage 2) to L < 1e-3", ".0f", "steps_to_1e_3", None),
-]
+def print_theorems(runs):
+    """What Theorems 1 and 2 say of one setting: median and range over seeds."""
+    cells = []
+    for run in runs:
+        found = run.results
+        for name, matrix in MATRICES.items():
+            cells.append(("loss (nats)", matrix, found[f"loss_{name}"], ".1e"))
+            cells.append(("alignment", matrix, found[f"cosine_{name}"], ".4f"))
+            for key, label in RATES.values():
+                slope, r_squared = found[key.format(name)]
+                cells.append((label, matrix, slope, ".5f"))
+                cells.append((f"R^2 of {label}", matrix, r_squared, ".5f"))
+        cells.append(("training accuracy", "W_KQ", found["accuracy"]))
+        cells.append(("steps to L < 1e-3", "W_KQ", found["steps_to_1e_3"], ".0f"))
+    common.print_table("Theorems 1 and 2: at the end, and fitted lines (loss: second half)", cells)
 
-def print_summary(runs, results):
-    """What Theorems 1 and 2 say, a column a setting: median and range over seeds."""
-    groups = common.by_setting(runs, results)
-    rows = []
-    for label, form, key, index in SUMMARY:
-        row = [label]
-        for _, group in groups:
-            values = [r[key] if index is None else r[key][index] for r in group]
-            row.append(common.spread(values, form))
-        rows.append(row)
-    print("\nTheorems 1 and 2, measured (median [range] over seeds)")
-    common.print_table(["", *[in_words(args, runs) or "measured" for args, _ in groups]], rows)
+# The keys of generalisation: measure_group
+GROUPS = ["decided", "extended", "top", "chain", "new", "truth", "undecided"]
+MEASURES = {"fraction": "fraction", "accuracy": "trained", "exact": "exact W_KQ*", "ties": "ties"}
 
-GROUPS = {                                                   # of generalisation
-    "decided": "the training data",
-    "extended": "Theorem 3's extension only",
-    "top": "  of it, x* never beaten",
-    "chain": "  x* beaten elsewhere (chain)",
-    "new": "  x* not compared",
-    "truth": "true orders, the same sentences",
-    "undecided": "true orders only",
+def print_unseen(runs):
+    """Theorem 3 for one setting: median and range over seeds."""
+    cells = []
+    for run in runs:
+        for group in GROUPS:
+            for measure, column in MEASURES.items():
+                value = run.results[f"{measure}_{group}"]
+                if value is not None:                        # None: there are no such sentences
+                    cells.append((group, column, value))
+    common.print_table("Theorem 3: accuracy on unseen sentences, by what gives x*", cells)
+
+LEGEND = """
+decided: by the data and what they imply; extended: only by what Theorem 3 adds; of these, top: x*
+is never beaten in the data; chain: x* is b of a > b > c; new: x* is not compared; truth: the same
+sentences, x* by the true orders; undecided: the others, x* by the true orders
+ties: x* scores as high as the best other token; the accuracy of W_KQ* counts them as wrong"""
+
+FIG_2 = {
+    "ov": {"loss": "L_0 (nats)", "gap": "1 - cosine(W_OV, W_OV*)", "norm": "norm of W_OV"},
+    "kq": {"loss": "L - L_min (nats)", "gap": "1 - cosine(W_KQ, W_KQ*)", "norm": "norm of W_KQ"},
 }
-MEASURES = {                                                 # columns, and keys of generalisation
-    "fraction": "fraction",
-    "accuracy": "trained",
-    "exact": "exact W_KQ*",
-    "ties": "its ties",
-}
-
-def print_unseen(runs, results):
-    """Theorem 3, a table a setting: median and range over seeds."""
-    for args, group in common.by_setting(runs, results):
-        rows = []
-        for name, label in GROUPS.items():
-            row = [label]
-            for measure in MEASURES:
-                values = [r[f"{measure}_{name}"] for r in group]
-                known = [x for x in values if x is not None]         # None: no such sentences
-                row.append(common.spread(known or [None]))
-            rows.append(row)
-        setting = in_words(args, runs) or "Theorem 3"
-        print(f"\n{setting}: accuracy on unseen sentences, by what gives x*")
-        common.print_table(["x* by", *MEASURES.values()], rows)
-    print("chain a > b > c in the data: x* = b is optimal in one sentence, beaten in another")
-    print("ties are between scores of the exact W_KQ*, whose accuracy counts them as wrong")
-
-FIG_2 = [
-    ("ov", "loss", "L_0 (nats)"),
-    ("ov", "gap", "1 - cosine(W_OV, W_OV*)"),
-    ("ov", "norm", "norm of W_OV"),
-    ("kq", "loss", "L - L_min (nats)"),
-    ("kq", "gap", "1 - cosine(W_KQ, W_KQ*)"),
-    ("kq", "norm", "norm of W_KQ"),
-]
-SCALES = {"loss": ("linear", "log"), "gap": ("log", "log"), "norm": ("linear", "linear")}
-
-def draw_fit(axis, panel, curve):
-    """The straight line through one panel, and its slope."""
-    x, y = straight_parts(curve)[panel]
-    if len(x) < 3:
-        return
-    slope, offset = np.polyfit(x, y, 1)
-    y = slope * x + offset
-    text = {"loss": f"e^({slope:.2g} t)", "gap": f"t^{slope:.2f}", "norm": f"{slope:.3f} t"}[panel]
-    x_scale, y_scale = SCALES[panel]
-    if x_scale == "log":
-        x = np.exp(x)
-    if y_scale == "log":
-        y = np.exp(y)
-    axis.plot(x, y, "k--", lw=1, label=f"fit: {text}")
 
 def plot(runs):
-    """Fig. 2: L_0 and L - L_min, 1 - alignment, norms; median and range over seeds."""
-    groups = common.by_setting(runs, [run.read("metrics.jsonl") for run in runs])
-    figure, axes = common.new_figure(2, 3, width=3.4, height=2.9)
-    for axis, (name, panel, quantity) in zip(axes.flat, FIG_2):
-        for number, (args, seeds) in enumerate(groups):
-            found = [curves(metrics, name) for metrics in seeds]
-            median = {}
-            for key in found[0]:
-                median[key] = np.median([c[key] for c in found], axis=0)
-            t, values = median["t"], np.array([c[panel] for c in found])
-            color, line = f"C{number % 10}", ["-", "-.", ":", "--"][number % 4]
-            label = in_words(args, runs) or "measured"
-            axis.plot(t, median[panel], color=color, ls=line, label=label)
-            axis.fill_between(t, values.min(0), values.max(0), color=color, alpha=0.25, lw=0)
-            draw_fit(axis, panel, median)
-        joint = {run.args.stages for run in runs} == {"joint"}
-        axis.set(xlabel="step t" if joint else f"step t of stage {STAGE[name]}", ylabel=quantity)
-        axis.set(xscale=SCALES[panel][0], yscale=SCALES[panel][1])
-        axis.legend(fontsize=7)
-    common.save_figure(figure, runs, "fig2")
+    """Fig. 2: L_0 and L - L_min, 1 - alignment, norms, and the fitted lines."""
+    panels = {}
+    for name, titles in FIG_2.items():
+        for panel, title in titles.items():
+            trained, fitted = [], []
+            for run in runs:
+                label = run.args.label or "trained"
+                curve = curves(run.metrics, name)
+                trained.append((label, curve["t"], curve[panel], {}))
+                slope, _, t, y = fit(curve, panel)
+                if slope is not None:
+                    fitted.append((f"{label}: fit", t, y, dict(color="k", ls="--", lw=1)))
+            x_scale, y_scale = SCALES[panel]
+            axis = dict(xlabel="step of its stage", xscale=x_scale, yscale=y_scale)
+            panels[title] = axis, trained + fitted
+    common.plot(runs[0].folder.parent / "fig2.png", panels)
 
 # ---- The command --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.make_parser(main)
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
-    tokens, steps = common.number(int, 2, 200), common.number(int, 1, 10_000_000)
-    add("--vocab-size", type=tokens, help="|V|, tokens; also d, the width of the embedding")
-    add("--n-sentences", type=common.number(int, 1, 10_000), help="N, training sentences")
-    add("--seq-len", type=tokens, help="L, tokens of a sentence")
-    add("--order", nargs="+", choices=ORDERS, help="the strict order of each query")
-    add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], help="of the tokens")
-    add("--weights", nargs="+", choices=["random", "uniform"], help="of the pairs in stage 1")
-    add("--sentences", type=common.data_path, help="a file: token ids, a sentence and what follows")
-    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), help="ngd: normalised, gd: plain")
-    add("--stages", nargs="+", choices=["two", "joint"], help="W_OV, then W_KQ; or both at once")
-    add("--steps-ov", type=steps, help="steps of stage 1")
-    add("--steps", type=steps, help="steps of stage 2, or of the joint training")
+    tokens, steps = common.number(int, 2, 200), common.positive_int
     own = "in units of 1/sqrt(d) (default: the optimizer's own)"
+    add("--vocab-size", type=tokens, default=20, help="|V|, tokens; also d, the embedding's width")
+    add("--n-sentences", type=steps, default=200, help="N, training sentences")
+    add("--seq-len", type=tokens, default=5, help="L, tokens of a sentence")
+    add("--order", nargs="+", choices=ORDERS, default=["total"], help="each query's strict order")
+    add("--embedding", nargs="+", choices=["orthonormal", "gaussian"], default=["orthonormal"],
+        help="of the tokens")
+    add("--weights", nargs="+", choices=["random", "uniform"], default=["random"],
+        help="of the pairs in stage 1")
+    add("--sentences", help="a file: token ids, a sentence and what follows")
+    add("--optimizer", nargs="+", choices=list(STEP_SIZES), default=["ngd"],
+        help="ngd: normalised, gd: plain")
+    add("--stages", nargs="+", choices=["two", "joint"], default=["two"],
+        help="W_OV, then W_KQ; or both at once")
+    add("--steps-ov", type=steps, default=2_000, help="steps of stage 1")
+    add("--steps", type=steps, default=20_000, help="steps of stage 2, or of the joint training")
     add("--lr-ov", type=common.positive_float, help=f"eta_0, the step size of W_OV, {own}")
     add("--lr", type=common.positive_float, help=f"eta, the step size of W_KQ, {own}")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of data and embedding")
-    without = ["--dtype", "--compile", "--eval-every"]       # float64; measured at marks()
-    return common.parse_args(parser, PRESETS, argv, without, devices=("cuda", "cpu"))
+    return common.parse_args(parser, PRESETS, argv)
 
-def show(runs, results):
+def show(runs):
     """Prints Fig. 2 of each setting's first run, and the theorems' tables; draws Fig. 2."""
-    for args, group in common.by_setting(runs, runs):
-        print_panels(group[0], f"{in_words(args, runs) or 'Fig. 2'}, seed {args.seed}")
-    print_summary(runs, results)
-    print_unseen(runs, results)
+    for label in dict.fromkeys(run.args.label for run in runs):
+        seeds = [run for run in runs if run.args.label == label]
+        common.say(f"\n{label or 'Measured'} (seeds: {len(seeds)})")
+        print_panels(seeds[0])
+        print_theorems(seeds)
+        print_unseen(seeds)
+    common.say(LEGEND)
     if runs[0].args.plot:
         plot(runs)
 
 def main(argv=None):
     """Trains what the flags ask for, shows it; returns the results, a dict a run."""
     args = parse_args(argv)
-    runs = common.sweep(args, SWEEP, resolve)
-    for run in runs:
-        try:
-            get_dataset(run.args)                            # before anything is written
-        except (OSError, ValueError) as error:
-            common.fail(f"--sentences: {error}" if args.sentences else error, 2)
+    runs = common.sweep(args, SWEEP, build, resolve)
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
