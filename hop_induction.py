@@ -20,8 +20,8 @@ The second table has ours by k.
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as wide, 64 positions, in an hour
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
-    python hop_induction.py --construct                  Theorem 4.2, written down, not trained
-    python hop_induction.py --mpc                        Fig. 1, machines that exchange words
+    python hop_induction.py --preset construct             Theorem 4.2, written down, not trained
+    python hop_induction.py --preset mpc                   Fig. 1, machines that exchange words
     python hop_induction.py --arch transformer lstm --n-layer 4   beside an LSTM of the same size
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
@@ -172,6 +172,183 @@ class HopLSTM(nn.Module):
         return self.lm_head(self.drop(hidden))
 
 ARCHS = {"transformer": HopTransformer, "lstm": HopLSTM}     # --arch; only the former has heads
+
+# ---- Training (Tables 1, 2) ---------------------------------------------------------------------
+
+# What differs from the defaults of the flags, which are those of "quick". "construct" and "mpc"
+# train nothing: they show the hand-built transformer and the parallel machines.
+PRESETS = {
+    "quick": {},
+    "medium": dict(seq_len=64, n_embd=128, steps=6_000, warmup=500, lr=2e-3, eval_every=500),
+    "paper": dict(
+        seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, batch_size=32,
+        steps=100_000, warmup=1_000, lr=1e-4, beta2=0.999, eval_every=2_000,
+    ),
+    "construct": dict(seq_len=100, max_hops=16),
+    "mpc": dict(seq_len=1_000, max_hops=16),
+}
+SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
+
+def resolve(args):
+    """Completes a run's flags: unused ones become None."""
+    args.machines = args.words = None                        # of --preset mpc alone
+    if args.arch != "transformer":
+        args.n_head = None
+
+def build(args):
+    """The task and the model of a run. ValueError for settings that cannot be."""
+    if 0 < args.n_train < args.batch_size:
+        raise ValueError(f"n_train {args.n_train} is less than one batch of {args.batch_size}")
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
+    sizes = args.n_layer, args.n_head, args.n_embd, task.vocab_size, task.block_size
+    model = ARCHS[args.arch](*sizes, args.dropout)
+    return task, model.to(args.device)
+
+def load(folder, device="cpu"):
+    """The task and the trained model of a run's folder, the model in eval mode."""
+    return common.load(folder, build, device)
+
+def learning_rate(step, args):
+    """Linear warm-up from 0 to the peak at step W, then linear decay to 0 at step T (Table 2)."""
+    if step < args.warmup:
+        return args.lr * step / args.warmup
+    return args.lr * (args.steps - step) / (args.steps - args.warmup)
+
+def train(args, run):
+    """Trains one run, or what is left of it, and leaves its checkpoint."""
+    task, model = build(args)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True,
+    )
+    data = torch.Generator(args.device).manual_seed(args.seed)
+    if args.n_train:                                         # fixed batches, in a fixed order
+        n_batches = args.n_train // args.batch_size          # whole ones, as in the authors' code
+        sequences = task.sample(n_batches * args.batch_size, data)
+        batches = torch.stack(sequences).split(args.batch_size, dim=1)           # (2, B, T) each
+    start = run.restore(model, optimizer, data)
+    if args.compile:
+        model.compile()
+    device = torch.device(args.device).type
+    for step in run.steps(start, args.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        if args.n_train:
+            tokens, targets = batches[step % n_batches]      # (B, T)
+        else:
+            tokens, targets = task.sample(args.batch_size, data)                 # (B, T)
+        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = model(tokens)                           # (B, T, V)
+        # every position counts, the undefined ones and the k token, too
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            fresh = torch.Generator(args.device).manual_seed(10_000)
+            model.eval()
+            errors = hop_errors(model, task, 50, fresh)
+            model.train()
+            error = errors[1:].nanmean().item()
+            run.log(step + 1, loss=loss.item(), error=error, errors=plain(errors))
+
+# ---- Measurement --------------------------------------------------------------------------------
+
+# Evaluation has seeds of its own, from 10,000 on: those of runs are meant to be smaller.
+
+@torch.no_grad()
+def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
+    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the share of
+    wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or everywhere;
+    nan where there is none. With return_se also standard errors over sequences. model: in eval
+    mode."""
+    wrong = []
+    scored = []
+    for k in range(task.max_hops + 1):
+        for first in range(0, n, 256):
+            tokens, targets = task.sample(min(256, n - first), generator, hops=k)
+            predictions = model(tokens).argmax(-1)
+            counts = (targets >= task.char) & (targets < task.undefined) | everywhere
+            wrong.append(((predictions != targets) & counts).sum(1))
+            scored.append(counts.sum(1))
+    wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
+    scored = torch.cat(scored).view(-1, n).float()
+    total = scored.sum(1)
+    errors = wrong.sum(1) / total                            # nan where k never occurs
+    excess = wrong - errors[:, None] * scored
+    se = excess.square().sum(1).sqrt() / total
+    return (errors, se) if return_se else errors
+
+def have_hop(task, n=1_000):
+    """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
+    data = torch.Generator(task.device).manual_seed(40_000)
+    fractions = []
+    for k in range(task.max_hops + 1):
+        _, targets = task.sample(n, data, hops=k)
+        fractions.append((targets[:, 1:] != task.undefined).float().mean())
+    return torch.stack(fractions)
+
+@torch.no_grad()
+def says_undefined(model, task, generator, n=256):
+    """Of the characters that have a max_hops-th hop, the fraction at which the model says
+    `undefined`; 0 if there is none. model: in eval mode."""
+    tokens, targets = task.sample(n, generator, hops=task.max_hops)
+    has_hop = (targets >= task.char) & (targets < task.undefined)
+    said = model(tokens).argmax(-1) == task.undefined
+    return ((said & has_hop).sum() / has_hop.sum().clamp_min(1)).item()
+
+@torch.no_grad()
+def head_alignment(model, task, k, n=10):
+    """How much each head looks at find^j, j = 0 .. max_hops, when k hops are asked for: a list by
+    layer of (H, max_hops + 1) (Sec. 5.2).
+
+    The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
+    whose row i has its one at find^j(i); mean over n sequences, the same for every k.
+    """
+    data = torch.Generator(task.device).manual_seed(20_000)
+    tokens, _ = task.sample(n, data, hops=k)
+    _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
+    looked_for = []
+    for j in range(task.max_hops + 1):
+        positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
+        looked_for.append(F.pad(positions, (1, 0)))          # (n, T); k looks for nothing
+    alignment = []
+    for attn in attns:
+        size_A = attn.float().flatten(2).norm(dim=2)         # (n, H)
+        products = []
+        for positions in looked_for:
+            defined = positions > 0
+            size_F = defined.sum(1).sqrt()                   # a one for each row
+            column = positions[:, None, :, None].expand(-1, attn.shape[1], -1, 1)
+            attended = attn.gather(3, column)[..., 0]        # (n, H, T): to find^j
+            inner = (attended * defined[:, None]).sum(2)     # <A, F_j>
+            products.append(inner / (size_A * size_F.clamp_min(1)[:, None]))
+        alignment.append(torch.stack(products, dim=2).mean(0).cpu())
+    return alignment
+
+def plain(values):
+    """A list of numbers, None for nan."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+def solved(errors):
+    """The largest k up to which all errors are below 5%; a k that never occurred is not solved."""
+    for k, error in enumerate(errors):
+        if error is None or error >= 0.05:
+            return max(k - 1, 0)
+    return len(errors) - 1
+
+def measure(args, run):
+    """Errors and standard errors by number of hops, and what the heads look at."""
+    task, model = load(run.folder, args.device)
+    fresh = torch.Generator(args.device).manual_seed(30_000)
+    errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
+    n_params = sum(p.numel() for p in model.parameters())
+    results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
+    results["undefined"] = says_undefined(model, task, fresh)
+    if args.arch == "transformer":
+        results["alignment"] = []                            # by k, layer, head and j
+        for k in range(task.max_hops + 1):
+            layers = head_alignment(model, task, k)
+            results["alignment"].append([layer.tolist() for layer in layers])
+    return results
 
 # ---- Theorem 4.2: a transformer of this depth, written down -------------------------------------
 
@@ -377,207 +554,8 @@ def look_up(cluster, m, arrays):
         for pointer, i, word in received:
             cluster.words[machine][pointer][i] = word
 
-# ---- Training (Tables 1, 2) ---------------------------------------------------------------------
-
-SHARED = dict(                                               # what a preset does not set again
-    arch=["transformer"], n_layer=[2, 3, 4], n_head=[4],
-    n_embd=64, dropout=0.0, n_chars=4, max_hops=8,
-    n_train=[0], batch_size=64, weight_decay=0.01, n_eval=1_000,
-)
-PRESETS = {
-    "quick": dict(
-        SHARED, seq_len=24, steps=3_000, eval_every=250,
-        warmup=400, lr=4e-3, beta2=0.98,
-    ),
-    "medium": dict(
-        SHARED, seq_len=64, n_embd=128, steps=6_000,
-        warmup=500, lr=2e-3, beta2=0.98, eval_every=500,
-    ),
-    "paper": dict(
-        SHARED, seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6],
-        n_embd=128, dropout=0.1, batch_size=32, steps=100_000,
-        warmup=1_000, lr=1e-4, beta2=0.999, eval_every=2_000,
-    ),
-}
-SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
-
-def resolve(args):
-    """Completes a run's settings: None for what has no effect on it."""
-    args.machines = args.words = None                        # of --mpc alone
-    if args.arch != "transformer":
-        args.n_head = None
-
-def build(args):
-    """The task and the model of a run."""
-    task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
-    sizes = args.n_layer, args.n_head, args.n_embd, task.vocab_size, task.block_size
-    model = ARCHS[args.arch](*sizes, args.dropout)
-    return task, model.to(args.device)
-
-def load(folder, device="cpu"):
-    """The task and the trained model of a run's folder, the model in eval mode."""
-    return common.load(folder, build, device)
-
-def learning_rate(step, args):
-    """Linear warm-up from 0 to the peak at step W, then linear decay to 0 at step T (Table 2)."""
-    if step < args.warmup:
-        return args.lr * step / args.warmup
-    return args.lr * (args.steps - step) / (args.steps - args.warmup)
-
-def train(args, run):
-    """Trains one run, or what is left of it, and leaves its checkpoint."""
-    task, model = build(args)
-    lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, args.beta2),
-        weight_decay=args.weight_decay,
-        fused=True, capturable=lr.is_cuda,
-    )
-    data = torch.Generator(args.device).manual_seed(args.seed)
-    n_train = args.n_train // args.batch_size * args.batch_size              # whole batches
-    if n_train:                                              # fixed sequences, in a fixed order
-        fixed = torch.stack(task.sample(n_train, data))      # (2, n_train, T)
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
-    # the rows of `fixed` that the next step takes; moved in place, which a CUDA graph repeats
-    cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
-    device = torch.device(args.device).type
-
-    def training_step():
-        if n_train:
-            rows = cursor % n_train
-            tokens, targets = fixed[:, rows]                 # (B, T)
-            cursor.add_(args.batch_size)
-        else:
-            tokens, targets = task.sample(args.batch_size, data)                 # (B, T)
-        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens)                           # (B, T, V)
-        # every position counts, the undefined ones and the k token, too
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    if args.compile:
-        training_step = common.compile_step(training_step, model, data)
-    for step in run.steps(start, args.steps):
-        lr.fill_(learning_rate(step, args))
-        loss = training_step()
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            fresh = torch.Generator(args.device).manual_seed(10_000)
-            model.eval()
-            errors = hop_errors(model, task, 50, fresh)
-            model.train()
-            error = errors[1:].nanmean().item()
-            run.log(step + 1, loss=loss.item(), error=error, errors=plain(errors))
-            run.save(step + 1)
-
-# ---- Measurement --------------------------------------------------------------------------------
-
-# Evaluation has seeds of its own, from 10,000 on: those of runs are meant to be smaller.
-
-@torch.no_grad()
-def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
-    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the share of
-    wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or everywhere;
-    nan where there is none. With return_se also standard errors over sequences. model: in eval
-    mode."""
-    wrong = []
-    scored = []
-    for k in range(task.max_hops + 1):
-        for first in range(0, n, 256):
-            tokens, targets = task.sample(min(256, n - first), generator, hops=k)
-            predictions = model(tokens).argmax(-1)
-            counts = (targets >= task.char) & (targets < task.undefined) | everywhere
-            wrong.append(((predictions != targets) & counts).sum(1))
-            scored.append(counts.sum(1))
-    wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
-    scored = torch.cat(scored).view(-1, n).float()
-    total = scored.sum(1)
-    errors = wrong.sum(1) / total                            # nan where k never occurs
-    excess = wrong - errors[:, None] * scored
-    se = excess.square().sum(1).sqrt() / total
-    return (errors, se) if return_se else errors
-
-def have_hop(task, n=1_000):
-    """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
-    data = torch.Generator(task.device).manual_seed(40_000)
-    fractions = []
-    for k in range(task.max_hops + 1):
-        _, targets = task.sample(n, data, hops=k)
-        fractions.append((targets[:, 1:] != task.undefined).float().mean())
-    return torch.stack(fractions)
-
-@torch.no_grad()
-def says_undefined(model, task, generator, n=256):
-    """Of the characters that have a max_hops-th hop, the fraction at which the model says
-    `undefined`; 0 if there is none. model: in eval mode."""
-    tokens, targets = task.sample(n, generator, hops=task.max_hops)
-    has_hop = (targets >= task.char) & (targets < task.undefined)
-    said = model(tokens).argmax(-1) == task.undefined
-    return ((said & has_hop).sum() / has_hop.sum().clamp_min(1)).item()
-
-@torch.no_grad()
-def head_alignment(model, task, k, n=10):
-    """How much each head looks at find^j, j = 0 .. max_hops, when k hops are asked for: a list by
-    layer of (H, max_hops + 1) (Sec. 5.2).
-
-    The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
-    whose row i has its one at find^j(i); mean over n sequences, the same for every k.
-    """
-    data = torch.Generator(task.device).manual_seed(20_000)
-    tokens, _ = task.sample(n, data, hops=k)
-    _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
-    looked_for = []
-    for j in range(task.max_hops + 1):
-        positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
-        looked_for.append(F.pad(positions, (1, 0)))          # (n, T); k looks for nothing
-    alignment = []
-    for attn in attns:
-        size_A = attn.float().flatten(2).norm(dim=2)         # (n, H)
-        products = []
-        for positions in looked_for:
-            defined = positions > 0
-            size_F = defined.sum(1).sqrt()                   # a one for each row
-            column = positions[:, None, :, None].expand(-1, attn.shape[1], -1, 1)
-            attended = attn.gather(3, column)[..., 0]        # (n, H, T): to find^j
-            inner = (attended * defined[:, None]).sum(2)     # <A, F_j>
-            products.append(inner / (size_A * size_F.clamp_min(1)[:, None]))
-        alignment.append(torch.stack(products, dim=2).mean(0).cpu())
-    return alignment
-
-def plain(values):
-    """A list of numbers, None for nan."""
-    return [None if math.isnan(value) else value for value in values.tolist()]
-
-def solved(errors):
-    """The largest k up to which all errors are below 5%; a k that never occurred is not solved."""
-    for k, error in enumerate(errors):
-        if error is None or error >= 0.05:
-            return max(k - 1, 0)
-    return len(errors) - 1
-
-def measure(args, run):
-    """Errors and standard errors by number of hops, and what the heads look at."""
-    task, model = load(run.folder, args.device)
-    fresh = torch.Generator(args.device).manual_seed(30_000)
-    errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
-    n_params = sum(p.numel() for p in model.parameters())
-    results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
-    results["undefined"] = says_undefined(model, task, fresh)
-    if args.arch == "transformer":
-        results["alignment"] = []                            # by k, layer, head and j
-        for k in range(task.max_hops + 1):
-            layers = head_alignment(model, task, k)
-            results["alignment"].append([layer.tolist() for layer in layers])
-    return results
-
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
-SAME_AS_PAPER = ["dropout", "seq_len", "n_chars", "max_hops", "batch_size", "steps", "warmup",
-                 "lr", "beta2", "weight_decay"]
 # The authors' checkpoints at 100,000 steps, errors by k (as far as known to us): on, as released,
 # with the dropout of training; off, without it, which is what ours compares with (measured by us,
 # 600 sequences a k). Without it 4 heads solve 2, 4, 7 and 12 hops in 2, 3, 4 and 5 layers (errors
@@ -611,82 +589,60 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
       5      4    128    3000     off  .000 .000 .000 .000 .000 .002 .106 .331
 """
 
+# What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
+SAME_AS_PAPER = ["dropout", "seq_len", "n_chars", "max_hops", "batch_size", "steps", "warmup",
+                 "lr", "beta2", "weight_decay"]
+
 def published(args):
-    """The authors' models' errors at SHOWN, by dropout's state; none where the setting differs."""
-    for key in SAME_AS_PAPER:
-        if getattr(args, key) != PRESETS["paper"][key]:
-            return {}
-    size = [args.n_layer, args.n_head, args.n_embd, args.n_train]
-    size = [str(number) for number in size]                  # an LSTM's n_head, None, is in no row
+    """The errors of the authors' models, {dropout's state: {k: error}}; none in other settings."""
+    changed = [key for key in SAME_AS_PAPER if getattr(args, key) != args.defaults[key]]
+    if args.preset != "paper" or changed:
+        return {}
+    size = [str(x) for x in (args.n_layer, args.n_head, args.n_embd, args.n_train)]
     errors = {}
     for line in PUBLISHED.splitlines():
         row = line.split()
         if row[:4] == size:
-            errors[row[4]] = [float(error) for error in row[5:]]
+            errors[row[4]] = dict(zip(SHOWN, map(float, row[5:])))
     return errors
 
-PHRASES = {"arch": "{}", "n_layer": "{} layers", "n_head": "{} heads", "n_train": "{} sequences"}
-
 def in_words(args, runs):
-    """The depth, and what else the sweep varies beside the seed, in words: "4 layers, 8 heads"."""
-    words = []
-    for key in SWEEP:
+    """A run's depth, and what else its sweep varies, but for the seed: "4 layers, 8 heads"."""
+    words = f"{args.n_layer} layers"
+    if args.arch != "transformer":
+        words = f"{args.arch}, size of {words}"
+    for key, unit in {"n_head": "heads", "n_train": "sequences"}.items():
         value = getattr(args, key)
         varies = len({getattr(run.args, key) for run in runs}) > 1
-        if key == "seed" or value is None:
-            continue
-        if key == "n_train" and value == 0:
-            value = "fresh"
-        if varies or key == "n_layer":
-            phrase = PHRASES.get(key, key + " {}")
-            if key == "n_layer" and args.arch == "lstm":
-                phrase = "size of {} layers"
-            words.append(phrase.format(value))
-    return ", ".join(words)
+        if varies and value is not None:
+            words += f", {value or 'fresh'} {unit}"
+    return words
 
-def most_undefined(runs, results):
-    """In words: how many characters have a max_hops-th hop, and which setting says `undefined` at
-    most of them, and at how many."""
-    groups = common.by_setting(runs, results)
-    args, group = max(groups, key=lambda pair: pair[1][0]["undefined"])
-    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
-    share = have_hop(task)[-1].item()
-    k = args.max_hops
-    return f"""At k = {k}, {share:.1%} of the characters have a k-th hop. There a model may say \
-`undefined` instead
-({in_words(args, runs)}: at {group[0]["undefined"]:.0%}), and so err more than a guess among \
-{args.n_chars} characters, {1 - 1 / args.n_chars:.2f}."""
-
-def print_errors(runs, results):
-    """Fig. 2: a row a setting, error by number of hops (median and range over seeds)."""
-    max_hops = runs[0].args.max_hops
-    n_eval = runs[0].args.n_eval
-    hops = SHOWN if max_hops == 16 else range(1, max_hops + 1)
+def print_errors(runs):
+    """Fig. 2: error by number of hops; a column for each setting."""
     args = runs[0].args
-    fractions = have_hop(HopTask(args.seq_len, args.n_chars, max_hops))
-    rows = [["have a k-th hop", "", *[f"{fractions[k]:.3f}" for k in hops], ""]]
-    ses = [0]
-    for args, group in common.by_setting(runs, results):
-        row = [in_words(args, runs), str(group[0]["n_params"])]
-        for k in hops:
-            row.append(common.spread([result["errors"][k] for result in group]))
-            ses += [result["se"][k] for result in group if result["se"][k]]
-        row.append(common.spread([solved(result["errors"]) for result in group], ".0f"))
-        rows.append(row)
-        for state, errors in published(args).items():
-            numbers = [f"{error:.3f}" for error in errors]
-            unknown = [""] * (len(hops) - len(errors))
-            rows.append([f"paper, dropout {state}", "", *numbers, *unknown, ""])
-    print(f"""
-Error by number of hops k on {n_eval} sequences each, standard errors up to {max(ses):.3f}.
-Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
-enough. Errors count at the characters that have a k-th hop.
-{most_undefined(runs, results)}""")
-    if any(published(run.args) for run in runs):
-        print("Dropout on: as published. Off: the same models without it, by us; compare these.")
-    if any(run.args.arch == "lstm" for run in runs):
-        print("An LSTM has two layers, and the parameters of a transformer of the depth named.")
-    common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
+    hops = SHOWN if args.max_hops == 16 else range(1, args.max_hops + 1)
+    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops))
+    cells = []
+    for k in hops:
+        cells.append((f"k={k}", "have a k-th hop", fractions[k].item()))
+        for run in runs:
+            cells.append((f"k={k}", run.args.label, run.results["errors"][k]))
+            for state, errors in published(run.args).items():
+                if k in errors:
+                    cells.append((f"k={k}, paper, {state}", run.args.label, errors[k]))
+    for run in runs:
+        found = run.results
+        cells.append(("solved", run.args.label, solved(found["errors"]), ".0f"))
+        cells.append(("undefined", run.args.label, found["undefined"], ".0%"))
+        cells.append(("parameters", run.args.label, found["n_params"], ",.0f"))
+    se = max(x or 0 for run in runs for x in run.results["se"])
+    common.print_table(f"""Error by number of hops k, where there is a k-th hop, on {args.n_eval} sequences each \
+(standard errors up to {se:.3f}).
+Solved: the largest k up to which all errors are below 5%. Undefined: the fraction of the
+characters with a hop k={args.max_hops} at which the model says that there is none, and so errs more
+than a guess among {args.n_chars} characters, {1 - 1 / args.n_chars:.2f}. Paper: the authors' models, dropout on (as published) or
+off (by us; compare these). An LSTM has two layers.""", cells)
 
 def best_head(layer):
     """The head (from 1), its j and its cosine similarity where a layer's (H, max_hops + 1) of
@@ -695,236 +651,194 @@ def best_head(layer):
     head, j = divmod(layer.argmax().item(), layer.shape[1])
     return head + 1, j, layer.max().item()
 
-def print_heads(args, runs=(), shown=()):
-    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the number of hops asked
-    for. shown: args, results of first seeds."""
-    seed = f", seed {shown[0][0].seed}" if shown else ""
-    print(f"""
-Heads{seed}: each layer's best head when k hops are asked for, the find^j that it looks at most,
-and their cosine similarity. find^0 is the position itself. Undefined hops count against a head; the
-construction's first layer looks for characters and for k, at no find^j.""")
-    asked = [2**bit for bit in range(args.max_hops.bit_length())]
-    alignments = {in_words(own, runs): result["alignment"] for own, result in shown}
+def print_heads(args, runs=()):
+    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the hops asked for."""
+    alignments = {}
+    for run in runs:
+        alignments.setdefault(run.args.label, run.results["alignment"])          # the first seed's
     if args.seq_len <= Construction.longest:
         task = HopTask(args.seq_len, args.n_chars, args.max_hops)
         built = construct(args.max_hops, args.n_chars, args.seq_len)
-        alignments["by construction"] = {k: head_alignment(built, task, k) for k in asked}
-    rows = []
-    for name, alignment in alignments.items():
-        for i in range(len(alignment[1])):
-            row = [name, str(i + 1)]
-            for k in asked:
-                head, j, cosine = best_head(alignment[k][i])
-                row.append(f"{head}: find^{j} {cosine:.2f}")
-            rows.append(row)
-    common.print_table(["model", "layer", *[f"k={k}" for k in asked]], rows, keys=2)
+        by_k = [head_alignment(built, task, k) for k in range(args.max_hops + 1)]
+        alignments["hand-built"] = by_k
+    cells = []
+    for name, by_k in alignments.items():
+        for k in [2**bit for bit in range(args.max_hops.bit_length())]:
+            for i, layer in enumerate(by_k[k], 1):
+                head, j, cosine = best_head(layer)
+                cell = f"{head}: find^{j} {cosine:.2f}"
+                cells.append((f"{name}, layer {i}", f"k={k}", cell))
+    common.print_table("""Heads of the first seed: each layer's best head when k hops are asked for, the find^j that it looks
+at most, and their cosine similarity. find^0 is the position itself. Undefined hops count against a
+head; the hand-built first layer looks for characters and for k, at no find^j.""", cells)
 
-def plot_errors(runs, results):
-    """Fig. 2: error against the number of hops, a line for each setting, a band over seeds."""
-    figure, axes = common.new_figure(width=7, height=4.5)
-    axis = axes[0, 0]
+def plot_errors(runs):
+    """Fig. 2: error against the number of hops, a curve for each setting."""
     args = runs[0].args
     hops = range(args.max_hops + 1)
-    for i, (own, group) in enumerate(common.by_setting(runs, results)):
-        errors = np.array([result["errors"] for result in group], dtype=float)   # None becomes nan
-        look = dict(color=f"C{i}", marker="osv^Dp"[i % 6])
-        dashes = ["-", "--", "-.", ":"][i % 4]
-        median = np.median(errors, axis=0)
-        axis.plot(hops, median, linestyle=dashes, label=in_words(own, runs), **look)
-        axis.fill_between(hops, errors.min(0), errors.max(0), color=f"C{i}", alpha=0.2)
-        paper = published(own)
+    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops)).tolist()
+    guess = f"a guess among {args.n_chars} characters"
+    ends = [0, args.max_hops]
+    thin = dict(linewidth=0.6, color="black")
+    curves = [
+        ("characters with a k-th hop", hops, fractions, dict(thin, color="grey")),
+        (guess, ends, [1 - 1 / args.n_chars] * 2, thin),
+        ("solved: below", ends, [0.05] * 2, dict(thin, linestyle=":")),
+    ]
+    labels = list(dict.fromkeys(run.args.label for run in runs))
+    for run in runs:
+        label = run.args.label
+        look = dict(color=f"C{labels.index(label)}", marker="o")
+        curves.append((label, hops, run.results["errors"], look))
+        paper = published(run.args)
         if paper:
             state = "off" if "off" in paper else "on"
-            look.update(linestyle="none", fillstyle="none", markersize=9)
-            known = SHOWN[:len(paper[state])]
-            axis.plot(known, paper[state], label=f"paper, dropout {state}", **look)
-    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops))
-    look = dict(color="grey", linewidth=0.6, label="characters with a k-th hop")
-    axis.plot(hops, fractions.tolist(), **look)
-    guess = f"a guess among {args.n_chars} characters"
-    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label=guess)
-    axis.axhline(0.05, color="black", linewidth=0.6, linestyle=":", label="solved: below")
-    axis.set(xlabel="number of hops k", ylabel="error where there is a k-th hop",
-             ylim=(-0.02, 1.02), xticks=hops)
-    axis.set_title(most_undefined(runs, results), fontsize=8)
-    axis.legend(fontsize=8)
-    common.save_figure(figure, runs, "errors")
+            hollow = dict(look, linestyle="none", fillstyle="none", markersize=9)
+            known = paper[state]
+            curves.append((f"{label}, paper, {state}", list(known), list(known.values()), hollow))
+    axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop", ylim=(-0.02, 1.02))
+    common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
 
-GREY = dict(cmap="Greys", vmin=0, vmax=1)
-
-def plot_heads_by_k(runs, shown):
-    """Each layer's best cosine similarity with a find^j by the number of hops asked for, and j."""
-    figure, axes = common.new_figure(len(shown), width=7, height=2.2)
-    for axis, (args, result) in zip(axes[:, 0], shown):
-        by_j = np.array(result["alignment"]).max(axis=2)     # (k, L, j): over heads
-        image = axis.imshow(by_j.max(axis=2).T, aspect="auto", **GREY)
-        for k, layer in np.ndindex(*by_j.shape[:2]):
-            j = by_j[k, layer].argmax()
-            axis.text(k, layer, j, color="C1", weight="bold", ha="center", va="center")
-        axis.set_xticks(range(len(by_j)))
-        axis.set_yticks(range(args.n_layer), range(1, args.n_layer + 1))
-        name = f"{in_words(args, runs)}, seed {args.seed}"
-        axis.set(title=f"{name}: cosine of the best head with find^j (number: j)",
-                 xlabel="number of hops asked for, k", ylabel="layer")
-        figure.colorbar(image, ax=axis)
-    common.save_figure(figure, runs, "heads_by_k")
+def plot_heads_by_k(runs):
+    """Cosine similarity with each find^j, of each layer's best head, by the hops asked for."""
+    hops = range(runs[0].args.max_hops + 1)
+    axis = dict(xlabel="number of hops asked for, k", ylabel="j of find^j")
+    panels = {}
+    for run in runs:
+        best = np.array(run.results["alignment"]).max(axis=2)                    # (k, L, j)
+        for i in range(run.args.n_layer):
+            matrix = best[:, i].T                            # (j, k)
+            circles = [(matrix[:, k].argmax(), k) for k in hops]
+            title = f"{run.args.label}, layer {i + 1}"
+            panels.setdefault(title, (matrix, hops, hops, axis, circles))        # the first seed's
+    common.plot_matrices(runs[0].folder.parent / "heads_by_k.png", panels, columns=4)
 
 @torch.no_grad()
-def plot_heads(runs, shown):
+def plot_heads(runs):
     """Figs. 3 and 4, deepest model, most hops: all heads; attention of each layer's best."""
-    args, result = max(shown, key=lambda pair: pair[0].n_layer)
-    alignment = result["alignment"][args.max_hops]           # by layer, head and j
+    run = max(runs, key=lambda run: run.args.n_layer)
+    args = run.args
+    alignment = run.results["alignment"][args.max_hops]      # by layer, head and j
     heads = [f"{i + 1}.{h + 1}" for i, h in np.ndindex(args.n_layer, args.n_head)]
-    figure, axes = common.new_figure(1, 1 + args.n_layer, width=3, height=3.6)
-    figure.suptitle(f"{in_words(args, runs)}, seed {args.seed}, k = {args.max_hops}")
-    axis = axes[0, 0]
-    image = axis.imshow(np.concatenate(alignment), aspect="auto", **GREY)
-    axis.set_xticks(range(args.max_hops + 1))
-    axis.set_yticks(range(len(heads)), heads, fontsize=7)
-    axis.set(title="cosine with find^j", xlabel="j", ylabel="layer.head")
-    figure.colorbar(image, ax=axis)
-    task, model = load(result["folder"], args.device)
-    data = torch.Generator(task.device).manual_seed(0)
-    tokens, _ = task.sample(1, data, hops=task.max_hops)
+    axis = dict(xlabel="j", ylabel="layer.head")
+    hops = range(args.max_hops + 1)
+    panels = {"cosine with find^j": (np.concatenate(alignment), heads, hops, axis, [])}
+    task, model = load(run.folder, args.device)
+    data = torch.Generator(args.device).manual_seed(0)
+    tokens, _ = task.sample(1, data, hops=args.max_hops)
     _, attns = model(tokens, return_attn=True)
-    for i, axis in enumerate(axes[0, 1:]):
+    ticks = [i if i % 10 == 0 else "" for i in range(task.block_size)]
+    axis = dict(xlabel="position looked at", ylabel="position")
+    for i, attn in enumerate(attns):
         head, j, cosine = best_head(alignment[i])
-        positions = find(tokens[:, 1:], j)[0].cpu()
-        defined = (positions >= 0).nonzero()[:, 0]
-        axis.imshow(attns[i][0, head - 1].float().cpu(), **GREY)
-        axis.plot(positions[defined] + 1, defined + 1, "ro", fillstyle="none", label=f"find^{j}")
-        axis.set(title=f"attention of {i + 1}.{head} ({cosine:.2f})",
-                 xlabel="position looked at", ylabel="position")
-        axis.legend(loc="upper right")
-    common.save_figure(figure, runs, "heads")
+        positions = find(tokens[:, 1:], j)[0].tolist()
+        circles = [(at + 1, p + 1) for at, p in enumerate(positions) if p >= 0]
+        title = f"{i + 1}.{head} and find^{j} ({cosine:.2f})"
+        panels[title] = attn[0, head - 1].float().cpu(), ticks, ticks, axis, circles
+    common.plot_matrices(run.folder.parent / "heads.png", panels)
+
+def show(runs):
+    """The tables of a sweep, and with --plot its figures."""
+    args = runs[0].args
+    for run in runs:
+        run.args.label = in_words(run.args, runs)
+    print_errors(runs)
+    with_heads = [run for run in runs if "alignment" in run.results]
+    if with_heads:
+        print_heads(args, with_heads)
+    if args.plot:
+        plot_errors(runs)
+        if with_heads:
+            plot_heads(with_heads)
+            plot_heads_by_k(with_heads)
 
 # ---- The command --------------------------------------------------------------------------------
 
-# Modes that train nothing: the flags that they read beside --seed, with values of their own
-MODES = {
-    "construct": dict(seq_len=100, n_chars=4, max_hops=16, n_eval=1_000),
-    "mpc": dict(seq_len=1_000, n_chars=4, max_hops=16, machines=32, words=320),
-}
-
 def show_construction(args):
-    """--construct: the hand-built transformer's errors and heads. Returns a dict for each k."""
+    """--preset construct: the hand-built transformer's errors and heads, a dict for each k."""
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
     model = construct(args.max_hops, args.n_chars, args.seq_len).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"""N = {args.seq_len}: depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
+    common.say(f"""N = {args.seq_len}: depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
 {model.n_embd}, {n_params:,} parameters.
 The theorem's depth; its one head, and a width that does not grow with N, are not met.""")
     torch.set_float32_matmul_precision("highest")            # TF32 would not be exact
     data = torch.Generator(args.device).manual_seed(args.seed[0])
-    counted = f"{args.n_eval} sequences for each k, undefined hops and all"
-    print(f"Errors on {counted} (a minute on a CPU):", flush=True)
     errors = hop_errors(model, task, args.n_eval, data, everywhere=True).tolist()
-    rows = [[str(k), f"{error:g}"] for k, error in enumerate(errors)]
-    common.print_table(["k", "error"], rows)
+    counted = f"{args.n_eval} sequences for each k, undefined hops and all"
+    cells = [(f"k={k}", "error", error, "g") for k, error in enumerate(errors)]
+    common.print_table(f"Errors on {counted}", cells)
     print_heads(args)
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args):
-    """--mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find."""
+    """--preset mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find.
+    """
     task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
     data = torch.Generator().manual_seed(args.seed[0])
     tokens, _ = task.sample(1, data)
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
-    X = chars[0].tolist()
     results = []
+    cells = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
-        try:
-            hops, cluster = mpc_hops(X, k, args.machines, args.words, args.n_chars)
-        except (RuntimeError, ValueError) as error:
-            common.fail(f"--words {args.words}: {error}", 2)
-        expected = follow(chars, find(chars, k))[0].tolist()
-        results.append(dict(
-            k=k, rounds=cluster.rounds,
-            memory=cluster.memory, load=cluster.load,
-            depth=bit + 2, right=hops == expected,
-        ))
-    print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
-    print("rounds, most words held by one, most sent or received by one, a transformer's depth")
-    rows = [list(map(str, result.values())) for result in results]
-    common.print_table(list(results[0]), rows)
+        hops, cluster = mpc_hops(chars[0].tolist(), k, args.machines, args.words, args.n_chars)
+        right = hops == follow(chars, find(chars, k))[0].tolist()
+        result = dict(k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load,
+                      depth=bit + 2, right=right)
+        results.append(result)
+        cells += [(f"k={k}", name, str(value)) for name, value in result.items()]
+    common.print_table(f"""\
+hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words:
+rounds, most words held by one, most sent or received by one, a transformer's depth""", cells)
     return results
 
+SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing
+
 def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = common.make_parser(main)
+    """The command line."""
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
     count = common.positive_int
-    add("--arch", nargs="+", choices=list(ARCHS), help="lstm: two layers, as many parameters")
-    add("--n-layer", nargs="+", type=common.number(int, 1, 100), help="layers")
-    add("--n-head", nargs="+", type=count, help="heads a layer of a transformer")
-    add("--n-embd", type=count, help="width d")
-    add("--dropout", type=common.number(float, 0, 0.99), help="share of units dropped in training")
-    add("--seq-len", type=count,
-        help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
-    add("--n-chars", type=common.number(int, 2, 100), help="characters of the alphabet")
-    add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000),
+    add("--arch", nargs="+", choices=list(ARCHS), default=["transformer"],
+        help="lstm: two layers, as many parameters")
+    add("--n-layer", nargs="+", type=count, default=[2, 3, 4], help="layers")
+    add("--n-head", nargs="+", type=count, default=[4], help="heads a layer of a transformer")
+    add("--n-embd", type=count, default=64, help="width d")
+    add("--dropout", type=common.non_negative, default=0.0,
+        help="fraction of units dropped in training")
+    add("--seq-len", type=count, default=24,
+        help="positions N as the paper counts: k, then N - 2 characters (mpc: N characters)")
+    add("--n-chars", type=count, default=4, help="characters of the alphabet")
+    add("--max-hops", type=count, default=8, help="largest number of hops")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10**7), default=[0],
         help="fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
-    add("--batch-size", type=count, help="sequences a step")
-    add("--steps", type=count, help="training steps")
-    add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")
-    add("--lr", type=common.positive_float, help="peak learning rate of AdamW")
-    add("--beta2", type=common.number(float, 0, 0.99999),
+    add("--batch-size", type=count, default=64, help="sequences a step")
+    add("--steps", type=count, default=3_000, help="training steps")
+    add("--warmup", type=count, default=400,
+        help="steps of linear warm-up, before the linear decay to 0")
+    add("--lr", type=common.positive_float, default=4e-3, help="peak learning rate of AdamW")
+    add("--beta2", type=common.number(float, 0, 0.99999), default=0.98,
         help="of AdamW: how slowly it forgets squared gradients")
-    add("--weight-decay", type=common.non_negative, help="weight decay of AdamW")
-    add("--n-eval", type=count, help="sequences for each k in the final errors")
+    add("--weight-decay", type=common.non_negative, default=0.01, help="weight decay of AdamW")
+    add("--eval-every", type=count, default=250, help="steps between evaluations")
+    add("--n-eval", type=count, default=1_000, help="sequences for each k in the final errors")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--construct", action="store_true", help="Theorem 4.2: a hand-built transformer's errors")
-    add("--mpc", action="store_true", help="Fig. 1: the protocol for parallel machines")
-    add("--machines", type=count, help="with --mpc: machines q (32)")
-    add("--words", type=count, help="with --mpc: words that a machine holds, sends, receives (320)")
-    args = common.parse_args(parser, PRESETS, argv)
-    for mode, own in MODES.items():
-        if getattr(args, mode):
-            common.refuse_others(parser, args, mode, "seed", *own)
-            if len(args.seed) > 1:
-                parser.error(f"--{mode} takes one --seed")
-            for key in set(own) - set(args.given):
-                setattr(args, key, own[key])
-    for n_head in args.n_head:
-        if "transformer" in args.arch and args.n_embd % n_head:
-            parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
-    for n_train in args.n_train:
-        if 0 < n_train < args.batch_size:
-            parser.error(f"--n-train {n_train}: less than one --batch-size {args.batch_size}")
-    if args.mpc and args.machines > args.seq_len:
-        parser.error(f"--machines {args.machines}: more than --seq-len {args.seq_len} characters")
-    try:
-        HopTask(args.seq_len, args.n_chars, args.max_hops)
-        if args.construct:
-            construct(args.max_hops, args.n_chars, args.seq_len)
-    except ValueError as error:
-        parser.error(f"--seq-len {args.seq_len}, --max-hops {args.max_hops}: {error}")
-    return args
-
-def show(runs, results):
-    """The tables of a sweep, and with --plot its figures."""
-    print_errors(runs, results)
-    groups = common.by_setting(runs, results)
-    shown = [(args, group[0]) for args, group in groups if "alignment" in group[0]]
-    args = runs[0].args
-    if shown:
-        print_heads(args, runs, shown)
-    if args.plot:
-        plot_errors(runs, results)
-        if shown:
-            plot_heads(runs, shown)
-            plot_heads_by_k(runs, shown)
+    add("--machines", type=count, default=32, help="mpc: machines q")
+    add("--words", type=count, default=320, help="mpc: words that one holds, sends or receives")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    add("--compile", action="store_true", help="torch.compile")
+    return common.parse_args(parser, PRESETS, argv)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
     args = parse_args(argv)
-    if args.construct:
-        return show_construction(args)
-    if args.mpc:
-        return show_mpc(args)
-    runs = common.sweep(args, SWEEP, resolve, measured=["n_eval"])
+    if args.preset in SPECIAL:
+        try:
+            return SPECIAL[args.preset](args)
+        except ValueError as error:
+            raise common.UsageError(error) from error
+    runs = common.sweep(args, SWEEP, build, resolve, measured=["n_eval"])
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
