@@ -35,6 +35,7 @@ and mpc_hops need find_first and look_up, not torch; HopTransformer needs common
 gpt2_init_. hop_errors takes any model in eval mode, head_alignment one that returns attention.
 """
 import collections
+import itertools
 import math
 
 import numpy as np
@@ -158,9 +159,8 @@ class HopLSTM(nn.Module):
         like = HopTransformer(n_layer, 1, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
         # two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
-        d = torch.arange(8, 2048, 8)
-        own = 2 * d * (8 * d + 8 + vocab_size)
-        width = d[(own - n_params).abs().argmin()].item()
+        excess = lambda d: 2 * d * (8 * d + 8 + vocab_size) - n_params
+        width = min(range(8, 2048, 8), key=lambda d: abs(excess(d)))
         self.wte = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
@@ -228,14 +228,15 @@ def train(args, run):
     start = run.restore(model, optimizer, data)
     if args.compile:
         model.compile()
-    device = torch.device(args.device).type
     for step in run.steps(start, args.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        rate = np.float32(learning_rate(step, args))         # float32: as RESULTS.md was measured
+        optimizer.param_groups[0]["lr"] = float(rate)
         if args.n_train:
             tokens, targets = batches[step % n_batches]      # (B, T)
         else:
             tokens, targets = task.sample(args.batch_size, data)                 # (B, T)
-        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        bfloat16 = args.dtype == "bfloat16"
+        with torch.autocast(tokens.device.type, torch.bfloat16, bfloat16):
             logits = model(tokens)                           # (B, T, V)
         # every position counts, the undefined ones and the k token, too
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -280,11 +281,9 @@ def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
 def have_hop(task, n=1_000):
     """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
     data = torch.Generator(task.device).manual_seed(40_000)
-    fractions = []
-    for k in range(task.max_hops + 1):
-        _, targets = task.sample(n, data, hops=k)
-        fractions.append((targets[:, 1:] != task.undefined).float().mean())
-    return torch.stack(fractions)
+    targets = [task.sample(n, data, hops=k)[1] for k in range(task.max_hops + 1)]
+    have = torch.stack(targets)[:, :, 1:] != task.undefined  # (max_hops + 1, n, N - 2)
+    return have.float().mean(dim=(1, 2))
 
 @torch.no_grad()
 def says_undefined(model, task, generator, n=256):
@@ -297,8 +296,8 @@ def says_undefined(model, task, generator, n=256):
 
 @torch.no_grad()
 def head_alignment(model, task, k, n=10):
-    """How much each head looks at find^j, j = 0 .. max_hops, when k hops are asked for: a list by
-    layer of (H, max_hops + 1) (Sec. 5.2).
+    """How much each head looks at find^j, j = 0 .. max_hops, if k hops are asked for: for each layer
+    a list (H, max_hops + 1) (Sec. 5.2).
 
     The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
     whose row i has its one at find^j(i); mean over n sequences, the same for every k.
@@ -306,22 +305,17 @@ def head_alignment(model, task, k, n=10):
     data = torch.Generator(task.device).manual_seed(20_000)
     tokens, _ = task.sample(n, data, hops=k)
     _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
-    looked_for = []
+    matrices = []
     for j in range(task.max_hops + 1):
         positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
-        looked_for.append(F.pad(positions, (1, 0)))          # (n, T); k looks for nothing
+        F_j = F.one_hot(F.pad(positions, (1, 0)), task.block_size)               # (n, T, T)
+        F_j[:, :, 0] = 0                                     # no row for k, nor if undefined
+        matrices.append(F_j.flatten(1)[:, None].float())     # (n, 1, T T)
     alignment = []
     for attn in attns:
-        size_A = attn.float().flatten(2).norm(dim=2)         # (n, H)
-        products = []
-        for positions in looked_for:
-            defined = positions > 0
-            size_F = defined.sum(1).sqrt()                   # a one for each row
-            column = positions[:, None, :, None].expand(-1, attn.shape[1], -1, 1)
-            attended = attn.gather(3, column)[..., 0]        # (n, H, T): to find^j
-            inner = (attended * defined[:, None]).sum(2)     # <A, F_j>
-            products.append(inner / (size_A * size_F.clamp_min(1)[:, None]))
-        alignment.append(torch.stack(products, dim=2).mean(0).cpu())
+        A = attn.float().flatten(2)                          # (n, H, T T)
+        cosines = [F.cosine_similarity(A, F_j, dim=2) for F_j in matrices]
+        alignment.append(torch.stack(cosines, dim=2).mean(0).tolist())
     return alignment
 
 def plain(values):
@@ -343,14 +337,16 @@ def measure(args, run):
     n_params = sum(p.numel() for p in model.parameters())
     results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
     results["undefined"] = says_undefined(model, task, fresh)
-    if args.arch == "transformer":
-        results["alignment"] = []                            # by k, layer, head and j
-        for k in range(task.max_hops + 1):
-            layers = head_alignment(model, task, k)
-            results["alignment"].append([layer.tolist() for layer in layers])
+    if args.arch == "transformer":                           # by k, layer, head and j
+        hops = range(task.max_hops + 1)
+        results["alignment"] = [head_alignment(model, task, k) for k in hops]
     return results
 
 # ---- Theorem 4.2: a transformer of this depth, written down -------------------------------------
+
+def copy(source, to):
+    """The matrix (d, d) that reads one feature of a vector and writes another."""
+    return to.T @ source
 
 class Construction(nn.Module):
     """Explicit weights that solve max_hops hops in floor(log2 max_hops) + 2 layers, without error.
@@ -367,7 +363,6 @@ class Construction(nn.Module):
     """
 
     longest = 500
-    inverse_temperature = 30.0
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
         super().__init__()
@@ -378,51 +373,44 @@ class Construction(nn.Module):
         C = n_chars + 1                                      # a character, or `undefined`
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
-        # A feature is (size, d), rows of the identity: target.T @ source copies source to target,
-        # and a vector is a sum of features. Level l: f_l, c_l; k_l, bit l of k at the k token; b_l,
-        # the same everywhere (layer 1 writes it); new_l, the character c_l at f_l(i). Layer l + 2
-        # reads level l and writes new_l, f_(l+1) and c_(l+1).
-        level = [1, C, 1, 1, C]                              # f_l, c_l, k_l, b_l, new_l
-        sizes = [1, 1, 1, 1, T] + level * n_bits + [1, C]    # the last f and c have no k, b, new
+        # A feature is (size, d), rows of the identity, and a vector is a sum of features. Level l:
+        # f_l, c_l; k_l, bit l of k at the k token; b_l, the same everywhere (layer 1 writes it);
+        # new_l, the character c_l at f_l(i). Layer l + 2 reads level l and writes new_l, f_(l+1)
+        # and c_(l+1).
+        sizes = [1, 1, 1, 1, T, n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
         d = self.n_embd = sum(sizes)
-        one, pos, pos2, is_k, where, *others = torch.eye(d).split(sizes)
-        f, c, k, b, new = [others[i::5] for i in range(5)]   # lists by level
+        one, pos, pos2, is_k, where, k, b, f, c, new = torch.eye(d).split(sizes)
+        f = f.split(1)                                       # by level
+        c = c.split(C)
+        new = new.split(C)
         # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
         hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
         bits = (hops >> torch.arange(n_bits) & 1).float()    # (max_hops + 1, n_bits)
-        wte = torch.zeros(task.vocab_size, d)
-        undefined = c[0][-1]
-        wte[:task.char] = is_k + undefined + bits @ torch.cat(k)
-        wte[task.char:task.undefined] = c[0][:-1]
+        *chars, undefined = c[0]
+        self.wte = nn.Parameter(torch.cat([is_k + undefined + bits @ k, torch.stack(chars)]))
         j = torch.arange(float(T))[:, None]                  # (T, 1)
-        self.wte = nn.Parameter(wte)
         self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
-        # than recency (j), oneself less than anything, and the k token ranks between matches and
-        # the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
+        # than recency (j), the position itself scores lowest, and the k token ranks between matches
+        # and the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
         # back j + 1, or 0.
-        same = 4.0 * T
-        find_QK = same * (c[0].T @ c[0]) + one.T @ pos
-        find_QK += same / 2 * (one.T @ is_k) - 2 * same * (where.T @ where)
-        find_OV = f[0].T @ (pos + one - is_k)
+        find_QK = 4 * T * (c[0].T @ c[0]) + one.T @ (pos + 2 * T * is_k) - 8 * T * (where.T @ where)
+        find_OV = copy(pos + one - is_k, to=f[0])
         # Layer 1, head 2: everybody learns the bits of k from the k token
-        read_QK = one.T @ is_k
-        read_OV = torch.cat(b).T @ torch.cat(k)
-        QK = torch.stack([find_QK, read_QK])                 # (H, d, d)
-        OV = torch.stack([find_OV, read_OV])
+        QK = torch.stack([find_QK, one.T @ is_k])            # (H, d, d)
+        OV = torch.stack([find_OV, copy(k, to=b)])
         zero = torch.zeros(d, d)
         layers = [(QK, OV, zero, zero)]                      # no MLP
         # Layer l + 2: look at position p = f_l(i), where the score 2 p j - j^2 = p^2 - (p - j)^2 is
         # largest, and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes
-        # the new character where bit b_l of k is one (a hidden unit has the index of a feature):
+        # the new character if bit b_l of k is one (a hidden unit has the index of a feature):
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
         for l in range(n_bits):
             QK = 2 * f[l].T @ pos - one.T @ pos2
-            OV = f[l + 1].T @ f[l] + new[l].T @ c[l]
-            take = new[l].T @ (new[l] + b[l] - one)
-            keep = c[l].T @ (c[l] - b[l])
-            W_out = c[l + 1].T @ (new[l] + c[l])
-            layers.append((QK[None], OV[None], take + keep, W_out))
+            OV = copy(f[l], to=f[l + 1]) + copy(c[l], to=new[l])
+            W_in = copy(new[l] + b[l] - one, to=new[l]) + copy(c[l] - b[l], to=c[l])
+            W_out = copy(new[l] + c[l], to=c[l + 1])
+            layers.append((QK[None], OV[None], W_in, W_out))
         self.layers = nn.ModuleList(map(nn.ParameterList, layers))
         # Unembedding: the last character; at the k token, `blank`
         lm_head = torch.zeros(task.vocab_size, d)
@@ -440,7 +428,7 @@ class Construction(nn.Module):
         for W_QK, W_OV, W_in, W_out in self.layers:
             each = x.unsqueeze(1)                            # (B, 1, T, d), for every head
             scores = each @ W_QK @ each.mT                   # (B, H, T, T)
-            attn = (self.inverse_temperature * scores + future).softmax(-1)
+            attn = (30 * scores + future).softmax(-1)        # nearly a maximum
             x = x + (attn @ (each @ W_OV.mT)).sum(1)
             x = x + F.relu(x @ W_in.mT) @ W_out.mT
             attns.append(attn)
@@ -464,7 +452,7 @@ class Cluster:
 
     def exchange(self, messages):
         """One round: (sender, receiver, list of words) -> for each machine what it received.
-        RuntimeError where one sends, receives or holds more than s words."""
+        ValueError if one sends, receives or holds more than s words."""
         sent = [0] * self.q
         inbox = [[] for _ in range(self.q)]
         for sender, receiver, words in messages:
@@ -476,11 +464,9 @@ class Cluster:
             held = received + sum(map(len, own.values()))
             self.memory = max(self.memory, held)
             self.load = max(self.load, sent[machine], received)
-            counts = {"sends": sent[machine], "receives": received, "holds": held}
-            for what, n in counts.items():
-                if n > self.s:
-                    where = f"round {self.rounds}: machine {machine}"
-                    raise RuntimeError(f"{where} {what} {n} words, {self.s} at most")
+        most = max(self.memory, self.load)
+        if most > self.s:
+            raise ValueError(f"round {self.rounds} takes {most} words, a machine has {self.s}")
         return inbox
 
 def mpc_hops(X, k, q, s, n_chars=4):
@@ -492,8 +478,8 @@ def mpc_hops(X, k, q, s, n_chars=4):
     f. Then two rounds for each bit of k move r along f where the bit is one, and square f; two more
     fetch X.
 
-    RuntimeError where a limit is broken; ValueError where a machine could hold the whole input:
-    then two rounds are enough for anything.
+    ValueError if a machine needs more words, or could hold the whole input: then two rounds are
+    enough for anything.
     """
     if s >= len(X):
         raise ValueError(f"a machine of {s} words could hold the whole input of {len(X)}")
@@ -512,10 +498,8 @@ def mpc_hops(X, k, q, s, n_chars=4):
         look_up(cluster, m, arrays)
         k >>= 1
     look_up(cluster, m, {"r": "X"})
-    answers = []
-    for own in cluster.words:
-        answers += own["r"].values()
-    return answers, cluster
+    answers = [own["r"].values() for own in cluster.words]
+    return list(itertools.chain(*answers)), cluster
 
 def find_first(cluster, n_chars):
     """One round that writes find^1 to f: each machine tells all later ones, for each character, the
@@ -524,11 +508,9 @@ def find_first(cluster, n_chars):
     nowhere = [-1] * n_chars
     messages = []
     for machine, own in enumerate(cluster.words):
-        after = nowhere.copy()
-        for i, char in own["X"].items():
-            after[char] = i + 1
-        for later in range(machine + 1, cluster.q):
-            messages.append((machine, later, after))
+        after = {char: i + 1 for i, char in own["X"].items()}
+        words = [after.get(char, -1) for char in range(n_chars)]
+        messages += [(machine, later, words) for later in range(machine + 1, cluster.q)]
     for machine, received in enumerate(cluster.exchange(messages)):
         after = [max(positions) for positions in zip(nowhere, *received)]        # by character
         own = cluster.words[machine]
@@ -561,7 +543,6 @@ def look_up(cluster, m, arrays):
 # 600 sequences a k). Without it 4 heads solve 2, 4, 7 and 12 hops in 2, 3, 4 and 5 layers (errors
 # of .162 at k = 5 in 3 layers, of .011 at k = 7 in 4). Six layers of d = 128 trained on a
 # schedule of 200,000 steps: their rate was at half its peak.
-SHOWN = [1, 2, 3, 4, 6, 8, 12, 16]
 PUBLISHED = """
 n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
       2      4    128       0      on  .010 .140 .346 .423 .588 .658 .720 .737
@@ -592,6 +573,7 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
 # What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
 SAME_AS_PAPER = ["dropout", "seq_len", "n_chars", "max_hops", "batch_size", "steps", "warmup",
                  "lr", "beta2", "weight_decay"]
+MARKS = {"on": "v", "off": "o"}
 
 def published(args):
     """The errors of the authors' models, {dropout's state: {k: error}}; none in other settings."""
@@ -599,12 +581,9 @@ def published(args):
     if args.preset != "paper" or changed:
         return {}
     size = [str(x) for x in (args.n_layer, args.n_head, args.n_embd, args.n_train)]
-    errors = {}
-    for line in PUBLISHED.splitlines():
-        row = line.split()
-        if row[:4] == size:
-            errors[row[4]] = dict(zip(SHOWN, map(float, row[5:])))
-    return errors
+    header, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    hops = map(int, header[5:])
+    return {row[4]: dict(zip(hops, map(float, row[5:]))) for row in rows if row[:4] == size}
 
 def in_words(args, runs):
     """A run's depth, and what else its sweep varies, but for the seed: "4 layers, 8 heads"."""
@@ -618,103 +597,83 @@ def in_words(args, runs):
             words += f", {value or 'fresh'} {unit}"
     return words
 
-def print_errors(runs):
-    """Fig. 2: error by number of hops; a column for each setting."""
+def show_errors(runs):
+    """Fig. 2: error by number of hops, a column and a curve for each setting."""
     args = runs[0].args
-    hops = SHOWN if args.max_hops == 16 else range(1, args.max_hops + 1)
-    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops))
-    cells = []
-    for k in hops:
-        cells.append((f"k={k}", "have a k-th hop", fractions[k].item()))
-        for run in runs:
-            cells.append((f"k={k}", run.args.label, run.results["errors"][k]))
-            for state, errors in published(run.args).items():
-                if k in errors:
-                    cells.append((f"k={k}, paper, {state}", run.args.label, errors[k]))
-    for run in runs:
-        found = run.results
-        cells.append(("solved", run.args.label, solved(found["errors"]), ".0f"))
-        cells.append(("undefined", run.args.label, found["undefined"], ".0%"))
-        cells.append(("parameters", run.args.label, found["n_params"], ",.0f"))
-    se = max(x or 0 for run in runs for x in run.results["se"])
-    common.print_table(f"""Error by number of hops k, where there is a k-th hop, on {args.n_eval} sequences each \
-(standard errors up to {se:.3f}).
-Solved: the largest k up to which all errors are below 5%. Undefined: the fraction of the
-characters with a hop k={args.max_hops} at which the model says that there is none, and so errs more
-than a guess among {args.n_chars} characters, {1 - 1 / args.n_chars:.2f}. Paper: the authors' models, dropout on (as published) or
-off (by us; compare these). An LSTM has two layers.""", cells)
-
-def best_head(layer):
-    """The head (from 1), its j and its cosine similarity where a layer's (H, max_hops + 1) of
-    head_alignment is largest."""
-    layer = torch.as_tensor(layer)
-    head, j = divmod(layer.argmax().item(), layer.shape[1])
-    return head + 1, j, layer.max().item()
-
-def print_heads(args, runs=()):
-    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the hops asked for."""
-    alignments = {}
-    for run in runs:
-        alignments.setdefault(run.args.label, run.results["alignment"])          # the first seed's
-    if args.seq_len <= Construction.longest:
-        task = HopTask(args.seq_len, args.n_chars, args.max_hops)
-        built = construct(args.max_hops, args.n_chars, args.seq_len)
-        by_k = [head_alignment(built, task, k) for k in range(args.max_hops + 1)]
-        alignments["hand-built"] = by_k
-    cells = []
-    for name, by_k in alignments.items():
-        for k in [2**bit for bit in range(args.max_hops.bit_length())]:
-            for i, layer in enumerate(by_k[k], 1):
-                head, j, cosine = best_head(layer)
-                cell = f"{head}: find^{j} {cosine:.2f}"
-                cells.append((f"{name}, layer {i}", f"k={k}", cell))
-    common.print_table("""Heads of the first seed: each layer's best head when k hops are asked for, the find^j that it looks
-at most, and their cosine similarity. find^0 is the position itself. Undefined hops count against a
-head; the hand-built first layer looks for characters and for k, at no find^j.""", cells)
-
-def plot_errors(runs):
-    """Fig. 2: error against the number of hops, a curve for each setting."""
-    args = runs[0].args
-    hops = range(args.max_hops + 1)
-    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops)).tolist()
-    guess = f"a guess among {args.n_chars} characters"
-    ends = [0, args.max_hops]
-    thin = dict(linewidth=0.6, color="black")
-    curves = [
-        ("characters with a k-th hop", hops, fractions, dict(thin, color="grey")),
-        (guess, ends, [1 - 1 / args.n_chars] * 2, thin),
-        ("solved: below", ends, [0.05] * 2, dict(thin, linestyle=":")),
-    ]
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
+    have = dict(enumerate(have_hop(task).tolist()))
+    rows = [("have a k-th hop", "", have, dict(color="grey", linewidth=0.6))]
     labels = list(dict.fromkeys(run.args.label for run in runs))
     for run in runs:
         label = run.args.label
-        look = dict(color=f"C{labels.index(label)}", marker="o")
-        curves.append((label, hops, run.results["errors"], look))
-        paper = published(run.args)
-        if paper:
-            state = "off" if "off" in paper else "on"
-            hollow = dict(look, linestyle="none", fillstyle="none", markersize=9)
-            known = paper[state]
-            curves.append((f"{label}, paper, {state}", list(known), list(known.values()), hollow))
-    axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop", ylim=(-0.02, 1.02))
-    common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
-
-def plot_heads_by_k(runs):
-    """Cosine similarity with each find^j, of each layer's best head, by the hops asked for."""
-    hops = range(runs[0].args.max_hops + 1)
-    axis = dict(xlabel="number of hops asked for, k", ylabel="j of find^j")
-    panels = {}
+        color = f"C{labels.index(label)}"
+        errors = dict(enumerate(run.results["errors"]))
+        rows.append((label, "", errors, dict(color=color, marker="o")))
+        for state, errors in published(run.args).items():
+            hollow = dict(color=color, marker=MARKS[state], linestyle="none", fillstyle="none")
+            rows.append((label, f", paper, {state}", errors, hollow))
+    cells = []
+    for k in range(1, args.max_hops + 1):
+        for label, source, errors, _ in rows:
+            if k in errors:
+                cells.append((f"k={k}{source}", label, errors[k]))
     for run in runs:
-        best = np.array(run.results["alignment"]).max(axis=2)                    # (k, L, j)
-        for i in range(run.args.n_layer):
-            matrix = best[:, i].T                            # (j, k)
-            circles = [(matrix[:, k].argmax(), k) for k in hops]
-            title = f"{run.args.label}, layer {i + 1}"
-            panels.setdefault(title, (matrix, hops, hops, axis, circles))        # the first seed's
-    common.plot_matrices(runs[0].folder.parent / "heads_by_k.png", panels, columns=4)
+        cells.append(("solved", run.args.label, solved(run.results["errors"]), ".0f"))
+        cells.append(("undefined", run.args.label, run.results["undefined"], ".0%"))
+        cells.append(("parameters", run.args.label, run.results["n_params"], ",.0f"))
+    se = max(x or 0 for run in runs for x in run.results["se"])
+    guess = 1 - 1 / args.n_chars
+    common.print_table(f"""\
+Error by number of hops k at the characters that have a k-th hop, on {args.n_eval} sequences for each k.
+Standard errors are up to {se:.3f}. Solved: the largest k up to which all errors are below 5%; by
+Theorem 4.2 depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with {args.max_hops} hops
+at which the model says that there are not so many, and so errs more than a guess, {guess:.2f}.
+Paper: the authors' models, dropout on (as published) or off (by us; compare these).""", cells)
+    if args.plot:
+        curves = [(label + source, [*y], [*y.values()], style) for label, source, y, style in rows]
+        ends = [0, args.max_hops]
+        curves.append((f"a guess among {args.n_chars}", ends, [guess] * 2, dict(color="black")))
+        curves.append(("solved: below", ends, [0.05] * 2, dict(color="black", linestyle=":")))
+        axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
+        common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
+
+def best_head(layer):
+    """The head (from 1), its j and its cosine similarity, the largest of a layer's (H, j)."""
+    layer = np.array(layer)
+    head, j = divmod(layer.argmax(), layer.shape[1])
+    return head + 1, j, layer.max()
+
+def show_heads(args, runs=()):
+    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the hops asked for."""
+    alignments = {}                                          # by label, of the first seed
+    for run in runs:
+        alignments.setdefault(run.args.label, run.results["alignment"])
+    hops = range(args.max_hops + 1)
+    if args.seq_len <= Construction.longest:
+        task = HopTask(args.seq_len, args.n_chars, args.max_hops)
+        built = construct(args.max_hops, args.n_chars, args.seq_len)
+        alignments["hand-built"] = [head_alignment(built, task, k) for k in hops]
+    cells = []
+    panels = {}
+    axis = dict(xlabel="number of hops asked for, k", ylabel="j of find^j")
+    for label, alignment in alignments.items():
+        for i, layer in enumerate(zip(*alignment), 1):       # by k, head and j
+            name = f"{label}, layer {i}"
+            for k in 2 ** np.arange(args.max_hops.bit_length()):
+                head, j, cosine = best_head(layer[k])
+                cells.append((name, f"k={k}", f"{head}: find^{j} {cosine:.2f}"))
+            best = np.max(layer, axis=1).T                   # (j, k), over heads
+            circles = list(zip(best.argmax(0), hops))
+            panels[name] = best, hops, hops, axis, circles
+    common.print_table("""\
+Heads of the first seed: each layer's best head if k hops are asked for, the find^j that it looks
+at most, and their cosine similarity. find^0 is the position itself. Undefined hops count against a
+head; the hand-built first layer looks for characters and for k, at no find^j.""", cells)
+    if runs and args.plot:
+        common.plot_matrices(runs[0].folder.parent / "heads_by_k.png", panels)
 
 @torch.no_grad()
-def plot_heads(runs):
+def plot_attention(runs):
     """Figs. 3 and 4, deepest model, most hops: all heads; attention of each layer's best."""
     run = max(runs, key=lambda run: run.args.n_layer)
     args = run.args
@@ -739,18 +698,14 @@ def plot_heads(runs):
 
 def show(runs):
     """The tables of a sweep, and with --plot its figures."""
-    args = runs[0].args
     for run in runs:
         run.args.label = in_words(run.args, runs)
-    print_errors(runs)
+    show_errors(runs)
     with_heads = [run for run in runs if "alignment" in run.results]
     if with_heads:
-        print_heads(args, with_heads)
-    if args.plot:
-        plot_errors(runs)
-        if with_heads:
-            plot_heads(with_heads)
-            plot_heads_by_k(with_heads)
+        show_heads(runs[0].args, with_heads)
+        if runs[0].args.plot:
+            plot_attention(with_heads)
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -768,7 +723,7 @@ The theorem's depth; its one head, and a width that does not grow with N, are no
     counted = f"{args.n_eval} sequences for each k, undefined hops and all"
     cells = [(f"k={k}", "error", error, "g") for k, error in enumerate(errors)]
     common.print_table(f"Errors on {counted}", cells)
-    print_heads(args)
+    show_heads(args)
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args):
@@ -784,13 +739,12 @@ def show_mpc(args):
         k = 2**bit
         hops, cluster = mpc_hops(chars[0].tolist(), k, args.machines, args.words, args.n_chars)
         right = hops == follow(chars, find(chars, k))[0].tolist()
-        result = dict(k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load,
-                      depth=bit + 2, right=right)
-        results.append(result)
-        cells += [(f"k={k}", name, str(value)) for name, value in result.items()]
+        counts = dict(rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
+        results.append(dict(counts, k=k, depth=bit + 2, right=right))
+        cells += [(f"k={k}", name, str(value)) for name, value in results[-1].items()]
     common.print_table(f"""\
-hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words:
-rounds, most words held by one, most sent or received by one, a transformer's depth""", cells)
+hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words: rounds, most words held by one, most
+sent or received by one, a transformer's depth""", cells)
     return results
 
 SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing
