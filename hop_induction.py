@@ -159,8 +159,8 @@ class HopLSTM(nn.Module):
         like = HopTransformer(n_layer, 1, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
         # two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
-        excess = lambda d: 2 * d * (8 * d + 8 + vocab_size) - n_params
-        width = min(range(8, 2048, 8), key=lambda d: abs(excess(d)))
+        own = lambda d: 2 * d * (8 * d + 8 + vocab_size)
+        width = min(range(8, 2048, 8), key=lambda d: abs(own(d) - n_params))
         self.wte = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
@@ -187,7 +187,10 @@ PRESETS = {
     "construct": dict(seq_len=100, max_hops=16),
     "mpc": dict(seq_len=1_000, max_hops=16),
 }
-SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
+SWEEP = {                                                    # flags with several values, in words
+    "arch": "{}", "n_layer": "{} layers", "n_head": "{} heads",
+    "n_train": "{} fixed sequences", "seed": "",
+}
 
 def resolve(args):
     """Completes a run's flags: unused ones become None."""
@@ -296,8 +299,8 @@ def says_undefined(model, task, generator, n=256):
 
 @torch.no_grad()
 def head_alignment(model, task, k, n=10):
-    """How much each head looks at find^j, j = 0 .. max_hops, if k hops are asked for: for each layer
-    a list (H, max_hops + 1) (Sec. 5.2).
+    """How much each head looks at find^j, j = 0 .. max_hops, if k hops are asked for: for each
+    layer a list (H, max_hops + 1) (Sec. 5.2).
 
     The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
     whose row i has its one at find^j(i); mean over n sequences, the same for every k.
@@ -386,15 +389,18 @@ class Construction(nn.Module):
         # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
         hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
         bits = (hops >> torch.arange(n_bits) & 1).float()    # (max_hops + 1, n_bits)
-        *chars, undefined = c[0]
-        self.wte = nn.Parameter(torch.cat([is_k + undefined + bits @ k, torch.stack(chars)]))
+        wte = torch.zeros(task.vocab_size, d)
+        wte[:task.char] = is_k + c[0][-1] + bits @ k         # no character: `undefined`
+        wte[task.char:task.undefined] = c[0][:-1]
+        self.wte = nn.Parameter(wte)
         j = torch.arange(float(T))[:, None]                  # (T, 1)
         self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), the position itself scores lowest, and the k token ranks between matches
         # and the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
         # back j + 1, or 0.
-        find_QK = 4 * T * (c[0].T @ c[0]) + one.T @ (pos + 2 * T * is_k) - 8 * T * (where.T @ where)
+        find_QK = 4 * T * c[0].T @ c[0] + one.T @ (pos + 2 * T * is_k)
+        find_QK -= 8 * T * where.T @ where
         find_OV = copy(pos + one - is_k, to=f[0])
         # Layer 1, head 2: everybody learns the bits of k from the k token
         QK = torch.stack([find_QK, one.T @ is_k])            # (H, d, d)
@@ -408,9 +414,10 @@ class Construction(nn.Module):
         for l in range(n_bits):
             QK = 2 * f[l].T @ pos - one.T @ pos2
             OV = copy(f[l], to=f[l + 1]) + copy(c[l], to=new[l])
-            W_in = copy(new[l] + b[l] - one, to=new[l]) + copy(c[l] - b[l], to=c[l])
+            take = copy(new[l] + b[l] - one, to=new[l])
+            keep = copy(c[l] - b[l], to=c[l])
             W_out = copy(new[l] + c[l], to=c[l + 1])
-            layers.append((QK[None], OV[None], W_in, W_out))
+            layers.append((QK[None], OV[None], take + keep, W_out))
         self.layers = nn.ModuleList(map(nn.ParameterList, layers))
         # Unembedding: the last character; at the k token, `blank`
         lm_head = torch.zeros(task.vocab_size, d)
@@ -446,8 +453,7 @@ class Cluster:
         self.q = q
         self.s = s
         self.rounds = 0
-        self.memory = 0                                      # the most words that one has held
-        self.load = 0                                        # the most that one has sent, received
+        self.memory = self.load = 0                          # the most words held; sent or received
         self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
 
     def exchange(self, messages):
@@ -571,69 +577,67 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
 """
 
 # What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
-SAME_AS_PAPER = ["dropout", "seq_len", "n_chars", "max_hops", "batch_size", "steps", "warmup",
-                 "lr", "beta2", "weight_decay"]
-MARKS = {"on": "v", "off": "o"}
+SAME_AS_PAPER = "dropout seq_len n_chars max_hops batch_size steps warmup lr beta2 weight_decay"
 
 def published(args):
     """The errors of the authors' models, {dropout's state: {k: error}}; none in other settings."""
-    changed = [key for key in SAME_AS_PAPER if getattr(args, key) != args.defaults[key]]
+    changed = [x for x in SAME_AS_PAPER.split() if getattr(args, x) != args.defaults[x]]
     if args.preset != "paper" or changed:
         return {}
     size = [str(x) for x in (args.n_layer, args.n_head, args.n_embd, args.n_train)]
     header, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
-    hops = map(int, header[5:])
-    return {row[4]: dict(zip(hops, map(float, row[5:]))) for row in rows if row[:4] == size}
+    hops = [int(k) for k in header[5:]]
+    found = [row for row in rows if row[:4] == size]
+    return {row[4]: dict(zip(hops, map(float, row[5:]))) for row in found}
 
 def in_words(args, runs):
     """A run's depth, and what else its sweep varies, but for the seed: "4 layers, 8 heads"."""
-    words = f"{args.n_layer} layers"
-    if args.arch != "transformer":
-        words = f"{args.arch}, size of {words}"
-    for key, unit in {"n_head": "heads", "n_train": "sequences"}.items():
+    words = []
+    for key, phrase in SWEEP.items():
         value = getattr(args, key)
         varies = len({getattr(run.args, key) for run in runs}) > 1
-        if varies and value is not None:
-            words += f", {value or 'fresh'} {unit}"
-    return words
+        if phrase and value is not None and (varies or key == "n_layer"):
+            words.append(phrase.format(value))
+    return ", ".join(words)
 
 def show_errors(runs):
     """Fig. 2: error by number of hops, a column and a curve for each setting."""
     args = runs[0].args
-    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
-    have = dict(enumerate(have_hop(task).tolist()))
-    rows = [("have a k-th hop", "", have, dict(color="grey", linewidth=0.6))]
-    labels = list(dict.fromkeys(run.args.label for run in runs))
-    for run in runs:
-        label = run.args.label
-        color = f"C{labels.index(label)}"
-        errors = dict(enumerate(run.results["errors"]))
-        rows.append((label, "", errors, dict(color=color, marker="o")))
-        for state, errors in published(run.args).items():
-            hollow = dict(color=color, marker=MARKS[state], linestyle="none", fillstyle="none")
-            rows.append((label, f", paper, {state}", errors, hollow))
-    cells = []
-    for k in range(1, args.max_hops + 1):
-        for label, source, errors, _ in rows:
-            if k in errors:
-                cells.append((f"k={k}{source}", label, errors[k]))
-    for run in runs:
-        cells.append(("solved", run.args.label, solved(run.results["errors"]), ".0f"))
-        cells.append(("undefined", run.args.label, run.results["undefined"], ".0%"))
-        cells.append(("parameters", run.args.label, run.results["n_params"], ",.0f"))
-    se = max(x or 0 for run in runs for x in run.results["se"])
+    hops = range(args.max_hops + 1)
     guess = 1 - 1 / args.n_chars
+    thin = dict(color="black", linewidth=0.6)
+    have = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops)).tolist()
+    cells = [(f"k={k}", "have a k-th hop", have[k]) for k in hops]
+    curves = [
+        ("characters with a k-th hop", hops, have, dict(color="grey", linewidth=0.6)),
+        (f"a guess among {args.n_chars} characters", hops, [guess] * len(hops), thin),
+        ("solved: below", hops, [0.05] * len(hops), dict(thin, linestyle=":")),
+    ]
+    colors = []
+    for run in runs:
+        label, found = run.args.label, run.results
+        if label not in colors:
+            colors.append(label)
+        look = dict(color=f"C{colors.index(label)}", marker="o")
+        cells += [(f"k={k}", label, found["errors"][k]) for k in hops]
+        curves.append((label, hops, found["errors"], look))
+        for state, errors in published(run.args).items():
+            cells += [(f"k={k}, paper, {state}", label, error) for k, error in errors.items()]
+            hollow = dict(look, marker="ov"[state == "on"], linestyle="none", fillstyle="none")
+            name = f"{label}, paper, dropout {state}"
+            curves.append((name, list(errors), list(errors.values()), hollow))
+        cells.append(("solved", label, solved(found["errors"]), ".0f"))
+        cells.append(("undefined", label, found["undefined"], ".0%"))
+        cells.append(("parameters", label, found["n_params"], ",.0f"))
+    se = max(x or 0 for run in runs for x in run.results["se"])
     common.print_table(f"""\
-Error by number of hops k at the characters that have a k-th hop, on {args.n_eval} sequences for each k.
-Standard errors are up to {se:.3f}. Solved: the largest k up to which all errors are below 5%; by
-Theorem 4.2 depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with {args.max_hops} hops
-at which the model says that there are not so many, and so errs more than a guess, {guess:.2f}.
-Paper: the authors' models, dropout on (as published) or off (by us; compare these).""", cells)
+Error by number of hops k at the characters that have a k-th hop; {args.n_eval} sequences for each k,
+standard errors up to {se:.3f}. Solved: the largest k up to which all errors are below 5%; by
+Theorem 4.2 depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with
+{args.max_hops} hops at which the model says that there are fewer, and so errs more than a guess, {guess:.2f}.
+Paper: the authors' models, dropout on (as published) or off (by us; compare these). An LSTM has
+two layers, and the size of the transformer named.""", cells)
     if args.plot:
-        curves = [(label + source, [*y], [*y.values()], style) for label, source, y, style in rows]
-        ends = [0, args.max_hops]
-        curves.append((f"a guess among {args.n_chars}", ends, [guess] * 2, dict(color="black")))
-        curves.append(("solved: below", ends, [0.05] * 2, dict(color="black", linestyle=":")))
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
         common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
 
@@ -714,8 +718,8 @@ def show_construction(args):
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
     model = construct(args.max_hops, args.n_chars, args.seq_len).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
-    common.say(f"""N = {args.seq_len}: depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
-{model.n_embd}, {n_params:,} parameters.
+    common.say(f"""N = {args.seq_len}, k up to {args.max_hops}: depth {model.n_layer} = \
+floor(log2 {args.max_hops}) + 2, width {model.n_embd}, {n_params:,} parameters.
 The theorem's depth; its one head, and a width that does not grow with N, are not met.""")
     torch.set_float32_matmul_precision("highest")            # TF32 would not be exact
     data = torch.Generator(args.device).manual_seed(args.seed[0])
@@ -740,11 +744,12 @@ def show_mpc(args):
         hops, cluster = mpc_hops(chars[0].tolist(), k, args.machines, args.words, args.n_chars)
         right = hops == follow(chars, find(chars, k))[0].tolist()
         counts = dict(rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
-        results.append(dict(counts, k=k, depth=bit + 2, right=right))
-        cells += [(f"k={k}", name, str(value)) for name, value in results[-1].items()]
+        counts.update(depth=bit + 2, right=right)
+        cells += [(f"k={k}", name, str(value)) for name, value in counts.items()]
+        results.append(dict(counts, k=k))
     common.print_table(f"""\
-hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words: rounds, most words held by one, most
-sent or received by one, a transformer's depth""", cells)
+hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words: rounds,
+most words held by one, most sent or received by one, a transformer's depth""", cells)
     return results
 
 SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing
