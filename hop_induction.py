@@ -457,23 +457,21 @@ class Cluster:
         self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
 
     def exchange(self, messages):
-        """One round: (sender, receiver, list of words) -> for each machine what it received.
-        ValueError if one sends, receives or holds more than s words."""
+        """One round of messages (sender, receiver, list of words): a list of (receiver, words).
+        ValueError if a machine sends, receives or holds more than s words."""
         sent = [0] * self.q
-        inbox = [[] for _ in range(self.q)]
+        received = [0] * self.q
         for sender, receiver, words in messages:
             sent[sender] += len(words)
-            inbox[receiver].append(words)
+            received[receiver] += len(words)
+        own = [sum(map(len, arrays.values())) for arrays in self.words]
         self.rounds += 1
-        for machine, own in enumerate(self.words):
-            received = sum(map(len, inbox[machine]))
-            held = received + sum(map(len, own.values()))
-            self.memory = max(self.memory, held)
-            self.load = max(self.load, sent[machine], received)
+        self.memory = max(self.memory, *map(sum, zip(own, received)))
+        self.load = max(self.load, *sent, *received)
         most = max(self.memory, self.load)
         if most > self.s:
             raise ValueError(f"round {self.rounds} takes {most} words, a machine has {self.s}")
-        return inbox
+        return [(receiver, words) for _, receiver, words in messages]
 
 def mpc_hops(X, k, q, s, n_chars=4):
     """hop_k of a list of characters X by q machines of s words: that list, -1 where undefined, and
@@ -511,18 +509,18 @@ def find_first(cluster, n_chars):
     """One round that writes find^1 to f: each machine tells all later ones, for each character, the
     position after the last one that it holds, -1 for none. For X = abacba on two machines: machine
     0 tells 3 for a, 2 for b, -1 for c; so machine 1, with cba, has f = -1, 2, 3."""
-    nowhere = [-1] * n_chars
     messages = []
     for machine, own in enumerate(cluster.words):
-        after = {char: i + 1 for i, char in own["X"].items()}
-        words = [after.get(char, -1) for char in range(n_chars)]
+        last = {char: i + 1 for i, char in own["X"].items()}
+        words = [last.get(char, -1) for char in range(n_chars)]
         messages += [(machine, later, words) for later in range(machine + 1, cluster.q)]
-    for machine, received in enumerate(cluster.exchange(messages)):
-        after = [max(positions) for positions in zip(nowhere, *received)]        # by character
-        own = cluster.words[machine]
+    after = [[-1] * n_chars for _ in cluster.words]          # by machine and character
+    for machine, words in cluster.exchange(messages):
+        after[machine] = list(map(max, after[machine], words))
+    for machine, own in enumerate(cluster.words):
         for i, char in own["X"].items():
-            own["f"][i] = after[char]
-            after[char] = i + 1
+            own["f"][i] = after[machine][char]
+            after[machine][char] = i + 1
 
 def look_up(cluster, m, arrays):
     """Two rounds, question and answer: each pointer p becomes array[p], but for -1, undefined.
@@ -534,13 +532,11 @@ def look_up(cluster, m, arrays):
                 if p >= 0:
                     calls.append((machine, p // m, (pointer, p, i)))
     answers = []
-    for machine, received in enumerate(cluster.exchange(calls)):
-        for pointer, p, i in received:
-            word = cluster.words[machine][arrays[pointer]][p]
-            answers.append((machine, i // m, (pointer, i, word)))
-    for machine, received in enumerate(cluster.exchange(answers)):
-        for pointer, i, word in received:
-            cluster.words[machine][pointer][i] = word
+    for machine, (pointer, p, i) in cluster.exchange(calls):
+        word = cluster.words[machine][arrays[pointer]][p]
+        answers.append((machine, i // m, (pointer, i, word)))
+    for machine, (pointer, i, word) in cluster.exchange(answers):
+        cluster.words[machine][pointer][i] = word
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
@@ -613,17 +609,16 @@ def show_errors(runs):
         (f"a guess among {args.n_chars} characters", hops, [guess] * len(hops), thin),
         ("solved: below", hops, [0.05] * len(hops), dict(thin, linestyle=":")),
     ]
-    colors = []
+    colors = {}
     for run in runs:
         label, found = run.args.label, run.results
-        if label not in colors:
-            colors.append(label)
-        look = dict(color=f"C{colors.index(label)}", marker="o")
+        look = dict(color=colors.setdefault(label, f"C{len(colors)}"), marker="o")
         cells += [(f"k={k}", label, found["errors"][k]) for k in hops]
         curves.append((label, hops, found["errors"], look))
         for state, errors in published(run.args).items():
             cells += [(f"k={k}, paper, {state}", label, error) for k, error in errors.items()]
-            hollow = dict(look, marker="ov"[state == "on"], linestyle="none", fillstyle="none")
+            marker = {"on": "v", "off": "o"}[state]
+            hollow = dict(look, marker=marker, linestyle="none", fillstyle="none")
             name = f"{label}, paper, dropout {state}"
             curves.append((name, list(errors), list(errors.values()), hollow))
         cells.append(("solved", label, solved(found["errors"]), ".0f"))
@@ -641,12 +636,6 @@ two layers, and the size of the transformer named.""", cells)
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
         common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
 
-def best_head(layer):
-    """The head (from 1), its j and its cosine similarity, the largest of a layer's (H, j)."""
-    layer = np.array(layer)
-    head, j = divmod(layer.argmax(), layer.shape[1])
-    return head + 1, j, layer.max()
-
 def show_heads(args, runs=()):
     """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the hops asked for."""
     alignments = {}                                          # by label, of the first seed
@@ -661,18 +650,17 @@ def show_heads(args, runs=()):
     panels = {}
     axis = dict(xlabel="number of hops asked for, k", ylabel="j of find^j")
     for label, alignment in alignments.items():
-        for i, layer in enumerate(zip(*alignment), 1):       # by k, head and j
+        for i, layer in enumerate(zip(*alignment), 1):       # (k, H, j)
             name = f"{label}, layer {i}"
+            best = np.max(layer, axis=1)                     # (k, j), over heads
+            most = best.argmax(1)                            # the j of each k
             for k in 2 ** np.arange(args.max_hops.bit_length()):
-                head, j, cosine = best_head(layer[k])
-                cells.append((name, f"k={k}", f"{head}: find^{j} {cosine:.2f}"))
-            best = np.max(layer, axis=1).T                   # (j, k), over heads
-            circles = list(zip(best.argmax(0), hops))
-            panels[name] = best, hops, hops, axis, circles
+                cells.append((name, f"k={k}", f"find^{most[k]} {best[k].max():.2f}"))
+            panels[name] = best.T, hops, hops, axis, list(zip(most, hops))
     common.print_table("""\
-Heads of the first seed: each layer's best head if k hops are asked for, the find^j that it looks
-at most, and their cosine similarity. find^0 is the position itself. Undefined hops count against a
-head; the hand-built first layer looks for characters and for k, at no find^j.""", cells)
+Heads of the first seed: the find^j that a head of the layer looks at most if k hops are asked for,
+and their cosine similarity. find^0 is the position itself. Undefined hops count against a head; the
+hand-built first layer looks for characters and for k, at no find^j.""", cells)
     if runs and args.plot:
         common.plot_matrices(runs[0].folder.parent / "heads_by_k.png", panels)
 
@@ -693,11 +681,11 @@ def plot_attention(runs):
     ticks = [i if i % 10 == 0 else "" for i in range(task.block_size)]
     axis = dict(xlabel="position looked at", ylabel="position")
     for i, attn in enumerate(attns):
-        head, j, cosine = best_head(alignment[i])
+        head, j = divmod(np.argmax(alignment[i]), len(hops))
         positions = find(tokens[:, 1:], j)[0].tolist()
         circles = [(at + 1, p + 1) for at, p in enumerate(positions) if p >= 0]
-        title = f"{i + 1}.{head} and find^{j} ({cosine:.2f})"
-        panels[title] = attn[0, head - 1].float().cpu(), ticks, ticks, axis, circles
+        title = f"{i + 1}.{head + 1} and find^{j} ({alignment[i][head][j]:.2f})"
+        panels[title] = attn[0, head].float().cpu(), ticks, ticks, axis, circles
     common.plot_matrices(run.folder.parent / "heads.png", panels)
 
 def show(runs):

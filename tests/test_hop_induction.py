@@ -294,7 +294,7 @@ def test_the_machines_agree_with_find_in_two_rounds_a_doubling():
 
 def test_one_word_too_many_is_caught():
     cluster = hop_induction.Cluster(3, 4)
-    assert cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4))]) == [[], [(1, 2)], [(3, 4)]]
+    assert cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4))]) == [(1, (1, 2)), (2, (3, 4))]
     with pytest.raises(ValueError, match="round 2 takes 5 words, a machine has 4"):
         cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4, 5))])
     cluster = hop_induction.Cluster(3, 4)
@@ -519,7 +519,7 @@ def test_an_architecture_is_added_in_one_place(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(hop_induction.ARCHS, "mean", Mean)
     results = main(tmp_path, "--arch", "transformer", "mean", "--steps", "4")
     out = capsys.readouterr().out
-    assert len(results) == 2 and "mean, 2 layers" in out and "transformer, 2 layers, layer 1" in out
+    assert len(results) == 2 and "mean, 2 layers" in out and "transformer, 2 layers, 4 heads, layer 1" in out
 
 
 def test_a_swept_flag_is_added_in_one_place(tmp_path, capsys, monkeypatch):
@@ -728,7 +728,7 @@ def test_heads_are_shown_by_the_number_of_hops_asked_for(capsys, figures):
         cells = []
         for k in (1, 2, 4):
             head, j = best[k, layer]
-            cells += [f"{head}:", f"find^{j}", f"{0.5 + k / 10 + layer / 100:.2f}"]
+            cells += [f"find^{j}", f"{0.5 + k / 10 + layer / 100:.2f}"]
         assert ["2", "layers,", "layer", str(layer + 1), *cells] in rows
     axes = figures["heads_by_k"].axes
     for (k, layer), (head, j) in best.items():
