@@ -8,8 +8,8 @@ enough (Theorem 4.2), as each layer can double the number of hops; that such a d
 necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones solve more hops
 with each layer, too: the authors', without dropout, 2, 4, 7 and 12 hops at depths 2 to 5.
 
-What to look for: the largest number of hops that each depth solves (last column: up to it all
-errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
+What to look for: the largest number of hops that each depth solves (in the row `solved`: up to
+it all errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
 training gets to 1, 3 (rarely 2) and 4 to 6; see RESULTS.md.
 
 What heads look at depends on k, the number of hops asked for. In layers 2, 3, 4 of the authors'
@@ -20,8 +20,8 @@ The second table has ours by k.
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as wide, 64 positions, in an hour
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
-    python hop_induction.py --preset construct             Theorem 4.2, written down, not trained
-    python hop_induction.py --preset mpc                   Fig. 1, machines that exchange words
+    python hop_induction.py --preset construct           Theorem 4.2, written down, not trained
+    python hop_induction.py --preset mpc                 Fig. 1, machines that exchange words
     python hop_induction.py --arch transformer lstm --n-layer 4   beside an LSTM of the same size
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
@@ -30,12 +30,11 @@ The second table has ours by k.
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
 
-To lift: HopTask needs find and follow, Construction needs HopTask, all need torch alone; Cluster
+To reuse: HopTask needs find and follow, Construction needs HopTask, all need torch alone; Cluster
 and mpc_hops need find_first and look_up, not torch; HopTransformer needs common's Block and
 gpt2_init_. hop_errors takes any model in eval mode, head_alignment one that returns attention.
 """
 import collections
-import itertools
 import math
 
 import numpy as np
@@ -48,12 +47,12 @@ import common
 # ---- The task (Sec. 4, App. G.1) ----------------------------------------------------------------
 
 def follow(f, positions, undefined=-1):
-    """f[positions], row by row, for (B, length) each; `undefined` where a position is -1."""
+    """f[positions], row by row, for (B, length) each; `undefined` if a position is -1."""
     found = f.gather(1, positions.clamp_min(0))
     return torch.where(positions < 0, undefined, found)
 
 def find(chars, k, max_hops=None):
-    """Positions find^k of every position, (B, length), -1 where undefined.
+    """Positions find^k of every position, (B, length), -1 if undefined.
 
     chars (B, length); k, the number of hops, is an int or (B,).
     find^1(i) = 1 + max{j < i : X_j = X_i}, the position after the last occurrence of the same
@@ -83,7 +82,7 @@ class HopTask:
     Of N = seq_len positions counted by the paper, T = N - 1 are fed: k and N - 2 characters. Ids:
     0 .. max_hops the number of hops, then the characters, `undefined` (no k-th hop) and `blank`
     (the target at the k token); in the paper's setting the authors' ids, in their vocabulary of 30.
-    ValueError where no sequence of that length has max_hops hops.
+    ValueError if no sequence of that length has max_hops hops.
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
@@ -103,8 +102,8 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, T), by a generator of the task's device. hops: None (uniform
-        in 0..max_hops), an int, or (B,)."""
+        """tokens, targets (B, T), by a generator of the task's device. hops: None (uniform in
+        0..max_hops), an int, or (B,). ValueError for hops that no token names."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
             hops = torch.randint(self.max_hops + 1, (batch,), **on)
@@ -142,11 +141,10 @@ class HopTransformer(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])      # (B, T, d)
         attns = []
         for block in self.h:
+            x = block(x, return_attn)                        # (B, T, d), or a pair
             if return_attn:
-                x, attn = block(x, return_attn=True)
+                x, attn = x
                 attns.append(attn)
-            else:
-                x = block(x)
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
@@ -232,7 +230,7 @@ def train(args, run):
     if args.compile:
         model.compile()
     for step in run.steps(start, args.steps):
-        rate = np.float32(learning_rate(step, args))         # float32: as RESULTS.md was measured
+        rate = np.float32(learning_rate(step, args))         # as the runs of RESULTS.md had it
         optimizer.param_groups[0]["lr"] = float(rate)
         if args.n_train:
             tokens, targets = batches[step % n_batches]      # (B, T)
@@ -260,23 +258,23 @@ def train(args, run):
 
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
-    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the share of
-    wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or everywhere;
-    nan where there is none. With return_se also standard errors over sequences. model: in eval
+    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the
+    fraction of wrong predictions at positions whose target is a character (err_n^k, Sec. 5), or at
+    all; nan if there is none. With return_se also standard errors over sequences. model: in eval
     mode."""
     wrong = []
     scored = []
     for k in range(task.max_hops + 1):
         for first in range(0, n, 256):
             tokens, targets = task.sample(min(256, n - first), generator, hops=k)
-            predictions = model(tokens).argmax(-1)
+            is_wrong = model(tokens).argmax(-1) != targets   # (B, T)
             counts = (targets >= task.char) & (targets < task.undefined) | everywhere
-            wrong.append(((predictions != targets) & counts).sum(1))
+            wrong.append((is_wrong & counts).sum(1))
             scored.append(counts.sum(1))
     wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
     scored = torch.cat(scored).view(-1, n).float()
     total = scored.sum(1)
-    errors = wrong.sum(1) / total                            # nan where k never occurs
+    errors = wrong.sum(1) / total                            # nan if k never occurs
     excess = wrong - errors[:, None] * scored
     se = excess.square().sum(1).sqrt() / total
     return (errors, se) if return_se else errors
@@ -337,9 +335,9 @@ def measure(args, run):
     task, model = load(run.folder, args.device)
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
-    n_params = sum(p.numel() for p in model.parameters())
-    results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
-    results["undefined"] = says_undefined(model, task, fresh)
+    undefined = says_undefined(model, task, fresh)
+    results = dict(errors=plain(errors), se=plain(se), undefined=undefined)
+    results["n_params"] = sum(p.numel() for p in model.parameters())
     if args.arch == "transformer":                           # by k, layer, head and j
         hops = range(task.max_hops + 1)
         results["alignment"] = [head_alignment(model, task, k) for k in hops]
@@ -360,7 +358,7 @@ class Construction(nn.Module):
     own, so that nothing is ever erased. Heads are given by two bilinear forms: the score of looking
     from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
     positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of
-    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is
+    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError if seq_len is
     above `longest`: scores up to 30 seq_len^2 have to be exact in float32. For the same reason it
     needs torch.set_float32_matmul_precision("highest") on CUDA: TF32 is not exact.
     """
@@ -380,11 +378,12 @@ class Construction(nn.Module):
         # f_l, c_l; k_l, bit l of k at the k token; b_l, the same everywhere (layer 1 writes it);
         # new_l, the character c_l at f_l(i). Layer l + 2 reads level l and writes new_l, f_(l+1)
         # and c_(l+1).
-        sizes = [1, 1, 1, 1, T, n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
+        by_level = [n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
+        sizes = [1, 1, 1, 1, T] + by_level
         d = self.n_embd = sum(sizes)
-        one, pos, pos2, is_k, where, k, b, f, c, new = torch.eye(d).split(sizes)
-        f = f.split(1)                                       # by level
-        c = c.split(C)
+        one, pos, pos2, is_k, itself, k, b, f, c, new = torch.eye(d).split(sizes)
+        f = f.split(1)                                       # f[l] is f_l, (1, d)
+        c = c.split(C)                                       # (C, d)
         new = new.split(C)
         # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
         hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
@@ -394,13 +393,13 @@ class Construction(nn.Module):
         wte[task.char:task.undefined] = c[0][:-1]
         self.wte = nn.Parameter(wte)
         j = torch.arange(float(T))[:, None]                  # (T, 1)
-        self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
+        self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + itself)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
         # than recency (j), the position itself scores lowest, and the k token ranks between matches
         # and the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
         # back j + 1, or 0.
         find_QK = 4 * T * c[0].T @ c[0] + one.T @ (pos + 2 * T * is_k)
-        find_QK -= 8 * T * where.T @ where
+        find_QK -= 8 * T * itself.T @ itself
         find_OV = copy(pos + one - is_k, to=f[0])
         # Layer 1, head 2: everybody learns the bits of k from the k token
         QK = torch.stack([find_QK, one.T @ is_k])            # (H, d, d)
@@ -413,7 +412,8 @@ class Construction(nn.Module):
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
         for l in range(n_bits):
             QK = 2 * f[l].T @ pos - one.T @ pos2
-            OV = copy(f[l], to=f[l + 1]) + copy(c[l], to=new[l])
+            OV = copy(f[l], to=f[l + 1])
+            OV += copy(c[l], to=new[l])
             take = copy(new[l] + b[l] - one, to=new[l])
             keep = copy(c[l] - b[l], to=c[l])
             W_out = copy(new[l] + c[l], to=c[l + 1])
@@ -464,9 +464,9 @@ class Cluster:
         for sender, receiver, words in messages:
             sent[sender] += len(words)
             received[receiver] += len(words)
-        own = [sum(map(len, arrays.values())) for arrays in self.words]
+        held = [n + sum(map(len, own.values())) for n, own in zip(received, self.words)]
         self.rounds += 1
-        self.memory = max(self.memory, *map(sum, zip(own, received)))
+        self.memory = max(self.memory, *held)
         self.load = max(self.load, *sent, *received)
         most = max(self.memory, self.load)
         if most > self.s:
@@ -474,12 +474,12 @@ class Cluster:
         return [(receiver, words) for _, receiver, words in messages]
 
 def mpc_hops(X, k, q, s, n_chars=4):
-    """hop_k of a list of characters X by q machines of s words: that list, -1 where undefined, and
+    """hop_k of a list of characters X by q machines of s words: that list, -1 if undefined, and
     the Cluster.
 
     Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
     pointer r, which starts at i, comes to find^k, and is its character in the end. One round finds
-    f. Then two rounds for each bit of k move r along f where the bit is one, and square f; two more
+    f. Then two rounds for each bit of k move r along f if the bit is one, and square f; two more
     fetch X.
 
     ValueError if a machine needs more words, or could hold the whole input: then two rounds are
@@ -502,8 +502,10 @@ def mpc_hops(X, k, q, s, n_chars=4):
         look_up(cluster, m, arrays)
         k >>= 1
     look_up(cluster, m, {"r": "X"})
-    answers = [own["r"].values() for own in cluster.words]
-    return list(itertools.chain(*answers)), cluster
+    answers = []
+    for own in cluster.words:
+        answers += own["r"].values()
+    return answers, cluster
 
 def find_first(cluster, n_chars):
     """One round that writes find^1 to f: each machine tells all later ones, for each character, the
@@ -583,8 +585,11 @@ def published(args):
     size = [str(x) for x in (args.n_layer, args.n_head, args.n_embd, args.n_train)]
     header, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
     hops = [int(k) for k in header[5:]]
-    found = [row for row in rows if row[:4] == size]
-    return {row[4]: dict(zip(hops, map(float, row[5:]))) for row in found}
+    errors = {}
+    for row in rows:
+        if row[:4] == size:
+            errors[row[4]] = dict(zip(hops, map(float, row[5:])))
+    return errors
 
 def in_words(args, runs):
     """A run's depth, and what else its sweep varies, but for the seed: "4 layers, 8 heads"."""
@@ -612,7 +617,8 @@ def show_errors(runs):
     colors = {}
     for run in runs:
         label, found = run.args.label, run.results
-        look = dict(color=colors.setdefault(label, f"C{len(colors)}"), marker="o")
+        color = colors.setdefault(label, f"C{len(colors)}")
+        look = dict(color=color, marker="o")
         cells += [(f"k={k}", label, found["errors"][k]) for k in hops]
         curves.append((label, hops, found["errors"], look))
         for state, errors in published(run.args).items():
@@ -626,18 +632,18 @@ def show_errors(runs):
         cells.append(("parameters", label, found["n_params"], ",.0f"))
     se = max(x or 0 for run in runs for x in run.results["se"])
     common.print_table(f"""\
-Error by number of hops k at the characters that have a k-th hop; {args.n_eval} sequences for each k,
-standard errors up to {se:.3f}. Solved: the largest k up to which all errors are below 5%; by
-Theorem 4.2 depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with
-{args.max_hops} hops at which the model says that there are fewer, and so errs more than a guess, {guess:.2f}.
-Paper: the authors' models, dropout on (as published) or off (by us; compare these). An LSTM has
-two layers, and the size of the transformer named.""", cells)
+Error by number of hops k where there is a k-th hop; {args.n_eval} sequences for each k, standard errors
+up to {se:.3f}. Solved: the largest k up to which all errors are below 5%; by Theorem 4.2 depth
+floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with {args.max_hops} hops at which the
+model says that there are fewer, and so errs more than a guess, {guess:.2f}. Paper: the authors' models,
+dropout on (as published) or off (by us; compare these). An LSTM has two layers, and the size of
+the transformer named.""", cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
         common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
 
 def show_heads(args, runs=()):
-    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the hops asked for."""
+    """Figs. 3 and 4 as numbers: the find^j that each layer looks at, by the hops asked for."""
     alignments = {}                                          # by label, of the first seed
     for run in runs:
         alignments.setdefault(run.args.label, run.results["alignment"])
@@ -674,9 +680,8 @@ def plot_attention(runs):
     axis = dict(xlabel="j", ylabel="layer.head")
     hops = range(args.max_hops + 1)
     panels = {"cosine with find^j": (np.concatenate(alignment), heads, hops, axis, [])}
-    task, model = load(run.folder, args.device)
-    data = torch.Generator(args.device).manual_seed(0)
-    tokens, _ = task.sample(1, data, hops=args.max_hops)
+    task, model = load(run.folder)
+    tokens, _ = task.sample(1, torch.Generator().manual_seed(0), hops=args.max_hops)
     _, attns = model(tokens, return_attn=True)
     ticks = [i if i % 10 == 0 else "" for i in range(task.block_size)]
     axis = dict(xlabel="position looked at", ylabel="position")
@@ -685,7 +690,7 @@ def plot_attention(runs):
         positions = find(tokens[:, 1:], j)[0].tolist()
         circles = [(at + 1, p + 1) for at, p in enumerate(positions) if p >= 0]
         title = f"{i + 1}.{head + 1} and find^{j} ({alignment[i][head][j]:.2f})"
-        panels[title] = attn[0, head].float().cpu(), ticks, ticks, axis, circles
+        panels[title] = attn[0, head], ticks, ticks, axis, circles
     common.plot_matrices(run.folder.parent / "heads.png", panels)
 
 def show(runs):
@@ -731,10 +736,11 @@ def show_mpc(args):
         k = 2**bit
         hops, cluster = mpc_hops(chars[0].tolist(), k, args.machines, args.words, args.n_chars)
         right = hops == follow(chars, find(chars, k))[0].tolist()
-        counts = dict(rounds=cluster.rounds, memory=cluster.memory, load=cluster.load)
-        counts.update(depth=bit + 2, right=right)
-        cells += [(f"k={k}", name, str(value)) for name, value in counts.items()]
-        results.append(dict(counts, k=k))
+        results.append(dict(
+            k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load,
+            depth=bit + 2, right=right,
+        ))
+        cells += [(f"hop_{k}", name, str(value)) for name, value in results[-1].items()]
     common.print_table(f"""\
 hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words: rounds,
 most words held by one, most sent or received by one, a transformer's depth""", cells)
