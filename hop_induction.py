@@ -8,8 +8,8 @@ enough (Theorem 4.2), as each layer can double the number of hops; that such a d
 necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones solve more hops
 with each layer, too: the authors', without dropout, 2, 4, 7 and 12 hops at depths 2 to 5.
 
-What to look for: the largest number of hops that each depth solves (in the row `solved`: up to
-it all errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
+What to look for: the largest number of hops that each depth solves (row `solved`: up to it all
+errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
 training gets to 1, 3 (rarely 2) and 4 to 6; see RESULTS.md.
 
 What heads look at depends on k, the number of hops asked for. In layers 2, 3, 4 of the authors'
@@ -632,12 +632,12 @@ def show_errors(runs):
         cells.append(("parameters", label, found["n_params"], ",.0f"))
     se = max(x or 0 for run in runs for x in run.results["se"])
     common.print_table(f"""\
-Error by number of hops k where there is a k-th hop; {args.n_eval} sequences for each k, standard errors
-up to {se:.3f}. Solved: the largest k up to which all errors are below 5%; by Theorem 4.2 depth
-floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with {args.max_hops} hops at which the
-model says that there are fewer, and so errs more than a guess, {guess:.2f}. Paper: the authors' models,
-dropout on (as published) or off (by us; compare these). An LSTM has two layers, and the size of
-the transformer named.""", cells)
+Error by number of hops k where there is a k-th hop, on {args.n_eval} sequences for each k (standard
+errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%; by Theorem 4.2
+depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with {args.max_hops} hops
+at which the model says that there are fewer, and so errs more than a guess, {guess:.2f}.
+Paper: the authors' models, dropout on (as published) or off (by us; compare these). An LSTM has
+two layers, and the size of the transformer named.""", cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
         common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
@@ -755,31 +755,46 @@ def parse_args(argv=None):
     count = common.positive_int
     add("--arch", nargs="+", choices=list(ARCHS), default=["transformer"],
         help="lstm: two layers, as many parameters")
-    add("--n-layer", nargs="+", type=count, default=[2, 3, 4], help="layers")
-    add("--n-head", nargs="+", type=count, default=[4], help="heads a layer of a transformer")
-    add("--n-embd", type=count, default=64, help="width d")
+    add("--n-layer", nargs="+", type=count, default=[2, 3, 4],
+        help="layers")
+    add("--n-head", nargs="+", type=count, default=[4],
+        help="heads a layer of a transformer")
+    add("--n-embd", type=count, default=64,
+        help="width d")
     add("--dropout", type=common.non_negative, default=0.0,
         help="fraction of units dropped in training")
     add("--seq-len", type=count, default=24,
         help="positions N as the paper counts: k, then N - 2 characters (mpc: N characters)")
-    add("--n-chars", type=count, default=4, help="characters of the alphabet")
-    add("--max-hops", type=count, default=8, help="largest number of hops")
+    add("--n-chars", type=count, default=4,
+        help="characters of the alphabet")
+    add("--max-hops", type=count, default=8,
+        help="largest number of hops")
     add("--n-train", nargs="+", type=common.number(int, 0, 10**7), default=[0],
         help="fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
-    add("--batch-size", type=count, default=64, help="sequences a step")
-    add("--steps", type=count, default=3_000, help="training steps")
+    add("--batch-size", type=count, default=64,
+        help="sequences a step")
+    add("--steps", type=count, default=3_000,
+        help="training steps")
     add("--warmup", type=count, default=400,
         help="steps of linear warm-up, before the linear decay to 0")
-    add("--lr", type=common.positive_float, default=4e-3, help="peak learning rate of AdamW")
+    add("--lr", type=common.positive_float, default=4e-3,
+        help="peak learning rate of AdamW")
     add("--beta2", type=common.number(float, 0, 0.99999), default=0.98,
         help="of AdamW: how slowly it forgets squared gradients")
-    add("--weight-decay", type=common.non_negative, default=0.01, help="weight decay of AdamW")
-    add("--eval-every", type=count, default=250, help="steps between evaluations")
-    add("--n-eval", type=count, default=1_000, help="sequences for each k in the final errors")
-    add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--machines", type=count, default=32, help="mpc: machines q")
-    add("--words", type=count, default=320, help="mpc: words that one holds, sends or receives")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    add("--weight-decay", type=common.non_negative, default=0.01,
+        help="weight decay of AdamW")
+    add("--eval-every", type=count, default=250,
+        help="steps between evaluations")
+    add("--n-eval", type=count, default=1_000,
+        help="sequences for each k in the final errors")
+    add("--seed", nargs="+", type=common.seed_int, default=[0],
+        help="seeds of weights and data")
+    add("--machines", type=count, default=32,
+        help="mpc: machines q")
+    add("--words", type=count, default=320,
+        help="mpc: words that one holds, sends or receives")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="bfloat16: autocast")
     add("--compile", action="store_true", help="torch.compile")
     return common.parse_args(parser, PRESETS, argv)
 
