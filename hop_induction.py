@@ -8,7 +8,7 @@ enough (Theorem 4.2), as each layer can double the number of hops; that such a d
 necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones solve more hops
 with each layer, too: the authors', without dropout, 2, 4, 7 and 12 hops at depths 2 to 5.
 
-What to look for: the largest number of hops that each depth solves (last column: up to it all
+What to look for: the largest number of hops that each depth solves (row `solved`: up to it all
 errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
 training gets to 1, 3 (rarely 2) and 4 to 6; see RESULTS.md.
 
@@ -20,8 +20,8 @@ The second table has ours by k.
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as wide, 64 positions, in an hour
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
-    python hop_induction.py --construct                  Theorem 4.2, written down, not trained
-    python hop_induction.py --mpc                        Fig. 1, machines that exchange words
+    python hop_induction.py --preset construct           Theorem 4.2, written down, not trained
+    python hop_induction.py --preset mpc                 Fig. 1, machines that exchange words
     python hop_induction.py --arch transformer lstm --n-layer 4   beside an LSTM of the same size
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
@@ -30,7 +30,7 @@ The second table has ours by k.
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
 
-To lift: HopTask needs find and follow, Construction needs HopTask, all need torch alone; Cluster
+To reuse: HopTask needs find and follow, Construction needs HopTask, all need torch alone; Cluster
 and mpc_hops need find_first and look_up, not torch; HopTransformer needs common's Block and
 gpt2_init_. hop_errors takes any model in eval mode, head_alignment one that returns attention.
 """
@@ -47,12 +47,12 @@ import common
 # ---- The task (Sec. 4, App. G.1) ----------------------------------------------------------------
 
 def follow(f, positions, undefined=-1):
-    """f[positions], row by row, for (B, length) each; `undefined` where a position is -1."""
+    """f[positions], row by row, for (B, length) each; `undefined` if a position is -1."""
     found = f.gather(1, positions.clamp_min(0))
     return torch.where(positions < 0, undefined, found)
 
 def find(chars, k, max_hops=None):
-    """Positions find^k of every position, (B, length), -1 where undefined.
+    """Positions find^k of every position, (B, length), -1 if undefined.
 
     chars (B, length); k, the number of hops, is an int or (B,).
     find^1(i) = 1 + max{j < i : X_j = X_i}, the position after the last occurrence of the same
@@ -82,7 +82,7 @@ class HopTask:
     Of N = seq_len positions counted by the paper, T = N - 1 are fed: k and N - 2 characters. Ids:
     0 .. max_hops the number of hops, then the characters, `undefined` (no k-th hop) and `blank`
     (the target at the k token); in the paper's setting the authors' ids, in their vocabulary of 30.
-    ValueError where no sequence of that length has max_hops hops.
+    ValueError if no sequence of that length has max_hops hops.
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
@@ -102,8 +102,8 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, T), by a generator of the task's device. hops: None (uniform
-        in 0..max_hops), an int, or (B,)."""
+        """tokens, targets (B, T), by a generator of the task's device. hops: None (uniform in
+        0..max_hops), an int, or (B,). ValueError for hops that no token names."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
             hops = torch.randint(self.max_hops + 1, (batch,), **on)
@@ -141,11 +141,10 @@ class HopTransformer(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])      # (B, T, d)
         attns = []
         for block in self.h:
+            x = block(x, return_attn)                        # (B, T, d), or a pair
             if return_attn:
-                x, attn = block(x, return_attn=True)
+                x, attn = x
                 attns.append(attn)
-            else:
-                x = block(x)
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
@@ -158,9 +157,8 @@ class HopLSTM(nn.Module):
         like = HopTransformer(n_layer, 1, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
         # two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
-        d = torch.arange(8, 2048, 8)
-        own = 2 * d * (8 * d + 8 + vocab_size)
-        width = d[(own - n_params).abs().argmin()].item()
+        own = lambda d: 2 * d * (8 * d + 8 + vocab_size)
+        width = min(range(8, 2048, 8), key=lambda d: abs(own(d) - n_params))
         self.wte = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
@@ -173,7 +171,183 @@ class HopLSTM(nn.Module):
 
 ARCHS = {"transformer": HopTransformer, "lstm": HopLSTM}     # --arch; only the former has heads
 
+# ---- Training (Tables 1, 2) ---------------------------------------------------------------------
+
+# What differs from the defaults of the flags, which are those of "quick". "construct" and "mpc"
+# train nothing: they show the hand-built transformer and the parallel machines.
+PRESETS = {
+    "quick": {},
+    "medium": dict(seq_len=64, n_embd=128, steps=6_000, warmup=500, lr=2e-3, eval_every=500),
+    "paper": dict(
+        seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, batch_size=32,
+        steps=100_000, warmup=1_000, lr=1e-4, beta2=0.999, eval_every=2_000,
+    ),
+    "construct": dict(seq_len=100, max_hops=16),
+    "mpc": dict(seq_len=1_000, max_hops=16),
+}
+SWEEP = {                                                    # flags with several values, in words
+    "arch": "{}", "n_layer": "{} layers", "n_head": "{} heads",
+    "n_train": "{} fixed sequences", "seed": "",
+}
+
+def resolve(args):
+    """Completes a run's flags: unused ones become None."""
+    args.machines = args.words = None                        # of --preset mpc alone
+    if args.arch != "transformer":
+        args.n_head = None
+
+def build(args):
+    """The task and the model of a run. ValueError for settings that cannot be."""
+    if 0 < args.n_train < args.batch_size:
+        raise ValueError(f"n_train {args.n_train} is less than one batch of {args.batch_size}")
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
+    sizes = args.n_layer, args.n_head, args.n_embd, task.vocab_size, task.block_size
+    model = ARCHS[args.arch](*sizes, args.dropout)
+    return task, model.to(args.device)
+
+def load(folder, device="cpu"):
+    """The task and the trained model of a run's folder, the model in eval mode."""
+    return common.load(folder, build, device)
+
+def learning_rate(step, args):
+    """Linear warm-up from 0 to the peak at step W, then linear decay to 0 at step T (Table 2)."""
+    if step < args.warmup:
+        return args.lr * step / args.warmup
+    return args.lr * (args.steps - step) / (args.steps - args.warmup)
+
+def train(args, run):
+    """Trains one run, or what is left of it, and leaves its checkpoint."""
+    task, model = build(args)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True,
+    )
+    data = torch.Generator(args.device).manual_seed(args.seed)
+    if args.n_train:                                         # fixed batches, in a fixed order
+        n_batches = args.n_train // args.batch_size          # whole ones, as in the authors' code
+        sequences = task.sample(n_batches * args.batch_size, data)
+        batches = torch.stack(sequences).split(args.batch_size, dim=1)           # (2, B, T) each
+    start = run.restore(model, optimizer, data)
+    if args.compile:
+        model.compile()
+    for step in run.steps(start, args.steps):
+        rate = np.float32(learning_rate(step, args))         # as the runs of RESULTS.md had it
+        optimizer.param_groups[0]["lr"] = float(rate)
+        if args.n_train:
+            tokens, targets = batches[step % n_batches]      # (B, T)
+        else:
+            tokens, targets = task.sample(args.batch_size, data)                 # (B, T)
+        bfloat16 = args.dtype == "bfloat16"
+        with torch.autocast(tokens.device.type, torch.bfloat16, bfloat16):
+            logits = model(tokens)                           # (B, T, V)
+        # every position counts, the undefined ones and the k token, too
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            fresh = torch.Generator(args.device).manual_seed(10_000)
+            model.eval()
+            errors = hop_errors(model, task, 50, fresh)
+            model.train()
+            error = errors[1:].nanmean().item()
+            run.log(step + 1, loss=loss.item(), error=error, errors=plain(errors))
+
+# ---- Measurement --------------------------------------------------------------------------------
+
+# Evaluation has seeds of its own, from 10,000 on: those of runs are meant to be smaller.
+
+@torch.no_grad()
+def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
+    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the
+    fraction of wrong predictions at positions whose target is a character (err_n^k, Sec. 5), or at
+    all; nan if there is none. With return_se also standard errors over sequences. model: in eval
+    mode."""
+    wrong = []
+    scored = []
+    for k in range(task.max_hops + 1):
+        for first in range(0, n, 256):
+            tokens, targets = task.sample(min(256, n - first), generator, hops=k)
+            is_wrong = model(tokens).argmax(-1) != targets   # (B, T)
+            counts = (targets >= task.char) & (targets < task.undefined) | everywhere
+            wrong.append((is_wrong & counts).sum(1))
+            scored.append(counts.sum(1))
+    wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
+    scored = torch.cat(scored).view(-1, n).float()
+    total = scored.sum(1)
+    errors = wrong.sum(1) / total                            # nan if k never occurs
+    excess = wrong - errors[:, None] * scored
+    se = excess.square().sum(1).sqrt() / total
+    return (errors, se) if return_se else errors
+
+def have_hop(task, n=1_000):
+    """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
+    data = torch.Generator(task.device).manual_seed(40_000)
+    targets = [task.sample(n, data, hops=k)[1] for k in range(task.max_hops + 1)]
+    have = torch.stack(targets)[:, :, 1:] != task.undefined  # (max_hops + 1, n, N - 2)
+    return have.float().mean(dim=(1, 2))
+
+@torch.no_grad()
+def says_undefined(model, task, generator, n=256):
+    """Of the characters that have a max_hops-th hop, the fraction at which the model says
+    `undefined`; 0 if there is none. model: in eval mode."""
+    tokens, targets = task.sample(n, generator, hops=task.max_hops)
+    has_hop = (targets >= task.char) & (targets < task.undefined)
+    said = model(tokens).argmax(-1) == task.undefined
+    return ((said & has_hop).sum() / has_hop.sum().clamp_min(1)).item()
+
+@torch.no_grad()
+def head_alignment(model, task, k, n=10):
+    """How much each head looks at find^j, j = 0 .. max_hops, if k hops are asked for: for each
+    layer a list (H, max_hops + 1) (Sec. 5.2).
+
+    The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
+    whose row i has its one at find^j(i); mean over n sequences, the same for every k.
+    """
+    data = torch.Generator(task.device).manual_seed(20_000)
+    tokens, _ = task.sample(n, data, hops=k)
+    _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
+    matrices = []
+    for j in range(task.max_hops + 1):
+        positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
+        F_j = F.one_hot(F.pad(positions, (1, 0)), task.block_size)               # (n, T, T)
+        F_j[:, :, 0] = 0                                     # no row for k, nor if undefined
+        matrices.append(F_j.flatten(1)[:, None].float())     # (n, 1, T T)
+    alignment = []
+    for attn in attns:
+        A = attn.float().flatten(2)                          # (n, H, T T)
+        cosines = [F.cosine_similarity(A, F_j, dim=2) for F_j in matrices]
+        alignment.append(torch.stack(cosines, dim=2).mean(0).tolist())
+    return alignment
+
+def plain(values):
+    """A list of numbers, None for nan."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+def solved(errors):
+    """The largest k up to which all errors are below 5%; a k that never occurred is not solved."""
+    for k, error in enumerate(errors):
+        if error is None or error >= 0.05:
+            return max(k - 1, 0)
+    return len(errors) - 1
+
+def measure(args, run):
+    """Errors and standard errors by number of hops, and what the heads look at."""
+    task, model = load(run.folder, args.device)
+    fresh = torch.Generator(args.device).manual_seed(30_000)
+    errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
+    undefined = says_undefined(model, task, fresh)
+    results = dict(errors=plain(errors), se=plain(se), undefined=undefined)
+    results["n_params"] = sum(p.numel() for p in model.parameters())
+    if args.arch == "transformer":                           # by k, layer, head and j
+        hops = range(task.max_hops + 1)
+        results["alignment"] = [head_alignment(model, task, k) for k in hops]
+    return results
+
 # ---- Theorem 4.2: a transformer of this depth, written down -------------------------------------
+
+def copy(source, to):
+    """The matrix (d, d) that reads one feature of a vector and writes another."""
+    return to.T @ source
 
 class Construction(nn.Module):
     """Explicit weights that solve max_hops hops in floor(log2 max_hops) + 2 layers, without error.
@@ -184,13 +358,12 @@ class Construction(nn.Module):
     own, so that nothing is ever erased. Heads are given by two bilinear forms: the score of looking
     from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
     positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of
-    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError where seq_len is
+    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError if seq_len is
     above `longest`: scores up to 30 seq_len^2 have to be exact in float32. For the same reason it
     needs torch.set_float32_matmul_precision("highest") on CUDA: TF32 is not exact.
     """
 
     longest = 500
-    inverse_temperature = 30.0
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
         super().__init__()
@@ -201,50 +374,49 @@ class Construction(nn.Module):
         C = n_chars + 1                                      # a character, or `undefined`
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
-        # A feature is (size, d), rows of the identity: target.T @ source copies source to target,
-        # and a vector is a sum of features. Level l: f_l, c_l; k_l, bit l of k at the k token; b_l,
-        # the same everywhere (layer 1 writes it); new_l, the character c_l at f_l(i). Layer l + 2
-        # reads level l and writes new_l, f_(l+1) and c_(l+1).
-        level = [1, C, 1, 1, C]                              # f_l, c_l, k_l, b_l, new_l
-        sizes = [1, 1, 1, 1, T] + level * n_bits + [1, C]    # the last f and c have no k, b, new
+        # A feature is (size, d), rows of the identity, and a vector is a sum of features. Level l:
+        # f_l, c_l; k_l, bit l of k at the k token; b_l, the same everywhere (layer 1 writes it);
+        # new_l, the character c_l at f_l(i). Layer l + 2 reads level l and writes new_l, f_(l+1)
+        # and c_(l+1).
+        by_level = [n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
+        sizes = [1, 1, 1, 1, T] + by_level
         d = self.n_embd = sum(sizes)
-        one, pos, pos2, is_k, where, *others = torch.eye(d).split(sizes)
-        f, c, k, b, new = [others[i::5] for i in range(5)]   # lists by level
+        one, pos, pos2, is_k, itself, k, b, f, c, new = torch.eye(d).split(sizes)
+        f = f.split(1)                                       # f[l] is f_l, (1, d)
+        c = c.split(C)                                       # (C, d)
+        new = new.split(C)
         # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
         hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
         bits = (hops >> torch.arange(n_bits) & 1).float()    # (max_hops + 1, n_bits)
         wte = torch.zeros(task.vocab_size, d)
-        undefined = c[0][-1]
-        wte[:task.char] = is_k + undefined + bits @ torch.cat(k)
+        wte[:task.char] = is_k + c[0][-1] + bits @ k         # no character: `undefined`
         wte[task.char:task.undefined] = c[0][:-1]
-        j = torch.arange(float(T))[:, None]                  # (T, 1)
         self.wte = nn.Parameter(wte)
-        self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + where)
+        j = torch.arange(float(T))[:, None]                  # (T, 1)
+        self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + itself)
         # Layer 1, head 1: the last earlier position with the same character. A match counts more
-        # than recency (j), oneself less than anything, and the k token ranks between matches and
-        # the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
+        # than recency (j), the position itself scores lowest, and the k token ranks between matches
+        # and the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
         # back j + 1, or 0.
-        same = 4.0 * T
-        find_QK = same * (c[0].T @ c[0]) + one.T @ pos
-        find_QK += same / 2 * (one.T @ is_k) - 2 * same * (where.T @ where)
-        find_OV = f[0].T @ (pos + one - is_k)
+        find_QK = 4 * T * c[0].T @ c[0] + one.T @ (pos + 2 * T * is_k)
+        find_QK -= 8 * T * itself.T @ itself
+        find_OV = copy(pos + one - is_k, to=f[0])
         # Layer 1, head 2: everybody learns the bits of k from the k token
-        read_QK = one.T @ is_k
-        read_OV = torch.cat(b).T @ torch.cat(k)
-        QK = torch.stack([find_QK, read_QK])                 # (H, d, d)
-        OV = torch.stack([find_OV, read_OV])
+        QK = torch.stack([find_QK, one.T @ is_k])            # (H, d, d)
+        OV = torch.stack([find_OV, copy(k, to=b)])
         zero = torch.zeros(d, d)
         layers = [(QK, OV, zero, zero)]                      # no MLP
         # Layer l + 2: look at position p = f_l(i), where the score 2 p j - j^2 = p^2 - (p - j)^2 is
         # largest, and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes
-        # the new character where bit b_l of k is one (a hidden unit has the index of a feature):
+        # the new character if bit b_l of k is one (a hidden unit has the index of a feature):
         # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
         for l in range(n_bits):
             QK = 2 * f[l].T @ pos - one.T @ pos2
-            OV = f[l + 1].T @ f[l] + new[l].T @ c[l]
-            take = new[l].T @ (new[l] + b[l] - one)
-            keep = c[l].T @ (c[l] - b[l])
-            W_out = c[l + 1].T @ (new[l] + c[l])
+            OV = copy(f[l], to=f[l + 1])
+            OV += copy(c[l], to=new[l])
+            take = copy(new[l] + b[l] - one, to=new[l])
+            keep = copy(c[l] - b[l], to=c[l])
+            W_out = copy(new[l] + c[l], to=c[l + 1])
             layers.append((QK[None], OV[None], take + keep, W_out))
         self.layers = nn.ModuleList(map(nn.ParameterList, layers))
         # Unembedding: the last character; at the k token, `blank`
@@ -263,7 +435,7 @@ class Construction(nn.Module):
         for W_QK, W_OV, W_in, W_out in self.layers:
             each = x.unsqueeze(1)                            # (B, 1, T, d), for every head
             scores = each @ W_QK @ each.mT                   # (B, H, T, T)
-            attn = (self.inverse_temperature * scores + future).softmax(-1)
+            attn = (30 * scores + future).softmax(-1)        # nearly a maximum
             x = x + (attn @ (each @ W_OV.mT)).sum(1)
             x = x + F.relu(x @ W_in.mT) @ W_out.mT
             attns.append(attn)
@@ -281,42 +453,37 @@ class Cluster:
         self.q = q
         self.s = s
         self.rounds = 0
-        self.memory = 0                                      # the most words that one has held
-        self.load = 0                                        # the most that one has sent, received
+        self.memory = self.load = 0                          # the most words held; sent or received
         self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
 
     def exchange(self, messages):
-        """One round: (sender, receiver, list of words) -> for each machine what it received.
-        RuntimeError where one sends, receives or holds more than s words."""
+        """One round of messages (sender, receiver, list of words): a list of (receiver, words).
+        ValueError if a machine sends, receives or holds more than s words."""
         sent = [0] * self.q
-        inbox = [[] for _ in range(self.q)]
+        received = [0] * self.q
         for sender, receiver, words in messages:
             sent[sender] += len(words)
-            inbox[receiver].append(words)
+            received[receiver] += len(words)
+        held = [n + sum(map(len, own.values())) for n, own in zip(received, self.words)]
         self.rounds += 1
-        for machine, own in enumerate(self.words):
-            received = sum(map(len, inbox[machine]))
-            held = received + sum(map(len, own.values()))
-            self.memory = max(self.memory, held)
-            self.load = max(self.load, sent[machine], received)
-            counts = {"sends": sent[machine], "receives": received, "holds": held}
-            for what, n in counts.items():
-                if n > self.s:
-                    where = f"round {self.rounds}: machine {machine}"
-                    raise RuntimeError(f"{where} {what} {n} words, {self.s} at most")
-        return inbox
+        self.memory = max(self.memory, *held)
+        self.load = max(self.load, *sent, *received)
+        most = max(self.memory, self.load)
+        if most > self.s:
+            raise ValueError(f"round {self.rounds} takes {most} words, a machine has {self.s}")
+        return [(receiver, words) for _, receiver, words in messages]
 
 def mpc_hops(X, k, q, s, n_chars=4):
-    """hop_k of a list of characters X by q machines of s words: that list, -1 where undefined, and
+    """hop_k of a list of characters X by q machines of s words: that list, -1 if undefined, and
     the Cluster.
 
     Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
     pointer r, which starts at i, comes to find^k, and is its character in the end. One round finds
-    f. Then two rounds for each bit of k move r along f where the bit is one, and square f; two more
+    f. Then two rounds for each bit of k move r along f if the bit is one, and square f; two more
     fetch X.
 
-    RuntimeError where a limit is broken; ValueError where a machine could hold the whole input:
-    then two rounds are enough for anything.
+    ValueError if a machine needs more words, or could hold the whole input: then two rounds are
+    enough for anything.
     """
     if s >= len(X):
         raise ValueError(f"a machine of {s} words could hold the whole input of {len(X)}")
@@ -344,20 +511,18 @@ def find_first(cluster, n_chars):
     """One round that writes find^1 to f: each machine tells all later ones, for each character, the
     position after the last one that it holds, -1 for none. For X = abacba on two machines: machine
     0 tells 3 for a, 2 for b, -1 for c; so machine 1, with cba, has f = -1, 2, 3."""
-    nowhere = [-1] * n_chars
     messages = []
     for machine, own in enumerate(cluster.words):
-        after = nowhere.copy()
+        last = {char: i + 1 for i, char in own["X"].items()}
+        words = [last.get(char, -1) for char in range(n_chars)]
+        messages += [(machine, later, words) for later in range(machine + 1, cluster.q)]
+    after = [[-1] * n_chars for _ in cluster.words]          # by machine and character
+    for machine, words in cluster.exchange(messages):
+        after[machine] = list(map(max, after[machine], words))
+    for machine, own in enumerate(cluster.words):
         for i, char in own["X"].items():
-            after[char] = i + 1
-        for later in range(machine + 1, cluster.q):
-            messages.append((machine, later, after))
-    for machine, received in enumerate(cluster.exchange(messages)):
-        after = [max(positions) for positions in zip(nowhere, *received)]        # by character
-        own = cluster.words[machine]
-        for i, char in own["X"].items():
-            own["f"][i] = after[char]
-            after[char] = i + 1
+            own["f"][i] = after[machine][char]
+            after[machine][char] = i + 1
 
 def look_up(cluster, m, arrays):
     """Two rounds, question and answer: each pointer p becomes array[p], but for -1, undefined.
@@ -369,221 +534,19 @@ def look_up(cluster, m, arrays):
                 if p >= 0:
                     calls.append((machine, p // m, (pointer, p, i)))
     answers = []
-    for machine, received in enumerate(cluster.exchange(calls)):
-        for pointer, p, i in received:
-            word = cluster.words[machine][arrays[pointer]][p]
-            answers.append((machine, i // m, (pointer, i, word)))
-    for machine, received in enumerate(cluster.exchange(answers)):
-        for pointer, i, word in received:
-            cluster.words[machine][pointer][i] = word
-
-# ---- Training (Tables 1, 2) ---------------------------------------------------------------------
-
-SHARED = dict(                                               # what a preset does not set again
-    arch=["transformer"], n_layer=[2, 3, 4], n_head=[4],
-    n_embd=64, dropout=0.0, n_chars=4, max_hops=8,
-    n_train=[0], batch_size=64, weight_decay=0.01, n_eval=1_000,
-)
-PRESETS = {
-    "quick": dict(
-        SHARED, seq_len=24, steps=3_000, eval_every=250,
-        warmup=400, lr=4e-3, beta2=0.98,
-    ),
-    "medium": dict(
-        SHARED, seq_len=64, n_embd=128, steps=6_000,
-        warmup=500, lr=2e-3, beta2=0.98, eval_every=500,
-    ),
-    "paper": dict(
-        SHARED, seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6],
-        n_embd=128, dropout=0.1, batch_size=32, steps=100_000,
-        warmup=1_000, lr=1e-4, beta2=0.999, eval_every=2_000,
-    ),
-}
-SWEEP = ["arch", "n_layer", "n_head", "n_train", "seed"]
-
-def resolve(args):
-    """Completes a run's settings: None for what has no effect on it."""
-    args.machines = args.words = None                        # of --mpc alone
-    if args.arch != "transformer":
-        args.n_head = None
-
-def build(args):
-    """The task and the model of a run."""
-    task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
-    sizes = args.n_layer, args.n_head, args.n_embd, task.vocab_size, task.block_size
-    model = ARCHS[args.arch](*sizes, args.dropout)
-    return task, model.to(args.device)
-
-def load(folder, device="cpu"):
-    """The task and the trained model of a run's folder, the model in eval mode."""
-    return common.load(folder, build, device)
-
-def learning_rate(step, args):
-    """Linear warm-up from 0 to the peak at step W, then linear decay to 0 at step T (Table 2)."""
-    if step < args.warmup:
-        return args.lr * step / args.warmup
-    return args.lr * (args.steps - step) / (args.steps - args.warmup)
-
-def train(args, run):
-    """Trains one run, or what is left of it, and leaves its checkpoint."""
-    task, model = build(args)
-    lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, args.beta2),
-        weight_decay=args.weight_decay,
-        fused=True, capturable=lr.is_cuda,
-    )
-    data = torch.Generator(args.device).manual_seed(args.seed)
-    n_train = args.n_train // args.batch_size * args.batch_size              # whole batches
-    if n_train:                                              # fixed sequences, in a fixed order
-        fixed = torch.stack(task.sample(n_train, data))      # (2, n_train, T)
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    optimizer.param_groups[0]["lr"] = lr                     # the checkpoint has brought a copy
-    # the rows of `fixed` that the next step takes; moved in place, which a CUDA graph repeats
-    cursor = start * args.batch_size + torch.arange(args.batch_size, device=args.device)
-    device = torch.device(args.device).type
-
-    def training_step():
-        if n_train:
-            rows = cursor % n_train
-            tokens, targets = fixed[:, rows]                 # (B, T)
-            cursor.add_(args.batch_size)
-        else:
-            tokens, targets = task.sample(args.batch_size, data)                 # (B, T)
-        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens)                           # (B, T, V)
-        # every position counts, the undefined ones and the k token, too
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    if args.compile:
-        training_step = common.compile_step(training_step, model, data)
-    for step in run.steps(start, args.steps):
-        lr.fill_(learning_rate(step, args))
-        loss = training_step()
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            fresh = torch.Generator(args.device).manual_seed(10_000)
-            model.eval()
-            errors = hop_errors(model, task, 50, fresh)
-            model.train()
-            error = errors[1:].nanmean().item()
-            run.log(step + 1, loss=loss.item(), error=error, errors=plain(errors))
-            run.save(step + 1)
-
-# ---- Measurement --------------------------------------------------------------------------------
-
-# Evaluation has seeds of its own, from 10,000 on: those of runs are meant to be smaller.
-
-@torch.no_grad()
-def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
-    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the share of
-    wrong predictions over positions whose target is a character (err_n^k, Sec. 5), or everywhere;
-    nan where there is none. With return_se also standard errors over sequences. model: in eval
-    mode."""
-    wrong = []
-    scored = []
-    for k in range(task.max_hops + 1):
-        for first in range(0, n, 256):
-            tokens, targets = task.sample(min(256, n - first), generator, hops=k)
-            predictions = model(tokens).argmax(-1)
-            counts = (targets >= task.char) & (targets < task.undefined) | everywhere
-            wrong.append(((predictions != targets) & counts).sum(1))
-            scored.append(counts.sum(1))
-    wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
-    scored = torch.cat(scored).view(-1, n).float()
-    total = scored.sum(1)
-    errors = wrong.sum(1) / total                            # nan where k never occurs
-    excess = wrong - errors[:, None] * scored
-    se = excess.square().sum(1).sqrt() / total
-    return (errors, se) if return_se else errors
-
-def have_hop(task, n=1_000):
-    """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
-    data = torch.Generator(task.device).manual_seed(40_000)
-    fractions = []
-    for k in range(task.max_hops + 1):
-        _, targets = task.sample(n, data, hops=k)
-        fractions.append((targets[:, 1:] != task.undefined).float().mean())
-    return torch.stack(fractions)
-
-@torch.no_grad()
-def says_undefined(model, task, generator, n=256):
-    """Of the characters that have a max_hops-th hop, the fraction at which the model says
-    `undefined`; 0 if there is none. model: in eval mode."""
-    tokens, targets = task.sample(n, generator, hops=task.max_hops)
-    has_hop = (targets >= task.char) & (targets < task.undefined)
-    said = model(tokens).argmax(-1) == task.undefined
-    return ((said & has_hop).sum() / has_hop.sum().clamp_min(1)).item()
-
-@torch.no_grad()
-def head_alignment(model, task, k, n=10):
-    """How much each head looks at find^j, j = 0 .. max_hops, when k hops are asked for: a list by
-    layer of (H, max_hops + 1) (Sec. 5.2).
-
-    The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
-    whose row i has its one at find^j(i); mean over n sequences, the same for every k.
-    """
-    data = torch.Generator(task.device).manual_seed(20_000)
-    tokens, _ = task.sample(n, data, hops=k)
-    _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
-    looked_for = []
-    for j in range(task.max_hops + 1):
-        positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
-        looked_for.append(F.pad(positions, (1, 0)))          # (n, T); k looks for nothing
-    alignment = []
-    for attn in attns:
-        size_A = attn.float().flatten(2).norm(dim=2)         # (n, H)
-        products = []
-        for positions in looked_for:
-            defined = positions > 0
-            size_F = defined.sum(1).sqrt()                   # a one for each row
-            column = positions[:, None, :, None].expand(-1, attn.shape[1], -1, 1)
-            attended = attn.gather(3, column)[..., 0]        # (n, H, T): to find^j
-            inner = (attended * defined[:, None]).sum(2)     # <A, F_j>
-            products.append(inner / (size_A * size_F.clamp_min(1)[:, None]))
-        alignment.append(torch.stack(products, dim=2).mean(0).cpu())
-    return alignment
-
-def plain(values):
-    """A list of numbers, None for nan."""
-    return [None if math.isnan(value) else value for value in values.tolist()]
-
-def solved(errors):
-    """The largest k up to which all errors are below 5%; a k that never occurred is not solved."""
-    for k, error in enumerate(errors):
-        if error is None or error >= 0.05:
-            return max(k - 1, 0)
-    return len(errors) - 1
-
-def measure(args, run):
-    """Errors and standard errors by number of hops, and what the heads look at."""
-    task, model = load(run.folder, args.device)
-    fresh = torch.Generator(args.device).manual_seed(30_000)
-    errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
-    n_params = sum(p.numel() for p in model.parameters())
-    results = dict(errors=plain(errors), se=plain(se), n_params=n_params)
-    results["undefined"] = says_undefined(model, task, fresh)
-    if args.arch == "transformer":
-        results["alignment"] = []                            # by k, layer, head and j
-        for k in range(task.max_hops + 1):
-            layers = head_alignment(model, task, k)
-            results["alignment"].append([layer.tolist() for layer in layers])
-    return results
+    for machine, (pointer, p, i) in cluster.exchange(calls):
+        word = cluster.words[machine][arrays[pointer]][p]
+        answers.append((machine, i // m, (pointer, i, word)))
+    for machine, (pointer, i, word) in cluster.exchange(answers):
+        cluster.words[machine][pointer][i] = word
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
-SAME_AS_PAPER = ["dropout", "seq_len", "n_chars", "max_hops", "batch_size", "steps", "warmup",
-                 "lr", "beta2", "weight_decay"]
 # The authors' checkpoints at 100,000 steps, errors by k (as far as known to us): on, as released,
 # with the dropout of training; off, without it, which is what ours compares with (measured by us,
 # 600 sequences a k). Without it 4 heads solve 2, 4, 7 and 12 hops in 2, 3, 4 and 5 layers (errors
 # of .162 at k = 5 in 3 layers, of .011 at k = 7 in 4). Six layers of d = 128 trained on a
 # schedule of 200,000 steps: their rate was at half its peak.
-SHOWN = [1, 2, 3, 4, 6, 8, 12, 16]
 PUBLISHED = """
 n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
       2      4    128       0      on  .010 .140 .346 .423 .588 .658 .720 .737
@@ -611,320 +574,239 @@ n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
       5      4    128    3000     off  .000 .000 .000 .000 .000 .002 .106 .331
 """
 
+# What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
+SAME_AS_PAPER = "dropout seq_len n_chars max_hops batch_size steps warmup lr beta2 weight_decay"
+
 def published(args):
-    """The authors' models' errors at SHOWN, by dropout's state; none where the setting differs."""
-    for key in SAME_AS_PAPER:
-        if getattr(args, key) != PRESETS["paper"][key]:
-            return {}
-    size = [args.n_layer, args.n_head, args.n_embd, args.n_train]
-    size = [str(number) for number in size]                  # an LSTM's n_head, None, is in no row
+    """The errors of the authors' models, {dropout's state: {k: error}}; none in other settings."""
+    changed = [x for x in SAME_AS_PAPER.split() if getattr(args, x) != args.defaults[x]]
+    if args.preset != "paper" or changed:
+        return {}
+    size = [str(x) for x in (args.n_layer, args.n_head, args.n_embd, args.n_train)]
+    header, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    hops = [int(k) for k in header[5:]]
     errors = {}
-    for line in PUBLISHED.splitlines():
-        row = line.split()
+    for row in rows:
         if row[:4] == size:
-            errors[row[4]] = [float(error) for error in row[5:]]
+            errors[row[4]] = dict(zip(hops, map(float, row[5:])))
     return errors
 
-PHRASES = {"arch": "{}", "n_layer": "{} layers", "n_head": "{} heads", "n_train": "{} sequences"}
-
 def in_words(args, runs):
-    """The depth, and what else the sweep varies beside the seed, in words: "4 layers, 8 heads"."""
+    """A run's depth, and what else its sweep varies, but for the seed: "4 layers, 8 heads"."""
     words = []
-    for key in SWEEP:
+    for key, phrase in SWEEP.items():
         value = getattr(args, key)
         varies = len({getattr(run.args, key) for run in runs}) > 1
-        if key == "seed" or value is None:
-            continue
-        if key == "n_train" and value == 0:
-            value = "fresh"
-        if varies or key == "n_layer":
-            phrase = PHRASES.get(key, key + " {}")
-            if key == "n_layer" and args.arch == "lstm":
-                phrase = "size of {} layers"
+        if phrase and value is not None and (varies or key == "n_layer"):
             words.append(phrase.format(value))
     return ", ".join(words)
 
-def most_undefined(runs, results):
-    """In words: how many characters have a max_hops-th hop, and which setting says `undefined` at
-    most of them, and at how many."""
-    groups = common.by_setting(runs, results)
-    args, group = max(groups, key=lambda pair: pair[1][0]["undefined"])
-    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
-    share = have_hop(task)[-1].item()
-    k = args.max_hops
-    return f"""At k = {k}, {share:.1%} of the characters have a k-th hop. There a model may say \
-`undefined` instead
-({in_words(args, runs)}: at {group[0]["undefined"]:.0%}), and so err more than a guess among \
-{args.n_chars} characters, {1 - 1 / args.n_chars:.2f}."""
-
-def print_errors(runs, results):
-    """Fig. 2: a row a setting, error by number of hops (median and range over seeds)."""
-    max_hops = runs[0].args.max_hops
-    n_eval = runs[0].args.n_eval
-    hops = SHOWN if max_hops == 16 else range(1, max_hops + 1)
+def show_errors(runs):
+    """Fig. 2: error by number of hops, a column and a curve for each setting."""
     args = runs[0].args
-    fractions = have_hop(HopTask(args.seq_len, args.n_chars, max_hops))
-    rows = [["have a k-th hop", "", *[f"{fractions[k]:.3f}" for k in hops], ""]]
-    ses = [0]
-    for args, group in common.by_setting(runs, results):
-        row = [in_words(args, runs), str(group[0]["n_params"])]
-        for k in hops:
-            row.append(common.spread([result["errors"][k] for result in group]))
-            ses += [result["se"][k] for result in group if result["se"][k]]
-        row.append(common.spread([solved(result["errors"]) for result in group], ".0f"))
-        rows.append(row)
-        for state, errors in published(args).items():
-            numbers = [f"{error:.3f}" for error in errors]
-            unknown = [""] * (len(hops) - len(errors))
-            rows.append([f"paper, dropout {state}", "", *numbers, *unknown, ""])
-    print(f"""
-Error by number of hops k on {n_eval} sequences each, standard errors up to {max(ses):.3f}.
-Solved: the largest k up to which all errors are below 5%. Theorem 4.2: depth floor(log2 k) + 2 is
-enough. Errors count at the characters that have a k-th hop.
-{most_undefined(runs, results)}""")
-    if any(published(run.args) for run in runs):
-        print("Dropout on: as published. Off: the same models without it, by us; compare these.")
-    if any(run.args.arch == "lstm" for run in runs):
-        print("An LSTM has two layers, and the parameters of a transformer of the depth named.")
-    common.print_table(["model", "params", *[f"k={k}" for k in hops], "solved"], rows)
+    hops = range(args.max_hops + 1)
+    guess = 1 - 1 / args.n_chars
+    thin = dict(color="black", linewidth=0.6)
+    have = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops)).tolist()
+    cells = [(f"k={k}", "have a k-th hop", have[k]) for k in hops]
+    curves = [
+        ("characters with a k-th hop", hops, have, dict(color="grey", linewidth=0.6)),
+        (f"a guess among {args.n_chars} characters", hops, [guess] * len(hops), thin),
+        ("solved: below", hops, [0.05] * len(hops), dict(thin, linestyle=":")),
+    ]
+    colors = {}
+    for run in runs:
+        label, found = run.args.label, run.results
+        color = colors.setdefault(label, f"C{len(colors)}")
+        look = dict(color=color, marker="o")
+        cells += [(f"k={k}", label, found["errors"][k]) for k in hops]
+        curves.append((label, hops, found["errors"], look))
+        for state, errors in published(run.args).items():
+            cells += [(f"k={k}, paper, {state}", label, error) for k, error in errors.items()]
+            marker = {"on": "v", "off": "o"}[state]
+            hollow = dict(look, marker=marker, linestyle="none", fillstyle="none")
+            name = f"{label}, paper, dropout {state}"
+            curves.append((name, list(errors), list(errors.values()), hollow))
+        cells.append(("solved", label, solved(found["errors"]), ".0f"))
+        cells.append(("undefined", label, found["undefined"], ".0%"))
+        cells.append(("parameters", label, found["n_params"], ",.0f"))
+    se = max(x or 0 for run in runs for x in run.results["se"])
+    common.print_table(f"""\
+Error by number of hops k where there is a k-th hop, on {args.n_eval} sequences for each k (standard
+errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%; by Theorem 4.2
+depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with {args.max_hops} hops
+at which the model says that there are fewer, and so errs more than a guess, {guess:.2f}.
+Paper: the authors' models, dropout on (as published) or off (by us; compare these). An LSTM has
+two layers, and the size of the transformer named.""", cells)
+    if args.plot:
+        axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
+        common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
 
-def best_head(layer):
-    """The head (from 1), its j and its cosine similarity where a layer's (H, max_hops + 1) of
-    head_alignment is largest."""
-    layer = torch.as_tensor(layer)
-    head, j = divmod(layer.argmax().item(), layer.shape[1])
-    return head + 1, j, layer.max().item()
-
-def print_heads(args, runs=(), shown=()):
-    """Figs. 3 and 4 as numbers: each layer's best head and its find^j, by the number of hops asked
-    for. shown: args, results of first seeds."""
-    seed = f", seed {shown[0][0].seed}" if shown else ""
-    print(f"""
-Heads{seed}: each layer's best head when k hops are asked for, the find^j that it looks at most,
-and their cosine similarity. find^0 is the position itself. Undefined hops count against a head; the
-construction's first layer looks for characters and for k, at no find^j.""")
-    asked = [2**bit for bit in range(args.max_hops.bit_length())]
-    alignments = {in_words(own, runs): result["alignment"] for own, result in shown}
+def show_heads(args, runs=()):
+    """Figs. 3 and 4 as numbers: the find^j that each layer looks at, by the hops asked for."""
+    alignments = {}                                          # by label, of the first seed
+    for run in runs:
+        alignments.setdefault(run.args.label, run.results["alignment"])
+    hops = range(args.max_hops + 1)
     if args.seq_len <= Construction.longest:
         task = HopTask(args.seq_len, args.n_chars, args.max_hops)
         built = construct(args.max_hops, args.n_chars, args.seq_len)
-        alignments["by construction"] = {k: head_alignment(built, task, k) for k in asked}
-    rows = []
-    for name, alignment in alignments.items():
-        for i in range(len(alignment[1])):
-            row = [name, str(i + 1)]
-            for k in asked:
-                head, j, cosine = best_head(alignment[k][i])
-                row.append(f"{head}: find^{j} {cosine:.2f}")
-            rows.append(row)
-    common.print_table(["model", "layer", *[f"k={k}" for k in asked]], rows, keys=2)
-
-def plot_errors(runs, results):
-    """Fig. 2: error against the number of hops, a line for each setting, a band over seeds."""
-    figure, axes = common.new_figure(width=7, height=4.5)
-    axis = axes[0, 0]
-    args = runs[0].args
-    hops = range(args.max_hops + 1)
-    for i, (own, group) in enumerate(common.by_setting(runs, results)):
-        errors = np.array([result["errors"] for result in group], dtype=float)   # None becomes nan
-        look = dict(color=f"C{i}", marker="osv^Dp"[i % 6])
-        dashes = ["-", "--", "-.", ":"][i % 4]
-        median = np.median(errors, axis=0)
-        axis.plot(hops, median, linestyle=dashes, label=in_words(own, runs), **look)
-        axis.fill_between(hops, errors.min(0), errors.max(0), color=f"C{i}", alpha=0.2)
-        paper = published(own)
-        if paper:
-            state = "off" if "off" in paper else "on"
-            look.update(linestyle="none", fillstyle="none", markersize=9)
-            known = SHOWN[:len(paper[state])]
-            axis.plot(known, paper[state], label=f"paper, dropout {state}", **look)
-    fractions = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops))
-    look = dict(color="grey", linewidth=0.6, label="characters with a k-th hop")
-    axis.plot(hops, fractions.tolist(), **look)
-    guess = f"a guess among {args.n_chars} characters"
-    axis.axhline(1 - 1 / args.n_chars, color="black", linewidth=0.6, label=guess)
-    axis.axhline(0.05, color="black", linewidth=0.6, linestyle=":", label="solved: below")
-    axis.set(xlabel="number of hops k", ylabel="error where there is a k-th hop",
-             ylim=(-0.02, 1.02), xticks=hops)
-    axis.set_title(most_undefined(runs, results), fontsize=8)
-    axis.legend(fontsize=8)
-    common.save_figure(figure, runs, "errors")
-
-GREY = dict(cmap="Greys", vmin=0, vmax=1)
-
-def plot_heads_by_k(runs, shown):
-    """Each layer's best cosine similarity with a find^j by the number of hops asked for, and j."""
-    figure, axes = common.new_figure(len(shown), width=7, height=2.2)
-    for axis, (args, result) in zip(axes[:, 0], shown):
-        by_j = np.array(result["alignment"]).max(axis=2)     # (k, L, j): over heads
-        image = axis.imshow(by_j.max(axis=2).T, aspect="auto", **GREY)
-        for k, layer in np.ndindex(*by_j.shape[:2]):
-            j = by_j[k, layer].argmax()
-            axis.text(k, layer, j, color="C1", weight="bold", ha="center", va="center")
-        axis.set_xticks(range(len(by_j)))
-        axis.set_yticks(range(args.n_layer), range(1, args.n_layer + 1))
-        name = f"{in_words(args, runs)}, seed {args.seed}"
-        axis.set(title=f"{name}: cosine of the best head with find^j (number: j)",
-                 xlabel="number of hops asked for, k", ylabel="layer")
-        figure.colorbar(image, ax=axis)
-    common.save_figure(figure, runs, "heads_by_k")
+        alignments["hand-built"] = [head_alignment(built, task, k) for k in hops]
+    cells = []
+    panels = {}
+    axis = dict(xlabel="number of hops asked for, k", ylabel="j of find^j")
+    for label, alignment in alignments.items():
+        for i, layer in enumerate(zip(*alignment), 1):       # (k, H, j)
+            name = f"{label}, layer {i}"
+            best = np.max(layer, axis=1)                     # (k, j), over heads
+            most = best.argmax(1)                            # the j of each k
+            for k in 2 ** np.arange(args.max_hops.bit_length()):
+                cells.append((name, f"k={k}", f"find^{most[k]} {best[k].max():.2f}"))
+            panels[name] = best.T, hops, hops, axis, list(zip(most, hops))
+    common.print_table("""\
+Heads of the first seed: the find^j that a head of the layer looks at most if k hops are asked for,
+and their cosine similarity. find^0 is the position itself. Undefined hops count against a head; the
+hand-built first layer looks for characters and for k, at no find^j.""", cells)
+    if runs and args.plot:
+        common.plot_matrices(runs[0].folder.parent / "heads_by_k.png", panels)
 
 @torch.no_grad()
-def plot_heads(runs, shown):
+def plot_attention(runs):
     """Figs. 3 and 4, deepest model, most hops: all heads; attention of each layer's best."""
-    args, result = max(shown, key=lambda pair: pair[0].n_layer)
-    alignment = result["alignment"][args.max_hops]           # by layer, head and j
+    run = max(runs, key=lambda run: run.args.n_layer)
+    args = run.args
+    alignment = run.results["alignment"][args.max_hops]      # by layer, head and j
     heads = [f"{i + 1}.{h + 1}" for i, h in np.ndindex(args.n_layer, args.n_head)]
-    figure, axes = common.new_figure(1, 1 + args.n_layer, width=3, height=3.6)
-    figure.suptitle(f"{in_words(args, runs)}, seed {args.seed}, k = {args.max_hops}")
-    axis = axes[0, 0]
-    image = axis.imshow(np.concatenate(alignment), aspect="auto", **GREY)
-    axis.set_xticks(range(args.max_hops + 1))
-    axis.set_yticks(range(len(heads)), heads, fontsize=7)
-    axis.set(title="cosine with find^j", xlabel="j", ylabel="layer.head")
-    figure.colorbar(image, ax=axis)
-    task, model = load(result["folder"], args.device)
-    data = torch.Generator(task.device).manual_seed(0)
-    tokens, _ = task.sample(1, data, hops=task.max_hops)
+    axis = dict(xlabel="j", ylabel="layer.head")
+    hops = range(args.max_hops + 1)
+    panels = {"cosine with find^j": (np.concatenate(alignment), heads, hops, axis, [])}
+    task, model = load(run.folder)
+    tokens, _ = task.sample(1, torch.Generator().manual_seed(0), hops=args.max_hops)
     _, attns = model(tokens, return_attn=True)
-    for i, axis in enumerate(axes[0, 1:]):
-        head, j, cosine = best_head(alignment[i])
-        positions = find(tokens[:, 1:], j)[0].cpu()
-        defined = (positions >= 0).nonzero()[:, 0]
-        axis.imshow(attns[i][0, head - 1].float().cpu(), **GREY)
-        axis.plot(positions[defined] + 1, defined + 1, "ro", fillstyle="none", label=f"find^{j}")
-        axis.set(title=f"attention of {i + 1}.{head} ({cosine:.2f})",
-                 xlabel="position looked at", ylabel="position")
-        axis.legend(loc="upper right")
-    common.save_figure(figure, runs, "heads")
+    ticks = [i if i % 10 == 0 else "" for i in range(task.block_size)]
+    axis = dict(xlabel="position looked at", ylabel="position")
+    for i, attn in enumerate(attns):
+        head, j = divmod(np.argmax(alignment[i]), len(hops))
+        positions = find(tokens[:, 1:], j)[0].tolist()
+        circles = [(at + 1, p + 1) for at, p in enumerate(positions) if p >= 0]
+        title = f"{i + 1}.{head + 1} and find^{j} ({alignment[i][head][j]:.2f})"
+        panels[title] = attn[0, head], ticks, ticks, axis, circles
+    common.plot_matrices(run.folder.parent / "heads.png", panels)
+
+def show(runs):
+    """The tables of a sweep, and with --plot its figures."""
+    for run in runs:
+        run.args.label = in_words(run.args, runs)
+    show_errors(runs)
+    with_heads = [run for run in runs if "alignment" in run.results]
+    if with_heads:
+        show_heads(runs[0].args, with_heads)
+        if runs[0].args.plot:
+            plot_attention(with_heads)
 
 # ---- The command --------------------------------------------------------------------------------
 
-# Modes that train nothing: the flags that they read beside --seed, with values of their own
-MODES = {
-    "construct": dict(seq_len=100, n_chars=4, max_hops=16, n_eval=1_000),
-    "mpc": dict(seq_len=1_000, n_chars=4, max_hops=16, machines=32, words=320),
-}
-
 def show_construction(args):
-    """--construct: the hand-built transformer's errors and heads. Returns a dict for each k."""
+    """--preset construct: the hand-built transformer's errors and heads, a dict for each k."""
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
     model = construct(args.max_hops, args.n_chars, args.seq_len).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"""N = {args.seq_len}: depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
-{model.n_embd}, {n_params:,} parameters.
+    common.say(f"""N = {args.seq_len}, k up to {args.max_hops}: depth {model.n_layer} = \
+floor(log2 {args.max_hops}) + 2, width {model.n_embd}, {n_params:,} parameters.
 The theorem's depth; its one head, and a width that does not grow with N, are not met.""")
     torch.set_float32_matmul_precision("highest")            # TF32 would not be exact
     data = torch.Generator(args.device).manual_seed(args.seed[0])
-    counted = f"{args.n_eval} sequences for each k, undefined hops and all"
-    print(f"Errors on {counted} (a minute on a CPU):", flush=True)
     errors = hop_errors(model, task, args.n_eval, data, everywhere=True).tolist()
-    rows = [[str(k), f"{error:g}"] for k, error in enumerate(errors)]
-    common.print_table(["k", "error"], rows)
-    print_heads(args)
+    counted = f"{args.n_eval} sequences for each k, undefined hops and all"
+    cells = [(f"k={k}", "error", error, "g") for k, error in enumerate(errors)]
+    common.print_table(f"Errors on {counted}", cells)
+    show_heads(args)
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args):
-    """--mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find."""
+    """--preset mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find.
+    """
     task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
     data = torch.Generator().manual_seed(args.seed[0])
     tokens, _ = task.sample(1, data)
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
-    X = chars[0].tolist()
     results = []
+    cells = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
-        try:
-            hops, cluster = mpc_hops(X, k, args.machines, args.words, args.n_chars)
-        except (RuntimeError, ValueError) as error:
-            common.fail(f"--words {args.words}: {error}", 2)
-        expected = follow(chars, find(chars, k))[0].tolist()
+        hops, cluster = mpc_hops(chars[0].tolist(), k, args.machines, args.words, args.n_chars)
+        right = hops == follow(chars, find(chars, k))[0].tolist()
         results.append(dict(
-            k=k, rounds=cluster.rounds,
-            memory=cluster.memory, load=cluster.load,
-            depth=bit + 2, right=hops == expected,
+            k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load,
+            depth=bit + 2, right=right,
         ))
-    print(f"hop_k of {len(X)} characters by {args.machines} machines of {args.words} words:")
-    print("rounds, most words held by one, most sent or received by one, a transformer's depth")
-    rows = [list(map(str, result.values())) for result in results]
-    common.print_table(list(results[0]), rows)
+        cells += [(f"hop_{k}", name, str(value)) for name, value in results[-1].items()]
+    common.print_table(f"""\
+hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words: rounds,
+most words held by one, most sent or received by one, a transformer's depth""", cells)
     return results
 
+SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing
+
 def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = common.make_parser(main)
+    """The command line."""
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
     count = common.positive_int
-    add("--arch", nargs="+", choices=list(ARCHS), help="lstm: two layers, as many parameters")
-    add("--n-layer", nargs="+", type=common.number(int, 1, 100), help="layers")
-    add("--n-head", nargs="+", type=count, help="heads a layer of a transformer")
-    add("--n-embd", type=count, help="width d")
-    add("--dropout", type=common.number(float, 0, 0.99), help="share of units dropped in training")
-    add("--seq-len", type=count,
-        help="positions N as the paper counts: k, then N - 2 characters (--mpc: 1000 characters)")
-    add("--n-chars", type=common.number(int, 2, 100), help="characters of the alphabet")
-    add("--max-hops", type=count, help="largest number of hops (with --construct, --mpc: 16)")
-    add("--n-train", nargs="+", type=common.number(int, 0, 10_000_000),
+    add("--arch", nargs="+", choices=list(ARCHS), default=["transformer"],
+        help="lstm: two layers, as many parameters")
+    add("--n-layer", nargs="+", type=count, default=[2, 3, 4],
+        help="layers")
+    add("--n-head", nargs="+", type=count, default=[4],
+        help="heads a layer of a transformer")
+    add("--n-embd", type=count, default=64,
+        help="width d")
+    add("--dropout", type=common.non_negative, default=0.0,
+        help="fraction of units dropped in training")
+    add("--seq-len", type=count, default=24,
+        help="positions N as the paper counts: k, then N - 2 characters (mpc: N characters)")
+    add("--n-chars", type=count, default=4,
+        help="characters of the alphabet")
+    add("--max-hops", type=count, default=8,
+        help="largest number of hops")
+    add("--n-train", nargs="+", type=common.number(int, 0, 10**7), default=[0],
         help="fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
-    add("--batch-size", type=count, help="sequences a step")
-    add("--steps", type=count, help="training steps")
-    add("--warmup", type=count, help="steps of linear warm-up, before the linear decay to 0")
-    add("--lr", type=common.positive_float, help="peak learning rate of AdamW")
-    add("--beta2", type=common.number(float, 0, 0.99999),
+    add("--batch-size", type=count, default=64,
+        help="sequences a step")
+    add("--steps", type=count, default=3_000,
+        help="training steps")
+    add("--warmup", type=count, default=400,
+        help="steps of linear warm-up, before the linear decay to 0")
+    add("--lr", type=common.positive_float, default=4e-3,
+        help="peak learning rate of AdamW")
+    add("--beta2", type=common.number(float, 0, 0.99999), default=0.98,
         help="of AdamW: how slowly it forgets squared gradients")
-    add("--weight-decay", type=common.non_negative, help="weight decay of AdamW")
-    add("--n-eval", type=count, help="sequences for each k in the final errors")
-    add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--construct", action="store_true", help="Theorem 4.2: a hand-built transformer's errors")
-    add("--mpc", action="store_true", help="Fig. 1: the protocol for parallel machines")
-    add("--machines", type=count, help="with --mpc: machines q (32)")
-    add("--words", type=count, help="with --mpc: words that a machine holds, sends, receives (320)")
-    args = common.parse_args(parser, PRESETS, argv)
-    for mode, own in MODES.items():
-        if getattr(args, mode):
-            common.refuse_others(parser, args, mode, "seed", *own)
-            if len(args.seed) > 1:
-                parser.error(f"--{mode} takes one --seed")
-            for key in set(own) - set(args.given):
-                setattr(args, key, own[key])
-    for n_head in args.n_head:
-        if "transformer" in args.arch and args.n_embd % n_head:
-            parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {n_head}")
-    for n_train in args.n_train:
-        if 0 < n_train < args.batch_size:
-            parser.error(f"--n-train {n_train}: less than one --batch-size {args.batch_size}")
-    if args.mpc and args.machines > args.seq_len:
-        parser.error(f"--machines {args.machines}: more than --seq-len {args.seq_len} characters")
-    try:
-        HopTask(args.seq_len, args.n_chars, args.max_hops)
-        if args.construct:
-            construct(args.max_hops, args.n_chars, args.seq_len)
-    except ValueError as error:
-        parser.error(f"--seq-len {args.seq_len}, --max-hops {args.max_hops}: {error}")
-    return args
-
-def show(runs, results):
-    """The tables of a sweep, and with --plot its figures."""
-    print_errors(runs, results)
-    groups = common.by_setting(runs, results)
-    shown = [(args, group[0]) for args, group in groups if "alignment" in group[0]]
-    args = runs[0].args
-    if shown:
-        print_heads(args, runs, shown)
-    if args.plot:
-        plot_errors(runs, results)
-        if shown:
-            plot_heads(runs, shown)
-            plot_heads_by_k(runs, shown)
+    add("--weight-decay", type=common.non_negative, default=0.01,
+        help="weight decay of AdamW")
+    add("--eval-every", type=count, default=250,
+        help="steps between evaluations")
+    add("--n-eval", type=count, default=1_000,
+        help="sequences for each k in the final errors")
+    add("--seed", nargs="+", type=common.seed_int, default=[0],
+        help="seeds of weights and data")
+    add("--machines", type=count, default=32,
+        help="mpc: machines q")
+    add("--words", type=count, default=320,
+        help="mpc: words that one holds, sends or receives")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="bfloat16: autocast")
+    add("--compile", action="store_true", help="torch.compile")
+    return common.parse_args(parser, PRESETS, argv)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
     args = parse_args(argv)
-    if args.construct:
-        return show_construction(args)
-    if args.mpc:
-        return show_mpc(args)
-    runs = common.sweep(args, SWEEP, resolve, measured=["n_eval"])
+    if args.preset in SPECIAL:
+        try:
+            return SPECIAL[args.preset](args)
+        except ValueError as error:
+            raise common.UsageError(error) from error
+    runs = common.sweep(args, SWEEP, build, resolve, measured=["n_eval"])
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """hop_induction.py: find against a string search, the model against NumPy, the construction, the machines, the command."""
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,8 @@ import torch.nn.functional as F
 import common
 import hop_induction
 from hop_induction import HopLSTM, HopTask, HopTransformer, construct, find, hop_errors
-from test_common import call_main, cut_and_continued, metrics_of, numpy_block
+from test_common import numpy_block
 
-SCRIPT = Path(hop_induction.__file__)
 TINY = ["--device", "cpu", "--n-layer", "2", "--n-embd", "16", "--seq-len", "12", "--max-hops", "2", "--batch-size", "8",
         "--steps", "60", "--warmup", "10", "--eval-every", "10", "--n-eval", "20"]
 
@@ -189,15 +186,27 @@ def test_how_many_characters_have_a_hop_and_how_many_of_them_are_said_to_have_no
     assert hop_induction.says_undefined(undefined_late, HopTask(9, 40, 5), generator(5)) == 0    # there is no fifth hop
 
 
-def test_the_caption_says_why_an_error_can_be_above_a_guess(capsys):
-    runs = runs_of("--device", "cpu", "--n-layer", "2", "3")
-    results = [dict(errors=[0.9] * 9, se=[0.0] * 9, n_params=7, undefined=x) for x in (0.88, 0.41)]
-    hop_induction.print_errors(runs, results)
-    out = " ".join(capsys.readouterr().out.split())
-    fractions = hop_induction.have_hop(HopTask(24, 4, 8))
-    assert f"At k = 8, {fractions[8]:.1%} of the characters have a k-th hop." in out and "(2 layers: at 88%)" in out
-    assert "a guess among 4 characters, 0.75" in out
-    assert " ".join(["have a k-th hop", *[f"{x:.3f}" for x in fractions[1:]]]) in out
+def shown(monkeypatch, runs, *results):
+    """What show_errors prints of such results: its title, and its cells by row and column."""
+    tables = []
+    monkeypatch.setattr(common, "print_table", lambda title, cells: tables.append((title, cells)))
+    n_hops = runs[0].args.max_hops + 1
+    for run, result in zip(runs, results or [{}] * len(runs), strict=True):
+        run.results = {**dict(errors=[0.0] * n_hops, se=[0.0] * n_hops, n_params=7, undefined=0.5), **result}
+        run.args.label = hop_induction.in_words(run.args, runs)
+    hop_induction.show_errors(runs)
+    (title, cells), = tables
+    return title, {(row, column): value for row, column, value, *_ in cells}
+
+
+def test_the_table_says_why_an_error_can_be_above_a_guess(monkeypatch):
+    runs = runs_of("--n-layer", "2", "3")
+    title, cells = shown(monkeypatch, runs, dict(errors=[0.9] * 9, undefined=0.88), dict(undefined=0.41))
+    assert cells["undefined", "2 layers"] == 0.88 and cells["undefined", "3 layers"] == 0.41
+    assert "more than a guess, 0.75" in title
+    for k, fraction in enumerate(hop_induction.have_hop(HopTask(24, 4, 8)).tolist()):
+        assert cells[f"k={k}", "have a k-th hop"] == fraction
+        assert cells[f"k={k}", "2 layers"] == 0.9 and cells[f"k={k}", "3 layers"] == 0
 
 
 def test_a_hop_that_never_occurs_is_not_solved():
@@ -234,15 +243,7 @@ def test_head_alignment_against_plain_loops(k):
                         if (p := plain_find(text, i, j)) is not None:
                             F[i + 1, p + 1] = 1
                     products.append((A * F).sum() / np.linalg.norm(A) / max(np.linalg.norm(F), 1e-9))
-                assert ours[layer][head, j].item() == pytest.approx(np.mean(products), abs=1e-5)
-
-
-def test_no_measurement_needs_float64(no_float64_on_device, tmp_path):
-    pytest.importorskip("matplotlib")
-    flags = ["--arch", "transformer", "lstm", "--n-train", "0", "9", "--steps", "3", "--plot"]
-    assert len(call_main(hop_induction, *TINY, "--out-dir", tmp_path, *flags)) == 4
-    call_main(hop_induction, "--construct", "--max-hops", "2", "--n-eval", "2", "--device", "cpu")
-    call_main(hop_induction, "--mpc", "--max-hops", "1", "--device", "cpu")
+                assert ours[layer][head][j] == pytest.approx(np.mean(products), abs=1e-5)
 
 
 # ---- Theorem 4.2 ------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_the_construction_makes_no_error(max_hops):
     for k in (0, 1, max_hops):                                                   # it looks at the same whatever k is
         alignment = hop_induction.head_alignment(model, task, k, n=4)
         for l in range(model.n_layer - 1):
-            assert alignment[l + 1][0].argmax() == 2**l
+            assert np.argmax(alignment[l + 1][0]) == 2**l
 
 
 @pytest.mark.parametrize("n_chars, seq_len", [(2, 10), (3, 50), (9, 140)])
@@ -293,19 +294,21 @@ def test_the_machines_agree_with_find_in_two_rounds_a_doubling():
 
 def test_one_word_too_many_is_caught():
     cluster = hop_induction.Cluster(3, 4)
-    assert cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4))]) == [[], [(1, 2)], [(3, 4)]]
-    with pytest.raises(RuntimeError, match="machine 0 sends 5 words, 4 at most"):
+    assert cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4))]) == [(1, (1, 2)), (2, (3, 4))]
+    with pytest.raises(ValueError, match="round 2 takes 5 words, a machine has 4"):
         cluster.exchange([(0, 1, (1, 2)), (0, 2, (3, 4, 5))])
-    with pytest.raises(RuntimeError, match="machine 2 receives 5 words"):
+    cluster = hop_induction.Cluster(3, 4)
+    with pytest.raises(ValueError, match="5 words"):
         cluster.exchange([(0, 2, (1, 2)), (1, 2, (3, 4, 5))])
+    cluster = hop_induction.Cluster(3, 4)
     cluster.words[1]["x"] = [0, 0, 0]
-    with pytest.raises(RuntimeError, match="machine 1 holds 5 words"):
+    with pytest.raises(ValueError, match="5 words"):
         cluster.exchange([(0, 1, (1, 2))])
     X = HopTask(302).sample(1, generator())[0][0, 1:].sub(17).tolist()
     most = hop_induction.mpc_hops(X, 16, 16, 299)[1]
     enough = max(most.memory, most.load)
     hop_induction.mpc_hops(X, 16, 16, enough)
-    with pytest.raises(RuntimeError, match=f"{enough - 1} at most"):
+    with pytest.raises(ValueError, match=f"takes {enough} words, a machine has {enough - 1}"):
         hop_induction.mpc_hops(X, 16, 16, enough - 1)
 
 
@@ -314,7 +317,7 @@ def test_no_machine_may_hold_the_whole_input(capsys):
     for words in (100, 1_000):
         with pytest.raises(ValueError, match="whole input of 100"):
             hop_induction.mpc_hops(X, 2, 8, words)
-    results = call_main(hop_induction, "--mpc", "--device", "cpu")
+    results = hop_induction.main(["--preset", "mpc", "--device", "cpu"])
     assert "1000 characters by 32 machines of 320 words" in capsys.readouterr().out
     for result, k in zip(results, (1, 2, 4, 8, 16), strict=True):
         assert result["k"] == k and result["right"]
@@ -326,15 +329,19 @@ def test_no_machine_may_hold_the_whole_input(capsys):
 # ---- Training and the command -----------------------------------------------------------------------------------------
 
 def runs_of(*flags):
-    args = hop_induction.parse_args(list(flags))
-    return common.sweep(args, hop_induction.SWEEP, hop_induction.resolve, measured=["n_eval"])
+    args = hop_induction.parse_args(["--device", "cpu", *flags])
+    return common.sweep(args, hop_induction.SWEEP, hop_induction.build, hop_induction.resolve, measured=["n_eval"])
 
 
 def one_run(tmp_path, *flags):
     run, = runs_of(*TINY, "--out-dir", str(tmp_path), *flags)
-    run.folder.mkdir(parents=True)
     common.seed_everything(0)
     return run
+
+
+def main(tmp_path, *flags):
+    """The results of a tiny run or sweep."""
+    return hop_induction.main([*TINY, "--out-dir", tmp_path, *flags])
 
 
 def test_a_finite_training_set_is_used_in_whole_batches_and_a_fixed_order(tmp_path, monkeypatch):
@@ -346,13 +353,6 @@ def test_a_finite_training_set_is_used_in_whole_batches_and_a_fixed_order(tmp_pa
     hop_induction.train(run.args, run)
     fixed = HopTask(12, 4, 2).sample(16, generator(0))[0]                        # two batches of 8
     assert torch.equal(torch.cat(seen), fixed[torch.arange(40) % 16])
-
-
-def test_a_training_set_smaller_than_a_batch_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        hop_induction.parse_args([*TINY, "--n-train", "0", "7"])
-    assert "--n-train 7: less than one --batch-size 8" in capsys.readouterr().err
-    assert hop_induction.parse_args([*TINY, "--n-train", "0", "8"]).n_train == [0, 8]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, monkeypatch):
@@ -389,7 +389,7 @@ def test_training_moves_every_parameter_and_lowers_the_loss(tmp_path, arch):
     hop_induction.train(run.args, run)
     after = torch.load(run.folder / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
-    metrics = metrics_of(run.folder)
+    metrics = run.metrics
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert list(metrics[0]) == ["step", "loss", "error", "errors"]               # shown: the loss and the main metric
 
@@ -400,77 +400,99 @@ def docstring_commands():
     return [words[2:] for words in commands if words[:2] == ["python", "hop_induction.py"]]
 
 
-def printed(capsys, flags):
-    """The table of errors that a command prints, its models making no error: for each run, the rows that follow it."""
-    runs = runs_of(*flags, "--device", "cpu", "--out-dir", "/nonexistent")
-    n_hops = runs[0].args.max_hops + 1
-    hop_induction.print_errors(runs, [dict(errors=[0.0] * n_hops, se=[0.0] * n_hops, n_params=1, undefined=0.5)
-                                       for _ in runs])
-    table = capsys.readouterr().out.split("solved\n")[1].splitlines()[1:]       # the first row: how many have a k-th hop
-    rows = []
-    for line in table:
-        if "paper" not in line:
-            rows.append([])
-        else:
-            label = line[:line.index("dropout o") + 11].split()[-1]
-            rows[-1].append((label, line.partition("dropout o")[2].split()[1:]))
-    return list(zip([run.args for run in runs], map(dict, rows), strict=True))
+def published_rows(monkeypatch, *flags):
+    """For each run of a command: its args, and what the table has from the paper, {dropout's state: [(k, error)]}."""
+    runs = runs_of(*flags, "--out-dir", "/nonexistent")
+    _, cells = shown(monkeypatch, runs)
+    found = []
+    for run in runs:
+        rows = {}
+        for (row, column), value in cells.items():
+            if "paper" in row and column == run.args.label:
+                k, _, state = row.split(", ")
+                rows.setdefault(state, []).append((int(k[2:]), value))
+        found.append((run.args, rows))
+    return found
 
 
-def test_the_papers_commands_print_what_the_paper_has(capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)           # matplotlib
-    last = {(2, 4, 0): "0.737", (3, 4, 0): "0.706", (4, 4, 0): "0.612", (5, 4, 0): "0.414", (6, 4, 0): "0.062",
-            (2, 8, 0): "0.267", (3, 8, 0): "0.021", (4, 8, 0): "0.334", (5, 8, 0): "0.027", (6, 8, 0): "0.002", (4, 4, 1000): "0.772", (4, 4, 3000): "0.632"}
-    without = {(2, 4, 0): "0.737", (3, 4, 0): "0.695", (4, 4, 0): "0.542", (5, 4, 0): "0.281",
-               (4, 4, 1000): "0.774", (4, 4, 3000): "0.592"}
+def test_the_papers_commands_print_what_the_paper_has(monkeypatch):
+    last = {(2, 4, 0): 0.737, (3, 4, 0): 0.706, (4, 4, 0): 0.612, (5, 4, 0): 0.414, (6, 4, 0): 0.062,
+            (2, 8, 0): 0.267, (3, 8, 0): 0.021, (4, 8, 0): 0.334, (5, 8, 0): 0.027, (6, 8, 0): 0.002, (4, 4, 1000): 0.772, (4, 4, 3000): 0.632}
+    without = {(2, 4, 0): 0.737, (3, 4, 0): 0.695, (4, 4, 0): 0.542, (5, 4, 0): 0.281, (4, 4, 1000): 0.774, (4, 4, 3000): 0.592}
     seen = set()
     for flags in docstring_commands():
+        flags = [flag for flag in flags if flag != "--plot"]
         if "paper" in flags:
-            for args, rows in printed(capsys, flags):
+            for args, rows in published_rows(monkeypatch, *flags):
                 key = args.n_layer, args.n_head, args.n_train
                 seen.add(key)
                 assert args.n_embd == (256 if args.n_head == 8 else 128) and args.dropout == 0.1
-                assert rows.pop("on")[-1] == last[key]
-                assert {state: row[-1] for state, row in rows.items()} == ({"off": without[key]} if key in without else {})
+                assert rows.pop("on")[-1] == (4 if key in [(2, 8, 0), (3, 8, 0)] else 16, last[key])
+                assert {state: row[-1][1] for state, row in rows.items()} == ({"off": without[key]} if key in without else {})
     assert seen == set(last)
 
 
-@pytest.mark.parametrize("other", ["--n-head 8", "--dropout 0", "--steps 1000", "--lr 1e-3", "--seq-len 90",
-                                   "--n-chars 5", "--batch-size 64", "--arch lstm", "--n-train 50", "--n-embd 256"])
-def test_the_papers_numbers_stand_beside_the_papers_setting_alone(capsys, other):
-    (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4"])
-    assert set(rows) == {"on", "off"}
-    (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4", *other.split()])
+@pytest.mark.parametrize("other", [
+    "--n-head 8", "--dropout 0", "--steps 1000", "--lr 1e-3", "--seq-len 90", "--n-chars 5", "--batch-size 64", "--arch lstm",
+    "--n-train 50", "--n-embd 256", "--warmup 10", "--beta2 0.98", "--weight-decay 0.1"])
+def test_the_papers_numbers_stand_beside_the_papers_setting_alone(monkeypatch, other):
+    (_, rows), = published_rows(monkeypatch, "--preset", "paper", "--n-layer", "4")
+    assert [k for k, _ in rows["on"]] == [k for k, _ in rows["off"]] == [1, 2, 3, 4, 6, 8, 12, 16]
+    (_, rows), = published_rows(monkeypatch, "--preset", "paper", "--n-layer", "4", *other.split())
     assert rows == {}
 
 
-def command(tmp_path, *flags):
-    return [*TINY, "--out-dir", str(tmp_path / "out"), *flags]
+@pytest.mark.parametrize("flags, line", [
+    ("--n-head 3", "n_embd 16 is not divisible by n_head 3"),
+    ("--seq-len 5", "no seq_len 5"),
+    ("--n-chars 1", "n_chars 1"),
+    ("--dropout 2", "dropout"),
+    ("--n-train 0 7", "n_train 7 is less than one batch of 8"),
+    ("--arch lstm --n-head 2", "--n-head has no effect"),
+    ("--words 9", "--words has no effect"),
+    ("--preset construct --seq-len 501", "seq_len 501 is above 500"),
+    ("--preset mpc --seq-len 1000 --words 200", "words, a machine has 200"),
+])
+def test_what_cannot_be_is_one_line_before_anything_is_written(tmp_path, flags, line):
+    with pytest.raises(common.UsageError, match=line):
+        main(tmp_path, *flags.split())
+    assert not list(tmp_path.iterdir())
 
 
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    out = cut_and_continued(SCRIPT, tmp_path, [*TINY, "--n-train", "30", "--dropout", "0.1"], "step 10:", "step 20:")
-    assert "by construction" in out
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    flags = ["--n-train", "30", "--dropout", "0.1"]
+    whole, = main(tmp_path / "whole", *flags)
+    log = common.Run.log
+
+    def interrupted(self, step, **metrics):
+        if step == 30:
+            raise KeyboardInterrupt
+        log(self, step, **metrics)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="keeps step 20"):
+            main(tmp_path / "cut", *flags)
+    again, = main(tmp_path / "cut", *flags)
+    assert again == {**whole, "folder": again["folder"]}
+    for name in ("metrics.jsonl", "results.json"):
+        assert (Path(whole["folder"]) / name).read_text() == (Path(again["folder"]) / name).read_text()
 
 
 def test_one_training_for_equal_settings(tmp_path):
-    results = call_main(hop_induction, *command(tmp_path, "--arch", "transformer", "lstm", "--n-head", "2", "4", "--steps", "4"))
-    assert len(results) == 3                                                     # an LSTM has no heads
-    assert len(list((tmp_path / "out" / "hop_induction").iterdir())) == 3
+    results = main(tmp_path, "--arch", "transformer", "lstm", "--n-head", "2", "4", "--steps", "4")
+    assert len(results) == len({result["folder"] for result in results}) == 3    # an LSTM has no heads
 
 
-def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path, capsys):
-    first, = call_main(hop_induction, *command(tmp_path))
-    before = (Path(first["folder"]) / "ckpt.pt").read_bytes()
-    again, = call_main(hop_induction, *command(tmp_path))
-    assert again == first and "read" in capsys.readouterr().out
-    more, = call_main(hop_induction, *command(tmp_path, "--n-eval", "40"))
+def test_what_is_only_measured_is_measured_on_the_checkpoint(tmp_path):
+    first, = main(tmp_path)
+    before = (Path(first["folder"]) / "ckpt.pt").stat().st_mtime_ns
+    more, = main(tmp_path, "--n-eval", "40")
     assert more["errors"] != first["errors"] and more["alignment"] == first["alignment"]
-    assert (Path(more["folder"]) / "ckpt.pt").read_bytes() == before
+    assert (Path(more["folder"]) / "ckpt.pt").stat().st_mtime_ns == before
 
 
 def test_attention_of_a_loaded_model(tmp_path):
-    result, = call_main(hop_induction, *command(tmp_path))
+    result, = main(tmp_path)
     task, model = hop_induction.load(result["folder"])
     tokens, targets = task.sample(1, generator(), hops=2)
     logits, attns = model(tokens, return_attn=True)
@@ -495,16 +517,17 @@ class Mean(torch.nn.Module):
 
 def test_an_architecture_is_added_in_one_place(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(hop_induction.ARCHS, "mean", Mean)
-    results = call_main(hop_induction, *command(tmp_path, "--arch", "transformer", "mean"))
-    assert len(results) == 2 and "mean, 2 layers" in capsys.readouterr().out
+    results = main(tmp_path, "--arch", "transformer", "mean", "--steps", "4")
+    out = capsys.readouterr().out
+    assert len(results) == 2 and "mean, 2 layers" in out and "transformer, 2 layers, 4 heads, layer 1" in out
 
 
 def test_a_swept_flag_is_added_in_one_place(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(hop_induction, "SWEEP", ["arch", "n_layer", "n_head", "n_train", "dropout", "seed"])
-    args = hop_induction.parse_args(command(tmp_path, "--steps", "4", "--plot"))
-    args.dropout, args.usual["dropout"] = [0.0, 0.5], [0.0]
-    runs = common.sweep(args, hop_induction.SWEEP, hop_induction.resolve, measured=["n_eval"])
+    monkeypatch.setitem(hop_induction.SWEEP, "dropout", "dropout {}")
+    args = hop_induction.parse_args([*TINY, "--out-dir", str(tmp_path), "--steps", "4", "--plot"])
+    args.dropout, args.defaults["dropout"] = [0.0, 0.5], [0.0]
+    runs = common.sweep(args, hop_induction.SWEEP, hop_induction.build, hop_induction.resolve, measured=["n_eval"])
     common.complete(runs, hop_induction.train, hop_induction.measure, hop_induction.show)
     out = capsys.readouterr().out
     assert "2 layers, dropout 0.5" in out and "figure" in out
@@ -512,23 +535,22 @@ def test_a_swept_flag_is_added_in_one_place(tmp_path, capsys, monkeypatch):
 
 def test_sequences_too_long_for_the_construction(tmp_path, capsys):
     flags = ["--seq-len", "502", "--max-hops", "1", "--steps", "1", "--n-eval", "1", "--batch-size", "1", "--n-head", "1"]
-    result, = call_main(hop_induction, *command(tmp_path, *flags))
+    result, = main(tmp_path, *flags)
     out = capsys.readouterr().out
-    assert len(result["alignment"]) == 2 and "find^" in out and "by construction" not in out
+    assert len(result["alignment"]) == 2 and "find^" in out and "hand-built, layer" not in out
 
 
 def test_tables_fit_in_a_hundred_columns(tmp_path, capsys):
     flags = ["--max-hops", "16", "--seq-len", "40", "--steps", "1", "--n-eval", "2", "--n-head", "8", "--seed", "0", "1"]
-    call_main(hop_induction, *command(tmp_path, *flags))
-    call_main(hop_induction, "--construct", "--max-hops", "1", "--n-eval", "1", "--device", "cpu")
-    call_main(hop_induction, "--mpc", "--device", "cpu")
+    main(tmp_path, *flags, "--n-layer", "2", "3")
+    hop_induction.main(["--preset", "construct", "--n-eval", "1", "--device", "cpu"])
+    hop_induction.main(["--preset", "mpc", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if ",seed=" not in line) <= 100       # but for the names of runs
-    assert sum("k=16" in line for line in lines) == 2            # errors and heads, each in one piece
 
 
-def test_construct_and_mpc_return_their_tables(tmp_path, capsys):
-    results = call_main(hop_induction, "--construct", "--max-hops", "3", "--n-eval", "60", "--device", "cpu")
+def test_construct_and_mpc_return_their_tables(capsys):
+    results = hop_induction.main(["--preset", "construct", "--max-hops", "3", "--n-eval", "60", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "depth 3 = floor(log2 3) + 2" in out and "N = 100" in out and "find^2" in out
     for k, result in enumerate(results):
@@ -539,52 +561,44 @@ def test_construct_and_mpc_return_their_tables(tmp_path, capsys):
     for k, error in enumerate(errors.tolist()):                                  # a constant answer is wrong but there
         _, targets = task.sample(20, generator(), hops=k)
         assert error == pytest.approx((targets != task.undefined).float().mean().item(), abs=0.02)
-    with pytest.raises(SystemExit):
-        call_main(hop_induction, "--mpc", "--words", "200", "--device", "cpu")
-    assert "--words" in capsys.readouterr().err
-
-
-def test_help_shows_the_presets_values(capsys):
-    for preset, seq_len in ("quick", 24), ("paper", 100):
-        with pytest.raises(SystemExit):
-            call_main(hop_induction, "--preset", preset, "--help")
-        out = " ".join(capsys.readouterr().out.split())
-        assert f"1000 characters) (default: {seq_len})" in out and "arXiv 2402.09268" in out
 
 
 def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    flags = ["--plot", "--steps", "10", "--n-layer", "1", "2", "--seed", "0", "1", "--arch", "transformer", "lstm"]
-    call_main(hop_induction, *command(tmp_path, *flags))
-    figures = sorted((tmp_path / "out" / "hop_induction").glob("*.png"))
-    assert [path.name.split(",")[0] for path in figures] == ["errors", "heads", "heads_by_k"]
+    main(tmp_path, "--plot", "--steps", "10", "--arch", "lstm")
+    folder = tmp_path / "hop_induction"
+    assert [path.name for path in folder.glob("*.png")] == ["errors.png"]        # an LSTM has no heads
+    main(tmp_path, "--plot", "--steps", "10", "--n-layer", "1", "2", "--seed", "0", "1", "--arch", "transformer", "lstm")
+    figures = sorted(folder.glob("*.png"))
+    assert [path.name for path in figures] == ["errors.png", "heads.png", "heads_by_k.png"]
     assert all(path.stat().st_size > 5_000 for path in figures)
-    call_main(hop_induction, *command(tmp_path, "--plot", "--steps", "10", "--arch", "lstm"))
-    assert len(list((tmp_path / "out" / "hop_induction").glob("*.png"))) == 4    # errors alone, of another name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_graph_and_bfloat16(tmp_path):
-    line = [sys.executable, str(SCRIPT), *command(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+def test_cuda_compiled_and_in_bfloat16(tmp_path):
+    result, = main(tmp_path, "--device", "cuda", "--compile", "--dtype", "bfloat16")
+    assert "failed" not in result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [20, 24])
 def test_hops_double_with_each_layer(tmp_path, one_thread, seed):
-    results = call_main(hop_induction, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
+    results = hop_induction.main(["--device", "cpu", "--seed", seed, "--out-dir", tmp_path])
     two, three, four = [hop_induction.solved(result["errors"]) for result in results]
     assert two == 1 and three in (2, 3) and four >= 4
 
 
 # ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
 
-def test_the_table_of_errors_has_each_number_of_hops_in_its_column(capsys):
+def test_the_table_of_errors_has_each_number_of_hops_in_its_row(capsys):
     runs = runs_of(*TINY)
-    hop_induction.print_errors(runs, [dict(errors=[0.0, 0.01, 0.02], se=[0.0, 0.001, 0.002], n_params=7, undefined=0.5)])
+    runs[0].results = dict(errors=[0.0, 0.01, 0.02], se=[0.0, 0.001, 0.002], n_params=7, undefined=0.5)
+    runs[0].args.label = "two"
+    hop_induction.show_errors(runs)
     out = capsys.readouterr().out
-    assert out.splitlines()[-1].split() == ["2", "layers", "7", "0.010", "0.020", "2"] and "up to 0.002" in out
+    rows = {line.split()[0]: line.split()[-1] for line in out.splitlines()[2:]}
+    assert rows["k=1"] == "0.010" and rows["k=2"] == "0.020" and rows["solved"] == "2" and rows["parameters"] == "7"
+    assert "up to 0.002" in out
 
 
 def test_the_loss_counts_all_positions_of_the_sequences_of_the_seed(tmp_path):
@@ -594,17 +608,23 @@ def test_the_loss_counts_all_positions_of_the_sequences_of_the_seed(tmp_path):
     hop_induction.train(run.args, run)                                           # the same initial weights
     tokens, targets = task.sample(8, generator(3))
     expected = F.cross_entropy(model(tokens).mT, targets).item()
-    assert metrics_of(run.folder)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert run.metrics[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_figure_of_errors_shows_as_many_published_numbers_as_there_are(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
-    runs = runs_of("--preset", "paper", "--n-layer", "3", "--n-head", "8", "--n-embd", "256", "--out-dir", str(tmp_path))
-    hop_induction.plot_errors(runs, [dict(errors=[0.1] * 17, undefined=0.5)])
-    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
-    assert lines["paper, dropout on"] == [[1, 0.001], [2, 0.001], [3, 0.005], [4, 0.021]]
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by name."""
+    figure = pytest.importorskip("matplotlib.figure")
+    figures = {}
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path, **settings: figures.update({Path(path).stem: figure}))
+    return figures
+
+
+def test_the_figure_of_errors_shows_as_many_published_numbers_as_there_are(monkeypatch, figures):
+    runs = runs_of("--preset", "paper", "--n-layer", "3", "--n-head", "8", "--n-embd", "256", "--plot")
+    shown(monkeypatch, runs)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures["errors"].axes[0].lines}
+    assert lines["3 layers, paper, dropout on"] == [[1, 0.001], [2, 0.001], [3, 0.005], [4, 0.021]]
 
 
 def test_published_errors_rise_with_the_number_of_hops():
@@ -642,82 +662,83 @@ def test_dropout_is_where_gpt2_has_it(monkeypatch):
     assert shapes == [(1, 9, 16)] * 5                                            # embeddings; twice in each layer
 
 
-@pytest.mark.parametrize("other", ["--warmup 10", "--beta2 0.98", "--weight-decay 0.1"])
-def test_another_optimizer_is_not_the_papers_setting(capsys, other):
-    (_, rows), = printed(capsys, ["--preset", "paper", "--n-layer", "4", *other.split()])
-    assert rows == {}
-
-
 def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
-    flags = ["--beta2", "0.9", "--weight-decay", "0.3", "--steps", "1", "--out-dir", tmp_path]
-    result, = call_main(hop_induction, *TINY, *flags)
+    result, = main(tmp_path, "--beta2", "0.9", "--weight-decay", "0.3", "--steps", "1")
     group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
     assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.3
 
 
-def test_the_figure_of_errors_shows_medians_ranges_and_what_is_published(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
-    runs = runs_of("--preset", "paper", "--n-layer", "4", "--seed", "0", "1", "2", "--out-dir", str(tmp_path))
-    hop_induction.plot_errors(runs, [dict(errors=[x] * 17, undefined=0.5) for x in (0.1, 0.2, 0.9)])
-    axis, = figures[0].axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
-    assert lines["4 layers"] == [[k, 0.2] for k in range(17)]
-    assert dict(lines["paper, dropout off"])[8] == 0.068 and len(lines["paper, dropout off"]) == 8
-    band = axis.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (0.1, 0.9)
+def test_the_figure_of_errors_shows_medians_ranges_and_what_is_published(monkeypatch, figures):
+    runs = runs_of("--preset", "paper", "--n-layer", "4", "--seed", "0", "1", "2", "--plot")
+    shown(monkeypatch, runs, *[dict(errors=[x] * 17) for x in (0.1, 0.2, 0.9)])
+    axis, = figures["errors"].axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert lines["4 layers"].get_xydata().tolist() == [[k, 0.2] for k in range(17)]
+    paper = lines["4 layers, paper, dropout off"]
+    assert dict(paper.get_xydata().tolist())[8] == 0.068 and len(paper.get_xydata()) == 8
+    assert paper.get_color() == lines["4 layers"].get_color() and paper.get_fillstyle() == "none"
+    assert set(lines["a guess among 4 characters"].get_ydata()) == {0.75}
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axis.collections]
+    assert (0.1, 0.9) in [(band.min(), band.max()) for band in bands]
 
 
-def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
+def test_a_number_of_hops_that_never_occurs_leaves_a_gap(monkeypatch, figures):
+    runs = runs_of(*TINY, "--plot")
+    _, cells = shown(monkeypatch, runs, dict(errors=[0.0, 0.3, None], se=[0.0, 0.1, None]))
+    line, = [line for line in figures["errors"].axes[0].lines if line.get_label() == "2 layers"]
+    assert cells["k=2", "2 layers"] is None and math.isnan(line.get_ydata()[2])
+
+
+def test_the_figure_of_heads_marks_where_find_leads_on_the_best_heads_attention(tmp_path, figures):
     run = one_run(tmp_path, "--steps", "1")
     hop_induction.train(run.args, run)
     alignment = torch.full((3, 2, 4, 3), 0.1)                                    # by k, layer, head and j
     alignment[0] = 0.9                                                           # without meaning: the figure is of k = 2
     alignment[2, 0, 2, 1], alignment[2, 1, 1, 2] = 0.3, 0.6
-    hop_induction.plot_heads([run], [(run.args, dict(alignment=alignment.tolist(), folder=str(run.folder)))])
+    run.results = dict(alignment=alignment.tolist())
+    hop_induction.plot_attention([run])
     task, model = hop_induction.load(run.folder)
     tokens, _ = task.sample(1, generator(0), hops=2)
     attns = model(tokens, return_attn=True)[1]
     text = "".join(map(chr, tokens[0, 1:]))
+    all_heads, *axes = figures["heads"].axes
+    np.testing.assert_allclose(all_heads.images[0].get_array(), alignment[2].flatten(0, 1))
     for j, layer, head in (1, 0, 2), (2, 1, 1):
-        axis = figures[0].axes[layer + 1]
-        assert axis.get_title().startswith(f"attention of {layer + 1}.{head + 1}")
-        assert torch.equal(torch.tensor(axis.images[0].get_array().data), attns[layer][0, head].detach())
+        assert axes[layer].get_title().startswith(f"{layer + 1}.{head + 1} and find^{j}")
+        assert torch.equal(torch.tensor(axes[layer].images[0].get_array().data), attns[layer][0, head].detach())
         expected = []
         for i in range(len(text)):
             found = plain_find(text, i, j)
             if found is not None:
-                expected.append([found + 1, i + 1])
-        assert axis.lines[0].get_xydata().tolist() == expected
+                expected.append([[found + 1, i + 1]])
+        assert [line.get_xydata().tolist() for line in axes[layer].lines] == expected
 
 
-def test_heads_are_shown_by_the_number_of_hops_asked_for(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(common, "save_figure", lambda figure, runs, name: figures.append(figure))
-    run, = runs_of(*TINY, "--max-hops", "4", "--out-dir", str(tmp_path))
+def test_heads_are_shown_by_the_number_of_hops_asked_for(capsys, figures):
+    run, = runs_of(*TINY, "--max-hops", "4", "--plot")
     alignment = torch.rand(5, 2, 4, 5, generator=generator()) / 2                # by k, layer, head and j
     best = {(1, 0): (3, 0), (1, 1): (1, 4), (2, 0): (2, 1), (2, 1): (4, 2), (4, 0): (1, 3), (4, 1): (2, 0)}
     for (k, layer), (head, j) in best.items():
         alignment[k, layer, head - 1, j] = 0.5 + k / 10 + layer / 100
-    shown = [(run.args, dict(alignment=alignment.tolist()))]
-    hop_induction.print_heads(run.args, [run], shown)
+    run.args.label = "2 layers"
+    run.results = dict(alignment=alignment.tolist())
+    hop_induction.show_heads(run.args, [run])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for layer in (0, 1):
         cells = []
         for k in (1, 2, 4):
             head, j = best[k, layer]
-            cells += [f"{head}:", f"find^{j}", f"{0.5 + k / 10 + layer / 100:.2f}"]
-        assert ["2", "layers", str(layer + 1), *cells] in rows
-    hop_induction.plot_heads_by_k([run], shown)
-    axis = figures[0].axes[0]
-    texts = {text.get_position(): text.get_text() for text in axis.texts}
+            cells += [f"find^{j}", f"{0.5 + k / 10 + layer / 100:.2f}"]
+        assert ["2", "layers,", "layer", str(layer + 1), *cells] in rows
+    axes = figures["heads_by_k"].axes
     for (k, layer), (head, j) in best.items():
-        assert texts[k, layer] == str(j) and axis.images[0].get_array()[layer, k] == pytest.approx(0.5 + k / 10 + layer / 100)
+        assert axes[layer].get_title() == f"2 layers, layer {layer + 1}"
+        assert axes[layer].lines[k].get_xydata().tolist() == [[k, j]]
+        assert axes[layer].images[0].get_array()[j, k] == pytest.approx(0.5 + k / 10 + layer / 100)
+    np.testing.assert_allclose(axes[0].images[0].get_array(), alignment[:, 0].amax(1).T)
+    layer_2 = axes[3]                                                            # the construction's: find^1, whatever k
+    assert layer_2.get_title() == "hand-built, layer 2"
+    assert [line.get_xydata().tolist() for line in layer_2.lines] == [[[k, 1]] for k in range(5)]
 
 
 def test_the_settings_of_the_paper():
