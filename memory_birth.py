@@ -283,178 +283,38 @@ class FullTransformer(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
-# ---- Theorem 3: three gradient steps (Sec. 6, App. B) -------------------------------------------
-
-# The theorem's setting, and what breaks it: embeddings that overlap; sequences stuck in a loop
-CASES = {
-    "theorem": dict(embedding="orthonormal", self_loops=False),
-    "gaussian": dict(embedding="gaussian", self_loops=False),
-    "self-loops": dict(embedding="orthonormal", self_loops=True),
-}
-
-@torch.no_grad()
-def theorem_init_(model, embedding):
-    """In place: trained matrices zero, the frozen ones as in the theorem, embeddings of norm 1.
-
-    orthonormal: the rows of W_E, P, W_OV1 W_E, W_OV1 P and W_U are different members of one
-    orthonormal basis, which takes d >= 3 V + 2 T, and W_V2 is orthogonal. gaussian: all are random,
-    so that any two of them overlap by about 1/sqrt(d).
-    """
-    V, d = model.W_E.shape
-    n = V + len(model.P)
-    for W in model.parameters():
-        W.zero_()
-    if embedding == "gaussian":
-        for W in (model.W_E, model.P):
-            W /= math.sqrt(d)
-        for W in (model.W_U, model.W_O1, model.W_V1, model.W_V2):
-            W *= math.sqrt(3)                                # variance 1/d: norms are kept
-        return
-    basis = torch.linalg.qr(torch.randn(d, d)).Q             # rows b_0 ... b_{d-1}
-    model.W_E.copy_(basis[:V])
-    model.P.copy_(basis[V:n])
-    model.W_U.copy_(basis[2 * n:2 * n + V])
-    model.W_O1.copy_(torch.eye(d))
-    model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)           # b_i -> b_{i+n}
-    model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
-
-@torch.no_grad()
-def mean_logit(model, name):
-    """The mean logit, or attention score, of the pairs that a memory should hold."""
-    if name == "W_O2":
-        return output_scores(model).diagonal().mean()                            # v, v
-    if name == "W_K2":
-        scores = key_scores(model).diagonal()                                    # q, W_OV1 q
-    else:
-        scores = (model.P @ model.W_K1 @ model.P.mT).diagonal(-1)                # t, t - 1
-    return scores.mean() / math.sqrt(model.W_E.shape[1])
-
-def three_steps(args, seed, case):
-    """From zero matrices, one large gradient step on W_O2, one on W_K2, one on W_K1.
-
-    Each is taken with those before it in place, on --batch-size sequences of uniform bigrams with
-    random triggers, for the loss summed over triggers' second and later occurrences, and is as
-    large as gives its memory's pairs a mean logit of --step-logits, or of minus that where too few
-    sequences point it the wrong way. (A first one above 1 makes the model too sure of its answer
-    for the gradients after it.) Returns a row, probes and accuracy, for the start and for each
-    step, all on sequences without self-loops. ValueError where the sequences have no repeat.
-    """
-    common.seed_everything(seed)
-    setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
-                   vocab_size=args.vocab_size, device=args.device)
-    task = BigramTask(**setting, self_loops=CASES[case]["self_loops"])
-    test = BigramTask(**setting, self_loops=False)
-    model = SimpleTransformer(args.vocab_size, args.seq_len, args.n_embd).to(args.device)
-    theorem_init_(model, CASES[case]["embedding"])
-    data = torch.Generator(args.device).manual_seed(seed)
-
-    def row(step):
-        about = dict(case=case, seed=seed, step=step)
-        return {**about, **evaluate(model, test, n=4096), **probes(model, test)}
-
-    rows = [row("start")]
-    for name, logit in zip(["W_O2", "W_K2", "W_K1"], args.step_logits):
-        W = getattr(model, name)
-        gradient = torch.zeros_like(W)
-        for drawn in range(0, args.batch_size, 4096):
-            tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
-            scored = occurrence >= 2
-            some = scored.any(1)                             # the others have no repeat to learn
-            for z, at in zip(tokens[some].split(256), scored[some].split(256)):
-                logits = model(z[:, :-1])[at]
-                loss = F.cross_entropy(logits, z[:, 1:][at], reduction="sum")
-                gradient += torch.autograd.grad(loss, W)[0]
-        with torch.no_grad():
-            W.copy_(-gradient)
-            size = mean_logit(model, name).abs()             # the sign is the gradient's own
-            if not 0 < size.item() < math.inf:
-                raise ValueError(f"the step on {name} has no direction: a larger --batch-size")
-            W *= logit / size
-        rows.append(row(name))
-    return rows
-
-# ---- Training (App. E) --------------------------------------------------------------------------
+# ---- Settings (App. E) --------------------------------------------------------------------------
 
 # Names on the command line and in the tables
 MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
 
-# A model's own settings; None: it has no such thing. The full model's learning rate is our choice.
-SIMPLE = dict(
-    lr=0.2, weight_decay=1e-4,
-    n_layer=None, n_head=None,
-)
-FULL = dict(
-    lr=3e-3, weight_decay=1e-2,
-    use_wf=None, freeze=None, self_loops=True,
-)
-MODELS = {
-    "simple": {
-        "quick": dict(
-            SIMPLE, self_loops=False,
-            seq_len=32, batch_size=128, steps=1_000,
-            lr=0.1, eval_every=5,                            # slow enough to date the memories
-        ),
-        "medium": dict(
-            SIMPLE, self_loops=False,
-            seq_len=256, batch_size=128, steps=1_000,
-            eval_every=20,
-        ),
-        "paper": dict(
-            SIMPLE, self_loops=True,
-            seq_len=256, batch_size=512, steps=10_000,
-            eval_every=50,
-        ),
-    },
-    "full": {
-        "quick": dict(FULL, seq_len=64, batch_size=64, steps=1_000, eval_every=20),
-        "medium": dict(FULL, seq_len=256, batch_size=64, steps=1_000, eval_every=20),
-        "paper": dict(FULL, seq_len=256, batch_size=512, steps=1_000, eval_every=50),
-    },
+PRESETS = {                                                  # what differs from the flags' defaults
+    "quick": {},
+    "medium": dict(freeze=["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]),
+    "paper": dict(loss=["all"], triggers=["random"], use_wf=True),
+    "three-steps": dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000),
 }
-
-OPEN = dict(                                                 # the model's own, see MODELS
-    seq_len=None, batch_size=None, steps=None,
-    lr=None, weight_decay=None, eval_every=None,
-    self_loops=None,
-)
-BOTH = dict(
-    OPEN, model=["simple"],
-    n_layer=[2], n_head=4, n_embd=128,
-    n_triggers=5, outputs=["uniform"],
-    text=None, vocab_size=None,
-    three_steps=False, step_logits=None,
-)
-FIG_3 = dict(
-    BOTH, loss=["in-context"],
-    triggers=["fixed"], use_wf=False,
-)
-PANELS = ["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]
-PRESETS = {
-    "quick": dict(FIG_3, freeze=["none"]),
-    "medium": dict(FIG_3, freeze=PANELS),
-    "paper": dict(
-        BOTH, loss=["all"],
-        triggers=["random"], use_wf=True,
-        freeze=["none"],
-    ),
+OWN = ["seq_len", "batch_size", "steps", "lr", "weight_decay", "self_loops", "eval_every"]
+SETTINGS = {                                                 # of OWN, unless a flag gives them
+    ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),              # a lr to date memories
+    ("quick", "full"): (64, 64, 1_000, 3e-3, 1e-2, True, 20),                # full: lr is our choice
+    ("medium", "simple"): (256, 128, 1_000, 0.2, 1e-4, False, 20),
+    ("medium", "full"): (256, 64, 1_000, 3e-3, 1e-2, True, 20),
+    ("paper", "simple"): (256, 512, 10_000, 0.2, 1e-4, True, 50),
+    ("paper", "full"): (256, 512, 1_000, 3e-3, 1e-2, True, 50),
 }
-# --three-steps: the flags that it reads, with values of their own
-THREE_STEPS = dict(
-    n_triggers=2, vocab_size=24, seq_len=32,
-    n_embd=136, batch_size=128_000,
-    step_logits=[1.0, 5.0, 20.0], seed=[0],
-)
 SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
 
 def resolve(args):
-    """Completes a run's settings with its model's own (MODELS)."""
-    for key, value in MODELS[args.model][args.preset].items():
-        no_effect = value is None                            # on this model
-        left_open = getattr(args, key) is None               # by the preset and the command line
-        if no_effect or left_open:
+    """Completes a run's settings. Unused ones become None."""
+    for key, value in zip(OWN, SETTINGS[args.preset, args.model]):
+        if getattr(args, key) is None:
             setattr(args, key, value)
-    args.three_steps = None
-    args.step_logits = None                                  # given without --three-steps: refused
+    if args.model == "simple":
+        args.n_layer = args.n_head = None
+    else:
+        args.use_wf = args.freeze = None
+    args.step_logits = None
 
 def build_task(args, outputs):
     """The task of a run, with outputs "uniform" or "bigram"."""
@@ -463,11 +323,14 @@ def build_task(args, outputs):
     return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, **how)
 
 def build(args):
-    """The task and the model of a run."""
+    """The task and the model of a run. ValueError for a matrix that cannot be frozen."""
     task = build_task(args, args.outputs)
     V, T, d = task.vocab_size, args.seq_len, args.n_embd
     if args.model == "simple":
         model = SimpleTransformer(V, T, d, args.use_wf)
+        trained = [name for name, W in MATRICES.items() if getattr(model, W) is not None]
+        if not set(parse_freeze(args.freeze)) < set(trained):
+            raise ValueError(f"--freeze takes some of {' '.join(trained)}, but not all of them")
     else:
         model = FullTransformer(V, T, args.n_layer, args.n_head, d)
     return task, model.to(args.device)
@@ -483,11 +346,18 @@ def chunk_size(task):
     return max(1, 2**20 // task.seq_len**2)
 
 def parse_freeze(text):
-    """E.g. wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: until when each stays frozen."""
+    """E.g. wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: until when each stays frozen.
+
+    ValueError for another form.
+    """
     if text in (None, "none"):
         return {}
+    if not re.fullmatch(r"\w+:\d+(\+\w+:\d+)*", text):
+        raise ValueError(f"--freeze {text} is neither none nor of the form wk1:300+wk2:300")
     pairs = [item.split(":") for item in text.split("+")]
     return {name: int(step) for name, step in pairs}
+
+# ---- Training -----------------------------------------------------------------------------------
 
 def train(args, run):
     """Trains one run, or what is left of it, and leaves its checkpoint."""
@@ -496,16 +366,19 @@ def train(args, run):
     if args.model == "simple":
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **rates)
     else:
-        cuda = torch.device(args.device).type == "cuda"      # for a step in one CUDA graph
-        how = dict(betas=(0.9, 0.99), fused=True, capturable=cuda)
-        optimizer = torch.optim.AdamW(model.parameters(), **how, **rates)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True, **rates)
     data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    optimizer.param_groups[0]["lr"] = args.lr                # the checkpoint has brought its own
+    start = run.restore(model, optimizer, data)
+    if args.compile:
+        model.compile()
     chunk = chunk_size(task)
     bfloat16 = args.dtype == "bfloat16"
-
-    def training_step():
+    frozen_until = parse_freeze(args.freeze)
+    for step in run.steps(start, args.steps):
+        if step == 0:
+            run.log(0, **snapshot(args, model, task))
+        for name, until in frozen_until.items():             # without a gradient, it is not updated
+            getattr(model, MATRICES[name]).requires_grad_(step >= until)
         tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
         scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
         weight = scored / scored.sum().clamp_min(1)          # the loss is a mean over the scored
@@ -517,23 +390,8 @@ def train(args, run):
             (losses @ w.flatten()).backward()                # adds up the gradients of the chunks
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-    # A matrix that is frozen until step 300 has no gradient before it, and the optimizer passes it
-    # over. At the first step, also of a resumed run, and again at step 300, each is told.
-    frozen_until = parse_freeze(args.freeze)
-    step_once = training_step
-    for step in run.steps(start, args.steps):
-        if step == 0:
-            run.log(0, **snapshot(args, model, task))
-        if step == start or step in frozen_until.values():
-            for name, until in frozen_until.items():
-                getattr(model, MATRICES[name]).requires_grad_(step >= until)
-            if args.compile:                                 # other gradients: a new CUDA graph
-                step_once = common.compile_step(training_step, model, data)
-        step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             run.log(step + 1, **snapshot(args, model, task))
-            run.save(step + 1)
 
 # ---- Measurement --------------------------------------------------------------------------------
 
@@ -645,7 +503,7 @@ def snapshot(args, model, task):
     loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
     return {"loss": loss, "accuracy": metrics["accuracy"], **metrics}            # run.log shows two
 
-# What the summary dates: the first step at which each of FIRSTS is at least each of LEVELS
+# The summary has the first evaluated step at which each of FIRSTS reaches each of LEVELS
 FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
 LEVELS = [0.5, 0.9]
 
@@ -656,262 +514,272 @@ def measure(args, run):
     for outputs in ("uniform", "bigram"):
         other = evaluate(model.eval(), build_task(args, outputs), n=1024)
         results[f"accuracy_{outputs}"] = other["accuracy"]
-    course = run.read("metrics.jsonl")
     results["first"] = {}
     for level in LEVELS:
         first = results["first"][str(level)] = {}
         for name in FIRSTS:
-            if name not in course[0]:                        # the full model has no memories
-                continue
-            reached = [line["step"] for line in course if line[name] >= level]
-            first[name] = reached[0] if reached else None
+            if name in results:                              # the full model has no memories
+                reached = [line["step"] for line in run.metrics if line[name] >= level]
+                first[name] = min(reached, default=None)
     return results
+
+# ---- Theorem 3: three gradient steps (Sec. 6, App. B) -------------------------------------------
+
+# The theorem's setting, and what breaks it: embeddings that overlap; sequences stuck in a loop
+CASES = {
+    "theorem": dict(embedding="orthonormal", self_loops=False),
+    "gaussian": dict(embedding="gaussian", self_loops=False),
+    "self-loops": dict(embedding="orthonormal", self_loops=True),
+}
+
+@torch.no_grad()
+def theorem_init_(model, embedding):
+    """In place: trained matrices zero, the frozen ones as in the theorem, embeddings of norm 1.
+
+    orthonormal: the rows of W_E, P, W_OV1 W_E, W_OV1 P and W_U are different members of one
+    orthonormal basis, which takes d >= 3 V + 2 T, and W_V2 is orthogonal. gaussian: all are random,
+    so that any two of them overlap by about 1/sqrt(d). ValueError if d is smaller.
+    """
+    V, d = model.W_E.shape
+    n = V + len(model.P)
+    if d < 2 * n + V:
+        raise ValueError(f"{V} characters and {len(model.P)} positions need --n-embd {2 * n + V}")
+    for W in model.parameters():
+        W.zero_()
+    if embedding == "gaussian":
+        for W in (model.W_E, model.P):
+            W /= math.sqrt(d)
+        for W in (model.W_U, model.W_O1, model.W_V1, model.W_V2):
+            W *= math.sqrt(3)                                # variance 1/d: norms are kept
+        return
+    basis = torch.linalg.qr(torch.randn(d, d)).Q             # rows b_0 ... b_{d-1}
+    model.W_E.copy_(basis[:V])
+    model.P.copy_(basis[V:n])
+    model.W_U.copy_(basis[2 * n:2 * n + V])
+    model.W_O1.copy_(torch.eye(d))
+    model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)           # b_i -> b_{i+n}
+    model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
+
+@torch.no_grad()
+def mean_logit(model, name):
+    """The mean logit, or attention score, of the pairs that a memory should hold."""
+    if name == "W_O2":
+        return output_scores(model).diagonal().mean()                            # v, v
+    if name == "W_K2":
+        scores = key_scores(model).diagonal()                                    # q, W_OV1 q
+    else:
+        scores = (model.P @ model.W_K1 @ model.P.mT).diagonal(-1)                # t, t - 1
+    return scores.mean() / math.sqrt(model.W_E.shape[1])
+
+def three_steps(args, seed, case):
+    """From zero matrices, one large gradient step on W_O2, one on W_K2, one on W_K1.
+
+    Each is taken with those before it in place, on --batch-size sequences of uniform bigrams with
+    random triggers, for the loss summed over triggers' second and later occurrences, and is as
+    large as gives its memory's pairs a mean logit of --step-logits, or of minus that if too few
+    sequences point it the wrong way. (A first one above 1 makes the model too sure of its answer
+    for the gradients after it.) Returns a row, probes and accuracy, for the start and for each
+    step, all on sequences without self-loops. ValueError if the sequences have no repeat.
+    """
+    common.seed_everything(seed)
+    setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
+                   vocab_size=args.vocab_size, device=args.device)
+    task = BigramTask(**setting, self_loops=CASES[case]["self_loops"])
+    test = BigramTask(**setting, self_loops=False)
+    model = SimpleTransformer(args.vocab_size, args.seq_len, args.n_embd).to(args.device)
+    theorem_init_(model, CASES[case]["embedding"])
+    data = torch.Generator(args.device).manual_seed(seed)
+
+    def row(step):
+        about = dict(case=case, seed=seed, step=step)
+        return {**about, **evaluate(model, test, n=4096), **probes(model, test)}
+
+    rows = [row("start")]
+    for name, logit in zip(["W_O2", "W_K2", "W_K1"], args.step_logits):
+        W = getattr(model, name)
+        gradient = torch.zeros_like(W)
+        for drawn in range(0, args.batch_size, 4096):
+            tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
+            scored = occurrence >= 2
+            some = scored.any(1)                             # the others have no repeat to learn
+            for z, at in zip(tokens[some].split(256), scored[some].split(256)):
+                logits = model(z[:, :-1])[at]
+                loss = F.cross_entropy(logits, z[:, 1:][at], reduction="sum")
+                gradient += torch.autograd.grad(loss, W)[0]
+        with torch.no_grad():
+            W.copy_(-gradient)
+            size = mean_logit(model, name).abs()             # the sign is the gradient's own
+            if not 0 < size.item() < math.inf:
+                raise ValueError(f"the step on {name} has no direction: a larger --batch-size")
+            W *= logit / size
+        rows.append(row(name))
+    return rows
+
+def show_three_steps(args):
+    """--preset three-steps: the theorem beside what breaks it. Returns the rows of all cases."""
+    rows = []
+    cells = []
+    for seed, case in itertools.product(args.seed, CASES):
+        try:
+            rows += three_steps(args, seed, case)
+        except ValueError as error:
+            raise common.UsageError(error) from error
+    for row in rows:
+        about = f"seed {row['seed']}, {row['case']}, after {row['step']}"
+        for key in ("accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"):
+            cells.append((about, COLUMNS[key], row[key]))
+    title = "In-context accuracy, probes and attention, on sequences without self-loops"
+    common.print_table(title, cells)
+    return rows
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# What metrics.jsonl holds, by the names of the tables
+# The metrics, by their names in tables and figures
 COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="accuracy", wo2="wo2",
                wk2="wk2", wk2_triggers="wk2 of K", wk1_64="wk1<64", wk1="wk1", wf="KL wf",
-               attn_prev="attn prev", attn_match="attn match")
-WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
-             outputs="{} outputs", freeze="{}")
-PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
-# --preset paper with these flags is still the paper's setting
-NOT_THE_MODEL = {"model", "n_layer", "seed", "compile", *common.NOT_TRAINED}
+               attn_prev="previous", attn_match="match")
+CURVES = {                                                   # Fig. 3: settings of an axis, curves
+    "losses": (dict(ylabel="loss (nats)"), ["loss_global", "loss_in_context"]),
+    "memories": (dict(ylabel="fraction", yticks=[0, *LEVELS, 1]),
+                 ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]),
+}
+# In-context accuracy (Sec. 3), by folders: they are named for what differs from the preset
+PAPER = {"paper,model=full,n_layer=1": "0.55", "paper,model=full": "0.99"}
 
-def in_words(args, runs):
-    """A run's setting, as far as it differs from that of other runs."""
-    words = []
-    for key, form in WORDS.items():
-        values = {getattr(run.args, key) for run in runs}
-        value = getattr(args, key)
-        if key == "freeze" and value is not None:
-            frozen = [f"{name} until step {step}" for name, step in parse_freeze(value).items()]
-            value = f"frozen: {', '.join(frozen) or 'nothing'}"
-        if len(values) > 1 and value is not None:
-            words.append(form.format(value))
-    return ", ".join(words) or f"{args.model} model"
-
-def cells(numbers, names):
-    """Those numbers of a dict that are named, as text."""
-    return [f"{numbers[name]:.3f}" for name in names]
-
-def print_three_steps(rows):
-    """A line for the start and for each step, of each case of CASES."""
-    names = ["accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"]
-    lines = []
-    for row in rows:
-        about = [str(row["seed"]), row["case"], row["step"]]
-        lines.append(about + cells(row, names))
-    print("Accuracy in context, probes and attention, on sequences without self-loops")
-    common.print_table(["seed", "case", "after"] + [COLUMNS[name] for name in names], lines)
-
-def print_course(run, runs):
-    """A run's evaluations at log-spaced steps."""
-    metrics = run.read("metrics.jsonl")
-    names = [name for name in COLUMNS if metrics[0].get(name) is not None]
+def columns(run):
+    """What a run's metrics have of COLUMNS."""
+    hidden = {key for key in COLUMNS if run.metrics[0].get(key) is None}
     if not run.args.use_wf:
-        names = [name for name in names if name != "wf"]
+        hidden.add("wf")
     if run.args.seq_len <= 64:                               # wk1<64 is then wk1
-        names = [name for name in names if name != "wk1_64"]
-    log_spaced = np.geomspace(1, len(metrics) - 1, 24)
-    shown = {0, *log_spaced.round().astype(int)}
-    rows = []
-    for line in [metrics[i] for i in sorted(shown)]:
-        rows.append([str(line["step"]), *cells(line, names)])
-    print(f"\n{in_words(run.args, runs)}, seed {run.args.seed}")
-    print("Losses in nats, on global tokens and in context; accuracy in context; probes (wk2 over")
-    print("all characters, wk2 of K over the K fixed triggers alone, chance 1/K); attention")
-    common.print_table(["step"] + [COLUMNS[name] for name in names], rows)
+        hidden.add("wk1_64")
+    return {key: name for key, name in COLUMNS.items() if key not in hidden}
 
-def print_summary(runs, results):
-    """Medians and ranges over seeds: a row for each setting's end, and for each of LEVELS."""
-    ends = dict(loss_global="global", loss_in_context="in context", accuracy_uniform="acc uniform",
-                accuracy_bigram="acc bigram")
-    end_rows = []
-    first_rows = []
-    for args, group in common.by_setting(runs, results):
-        end = [in_words(args, runs)]
-        for key in ends:
-            end.append(common.spread([result[key] for result in group]))
-        as_published = args.preset == "paper" and NOT_THE_MODEL.issuperset(args.given)
-        published = PAPER.get(args.n_layer, "-") if as_published else "-"
-        end_rows.append(end + [str(published)])
-        for level in map(str, LEVELS):
-            first = [in_words(args, runs), level]
-            for key in FIRSTS:
-                steps = [result["first"][level].get(key) for result in group]
-                first.append(common.spread(steps, ".0f"))
-            first_rows.append(first)
-    print("\nAt the end: losses in nats, accuracy in context on both kinds of outputs, the paper's")
-    common.print_table(["setting", *ends.values(), "paper"], end_rows)
-    print("\nThe first evaluated step at which each reaches a level: the order depends on it")
-    names = dict(COLUMNS)
-    if runs[0].args.seq_len <= 64:                           # wk1<64 is then wk1
-        names["wk1_64"] = "wk1"
-    common.print_table(["setting", "level"] + [names[key] for key in FIRSTS], first_rows, keys=2)
+def print_course(run):
+    """A run's evaluations at log-spaced steps."""
+    log_spaced = np.geomspace(1, len(run.metrics) - 1, 24).round().astype(int)
+    cells = []
+    for i in sorted({0, *log_spaced}):
+        line = run.metrics[i]
+        cells += [(line["step"], name, line[key]) for key, name in columns(run).items()]
+    common.print_table(f"""{run.args.label}, seed {run.args.seed}, by step
+Losses in nats, on global tokens and in context; in-context accuracy; probes (wk2 over all
+characters, wk2 of K over the K fixed triggers alone, chance 1/K); attention""", cells)
+
+def print_summary(runs):
+    """The end of each setting, and the first steps at each of LEVELS, over seeds."""
+    losses, accuracies, firsts = [], [], []
+    for run in runs:
+        label = run.args.label
+        losses.append((label, "on global tokens", run.results["loss_global"]))
+        losses.append((label, "in context", run.results["loss_in_context"]))
+        for outputs in ("uniform", "bigram"):
+            accuracies.append((label, f"{outputs} outputs", run.results[f"accuracy_{outputs}"]))
+        accuracies.append((label, "paper", PAPER.get(run.folder.name.rpartition(",")[0], "-")))
+        for level, first in run.results["first"].items():
+            for key, step in first.items():
+                firsts.append((f"{label}, {level}", COLUMNS[key], step, ".0f"))
+    common.print_table("At the end: losses in nats", losses)
+    common.print_table("At the end: in-context accuracy on both kinds of outputs", accuracies)
+    common.print_table("The first evaluated step at which each reaches a level", firsts)
 
 def plot_curves(runs):
-    """Fig. 3: a row a setting, its losses, and its accuracy and memories; a band over seeds."""
-    courses = [run.read("metrics.jsonl") for run in runs]
-    settings = common.by_setting(runs, courses)
-    figure, axes = common.new_figure(len(settings), 2, width=5.2, height=3.2)
-    panels = [["loss_global", "loss_in_context"],
-              ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]]
-    for (args, group), row in zip(settings, axes):
-        steps = {line["step"] for line in group[0]}          # at which all seeds were evaluated
-        for course in group[1:]:
-            steps &= {line["step"] for line in course}
-        for names, axis in zip(panels, row):
-            for i, name in enumerate(names):
-                same = name == "wk1_64" and args.seq_len <= 64               # as wk1
-                if same or name not in group[0][0]:          # the full model has no memories
-                    continue
-                seeds = []
-                for course in group:
-                    seeds.append([line[name] for line in course if line["step"] in steps])
-                style = dict(linestyle="-", marker="+xos."[i], markevery=0.08, markersize=5)
-                axis.plot(sorted(steps), np.median(seeds, 0), label=COLUMNS[name], **style)
-                axis.fill_between(sorted(steps), np.min(seeds, 0), np.max(seeds, 0), alpha=0.2)
-            for step in parse_freeze(args.freeze).values():
-                axis.axvline(step, color="black", linewidth=0.6)
-            axis.set_xscale("symlog", linthresh=min(steps - {0}))            # it shows step 0
-            axis.set(xlim=0, xlabel="step", title=in_words(args, runs))
-            axis.legend(fontsize=8)
-        row[0].set_ylabel("loss (nats)")
-        row[1].set(ylabel="share", ylim=(-0.02, 1.02))
-        row[1].axhline(0.5, color="black", linewidth=0.6)    # the first of LEVELS
-    common.save_figure(figure, runs, "curves")
+    """Fig. 3: losses, accuracy and memories against the step, a row for each setting."""
+    panels = {}
+    for run in runs:
+        names = columns(run)
+        steps = [line["step"] for line in run.metrics]
+        for title, (axis, keys) in CURVES.items():
+            axis = dict(axis, xlabel="step", xscale="symlog")
+            _, curves = panels.setdefault(f"{run.args.label}: {title}", (axis, []))
+            shown = [key for key in keys if key in names]
+            for key in shown:
+                curves.append((names[key], steps, [line[key] for line in run.metrics], {}))
+            top = max(curves[0][2])
+            for until in parse_freeze(run.args.freeze).values():
+                style = dict(color="black", linewidth=0.6)
+                curves.append((f"step {until}", [until, until], [0, top], style))
+    common.plot(runs[0].folder.parent / "curves.png", panels, columns=2)
 
 @torch.no_grad()
 def plot_attention(runs, length=32):
-    """All layers' attention for one sequence, a row a run; triggers are red, and in bold."""
-    most_layers = max(run.args.n_layer or 2 for run in runs)
-    figure, axes = common.new_figure(len(runs), most_layers, width=5.2, height=5.4)
-    for run, row in zip(runs, axes):
+    """All layers' attention for one sequence, averaged over heads; a star marks a trigger."""
+    panels = {}
+    for run in runs:
         task, model = load(run.folder, run.args.device)
         data = torch.Generator(run.args.device).manual_seed(1)
         tokens, occurrence = task.sample(1, data)
         z = tokens[:, :-1][:, :length]                                           # (1, T)
+        names = []
+        for char, n in zip(z[0], occurrence[0]):
+            names.append(repr(task.chars[char])[1:-1] + "*" * (n > 0).item())
         _, attns = model(z, return_attn=True)
-        chars = [task.chars[char] for char in z[0]]
-        names = [char.replace("\n", "\\n").replace(" ", "\u2423") for char in chars]
-        for layer, (attn, axis) in enumerate(zip(attns, row)):
-            weights = attn[0].mean(0)                        # over heads (T, T)
-            axis.imshow(weights.cpu(), cmap="Greys", vmin=0, vmax=1)
-            axis.set_xticks(range(len(names)), names, fontsize=7)
-            axis.set_yticks(range(len(names)), names, fontsize=7)
-            for t in (occurrence[0, :len(names)] > 0).nonzero()[:, 0]:
-                axis.get_xticklabels()[t].set(color="red", weight="bold")
-                axis.get_yticklabels()[t].set(color="red", weight="bold")
-            axis.set(title=f"{in_words(run.args, runs)}; layer {layer + 1}",
-                     xlabel="token looked at", ylabel="token")
-        for axis in row[len(attns):]:
-            axis.axis("off")
-    common.save_figure(figure, runs, "attention")
+        axis = dict(xlabel="token looked at", ylabel="token")
+        for layer, attn in enumerate(attns, 1):
+            weights = attn[0].mean(0).cpu()                  # over heads (T, T)
+            panels[f"{run.args.label}, layer {layer}"] = weights, names, names, axis, []
+    common.plot_matrices(runs[0].folder.parent / "attention.png", panels, columns=2)
+
+def show(runs):
+    """The tables of a sweep, and with --plot its figures."""
+    firsts = {}                                              # each setting's first seed
+    for run in runs:
+        run.args.label = run.args.label or f"{run.args.model} model"
+        firsts.setdefault(run.args.label, run)
+    for run in firsts.values():
+        print_course(run)
+    print_summary(runs)
+    if runs[0].args.plot:
+        plot_curves(runs)
+        plot_attention(firsts.values())
 
 # ---- The command --------------------------------------------------------------------------------
 
-def freeze_text(text):
-    """argparse type: what parse_freeze reads."""
-    until = parse_freeze(text)                               # ValueError: argparse says "invalid"
-    if not set(until) <= set(MATRICES) or min(until.values(), default=0) < 0:
-        raise ValueError
-    return text
-
-# argparse puts this name between "invalid" and "value: 'x'"
-freeze_text.__name__ = "NAME:STEP+... (of wk1, wk2, wo2, wf, such as wo2:300; or none)"
-
 def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = common.make_parser(main)
+    """The command line."""
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
     count = common.positive_int
-    some = dict(nargs="+")
     switch = argparse.BooleanOptionalAction
-    add("--model", **some, choices=list(MODELS), help="Sec. 4.2's simple one, Sec. 3's full one")
-    add("--n-layer", **some, type=common.number(int, 1, 100), help="layers of the full model")
-    add("--n-head", type=count, help="heads a layer of the full model")
-    add("--n-embd", type=common.number(int, 1, 2**14), help="width d")
-    add("--use-wf", action=switch, help="simple: W_F, the memory of global bigrams")
-    add("--n-triggers", type=count, help="K, the triggers of a sequence")
-    add("--triggers", **some, metavar="KIND",
+    own = "(default: the preset's, by model)"
+    add("--model", nargs="+", choices=["simple", "full"], default=["simple"],
+        help="Sec. 4.2's simple one, Sec. 3's full one")
+    add("--n-layer", nargs="+", type=count, default=[2], help="layers of the full model")
+    add("--n-head", type=count, default=4, help="heads a layer of the full model")
+    add("--n-embd", type=count, default=128, help="width d")
+    add("--use-wf", action=switch, default=False, help="simple: W_F, the memory of global bigrams")
+    add("--n-triggers", type=count, default=5, help="K, the triggers of a sequence")
+    add("--triggers", nargs="+", metavar="KIND", default=["fixed"],
         help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
-    add("--outputs", **some, choices=["uniform", "bigram"], help="of a trigger: any, or as in pi_b")
-    add("--self-loops", action=switch, help="an output may be the trigger itself")
-    add("--text", type=common.data_path, help="a text for the bigrams (default: Tiny Shakespeare)")
-    add("--vocab-size", type=common.number(int, 2, 1_000), help="characters, in place of a text's")
-    add("--seq-len", type=common.number(int, 4, 2**14), help="T, predictions a sequence")
-    add("--loss", **some, choices=["all", "in-context"], help="tokens: all, or repeated triggers'")
-    add("--freeze", **some, type=freeze_text, metavar="W:STEP+...", help="frozen until STEP; none")
-    add("--batch-size", type=count, help="sequences a step")
-    add("--steps", type=count, help="training steps")
-    add("--lr", type=common.positive_float, help="learning rate: SGD, momentum 0.9; full: AdamW")
-    add("--weight-decay", type=common.non_negative, help="weight decay")
-    add("--seed", **some, type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--three-steps", action="store_true", help="Theorem 3: steps of BATCH_SIZE (128000) each")
+    add("--outputs", nargs="+", choices=["uniform", "bigram"], default=["uniform"],
+        help="of a trigger: any, or as in pi_b")
+    add("--self-loops", action=switch, help=f"an output may be the trigger itself {own}")
+    add("--text", help="a text for the bigrams (default: Tiny Shakespeare)")
+    add("--vocab-size", type=count, help="characters of uniform bigrams, in place of a text's")
+    add("--seq-len", type=common.number(int, 4, 2**14), help=f"T, predictions a sequence {own}")
+    add("--loss", nargs="+", choices=["all", "in-context"], default=["in-context"],
+        help="tokens: all, or repeated triggers'")
+    add("--freeze", nargs="+", metavar="W:STEP+...", default=["none"],
+        help="matrices (wk1, wk2, wo2, wf) that are frozen until a step; none")
+    add("--batch-size", type=count, help=f"sequences a step {own}")
+    add("--steps", type=count, help=f"training steps {own}")
+    add("--eval-every", type=count, help=f"steps between evaluations {own}")
+    add("--lr", type=common.positive_float,
+        help=f"learning rate of SGD with momentum 0.9; full: of AdamW {own}")
+    add("--weight-decay", type=common.non_negative, help=f"weight decay {own}")
+    add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
     add("--step-logits", nargs=3, type=common.positive_float, metavar=("O2", "K2", "K1"),
-        help="with --three-steps: the mean logit that a step gives its memory (1 5 20)")
-    args = common.parse_args(parser, PRESETS, argv)
-    if args.three_steps:
-        common.refuse_others(parser, args, "three_steps", *THREE_STEPS)
-        for key in set(THREE_STEPS) - set(args.given):
-            setattr(args, key, THREE_STEPS[key])
-        needed = 3 * args.vocab_size + 2 * args.seq_len
-        if args.n_embd < needed:
-            parser.error(f"--n-embd {args.n_embd}: the theorem's orthonormal embeddings of "
-                         f"{args.vocab_size} characters, {args.seq_len} positions need {needed}")
-    if args.text is not None and args.vocab_size is not None:
-        parser.error("--vocab-size gives uniform bigrams, --text its own: leave one out")
-    if "full" in args.model and args.n_embd % args.n_head:
-        parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
-    trained = set(MATRICES)
-    if not args.use_wf:
-        trained.remove("wf")
-    for text in args.freeze:
-        until = parse_freeze(text)
-        if not set(until) <= trained:
-            parser.error(f"--freeze {text} needs --use-wf")
-        if all(until.get(name, 0) > 0 for name in trained):
-            parser.error(f"--freeze {text}: nothing is left to train at the start")
-    # Each task that a run or its measurement needs is built once, for its errors
-    for model, triggers in itertools.product(args.model, args.triggers):
-        own = argparse.Namespace(**{**vars(args), "model": model, "triggers": triggers})
-        resolve(own)
-        try:
-            build_task(own, "uniform")
-            build_task(own, "bigram")
-        except (OSError, ValueError) as error:
-            flags = f"--n-triggers {args.n_triggers}"
-            if args.text is not None:
-                flags += f", --text {args.text}"
-            parser.error(f"{flags}: {error}")
-    return args
-
-def show(runs, results):
-    """The tables of a sweep, and with --plot its figures."""
-    firsts = [group[0] for _, group in common.by_setting(runs, runs)]
-    for run in firsts:
-        print_course(run, runs)
-    print_summary(runs, results)
-    if runs[0].args.plot:
-        plot_curves(runs)
-        plot_attention(firsts)
+        default=[1.0, 5.0, 20.0], help="three-steps: the mean logit that a step gives its memory")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    add("--compile", action="store_true", help="torch.compile")
+    return common.parse_args(parser, PRESETS, argv)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
     args = parse_args(argv)
-    if args.three_steps:
-        rows = []
-        for seed in args.seed:
-            for case in CASES:
-                try:
-                    rows += three_steps(args, seed, case)
-                except ValueError as error:                  # no repeat to learn, or to test
-                    common.fail(f"--three-steps: {error}", 2)
-        print_three_steps(rows)
-        return rows
-    runs = common.sweep(args, SWEEP, resolve)
+    if args.preset == "three-steps":
+        return show_three_steps(args)
+    runs = common.sweep(args, SWEEP, build, resolve)
     return common.complete(runs, train, measure, show)
 
 # ---- PAIRS: Tiny Shakespeare's 1,115,393 adjacent pairs, counted ---------------------------------
