@@ -67,7 +67,7 @@ import common
 
 CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
-# draw % n is uniform up to n / LARGE, 8e-5 for Tiny Shakespeare; mps has no larger integers
+# draw % n is uniform up to n / LARGE, 8e-5 for Tiny Shakespeare
 LARGE = 2**31 - 1
 
 def shakespeare_pairs():
@@ -82,13 +82,12 @@ def shakespeare_pairs():
 
 def count_pairs(text):
     """A text's characters, sorted; counts of adjacent pairs (V, V), and of characters (V,)."""
-    chars = sorted(set(text))
+    chars = "".join(sorted(set(text)))
     V = len(chars)
-    number = {char: v for v, char in enumerate(chars)}
-    z = torch.tensor([number[char] for char in text], dtype=torch.long)
+    z = torch.tensor([chars.index(char) for char in text], dtype=torch.long)
     pair = z[:-1] * V + z[1:]                                # a number for each pair
     pairs = torch.bincount(pair, minlength=V * V).view(V, V)
-    return "".join(chars), pairs, torch.bincount(z, minlength=V)
+    return chars, pairs, torch.bincount(z, minlength=V)
 
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
@@ -112,9 +111,9 @@ class BigramTask:
         self.outputs = outputs
         self.device = device
         if vocab_size is not None:
-            self.chars = "".join(chr(ord("!") + v) for v in range(vocab_size))
+            self.chars = "".join(map(chr, range(33, 33 + vocab_size)))
             pairs = torch.ones(vocab_size, vocab_size, dtype=torch.long)
-            counts = pairs[0]
+            counts = pairs.sum(0)
         elif text is not None:
             self.chars, pairs, counts = count_pairs(Path(text).read_text(encoding="utf-8"))
         else:
@@ -123,24 +122,26 @@ class BigramTask:
             counts = torch.maximum(pairs.sum(0), pairs.sum(1))   # pairs miss an end of the text
         self.vocab_size = V = len(self.chars)
         if not re.fullmatch(r"random|fixed(:\d+)?", triggers):
-            raise ValueError(f"triggers are random, fixed or fixed:OFFSET, not {triggers}")
+            raise ValueError(f"--triggers are random, fixed or fixed:OFFSET, not {triggers}")
         offset = int(triggers.partition(":")[2] or 0)
-        if k < 1 or V < max(2, offset + k):
-            raise ValueError(f"{k} triggers need {max(2, offset + k)} characters; there are {V}")
+        needed = max(2, offset + k)
+        if V < needed:
+            raise ValueError(f"{k} triggers need {needed} characters; there are {V}")
         # the very last character of a text may have no successor: it gets pi_u
-        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)
-        self.unigram = (counts / counts.sum()).to(device)                        # pi_u (V,)
-        self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(device)            # pi_b (V, V)
+        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts).to(device)
+        counts = counts.to(device)
+        self.unigram = counts / counts.sum()                                     # pi_u (V,)
+        self.bigram = pairs / pairs.sum(1, keepdim=True)                         # pi_b (V, V)
         self.fixed = self.unigram.topk(offset + k).indices[offset:]              # (K,)
 
         # To draw from pi_b: all successors in one list, sorted by the character before. Those of a
         # are successors[start[a] : start[a] + width[a]]. Example: "abaac" has a -> a, b, c, b -> a,
         # so a: [a, b, c], b: [a]. Behind them each character v stands once more, at own_entry + v:
         # a trigger with output o has start = own_entry + o and width = 1.
-        everyone = torch.arange(V)
+        everyone = torch.arange(V, device=device)
         listed = everyone.repeat(V).repeat_interleave(pairs.flatten())
-        self.successors = torch.cat([listed, everyone]).to(device)
-        self.width = pairs.sum(1).to(device)                                     # (V,)
+        self.successors = torch.cat([listed, everyone])
+        self.width = pairs.sum(1)                                                # (V,)
         self.start = self.width.cumsum(0) - self.width                           # (V,)
         self.own_entry = len(listed)
 
@@ -150,7 +151,7 @@ class BigramTask:
             weights = weights - weights.diag().diag()
         if (weights.sum(1) == 0).any():
             raise ValueError("a character that only itself follows needs self-loops")
-        self.outputs_upto = weights.cumsum(1).to(device)                         # (V, V)
+        self.outputs_upto = weights.cumsum(1)                                    # (V, V)
 
     def sample(self, batch, generator):
         """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0. The
@@ -169,14 +170,13 @@ class BigramTask:
         start = self.start.expand(B, V).scatter(1, q, self.own_entry + o)        # (B, V)
         width = self.width.expand(B, V).scatter(1, q, 1)
 
-        draw = torch.randint(LARGE, (T + 1, B), **how)
-        z = torch.empty(T + 1, B, dtype=torch.long, device=self.device)
-        z[0] = torch.multinomial(self.unigram, B, replacement=True, generator=generator)
+        draw = torch.randint(LARGE, (T + 1, B, 1), **how)
+        z = torch.empty_like(draw)
+        z[0, :, 0] = torch.multinomial(self.unigram, B, replacement=True, generator=generator)
         for t in range(T):                                   # a chain is sequential in t alone
-            here = z[t].unsqueeze(1)
-            which = draw[t] % width.gather(1, here)[:, 0]
-            z[t + 1] = self.successors[start.gather(1, here)[:, 0] + which]
-        tokens = z.T.contiguous()                                                # (B, T+1)
+            which = draw[t] % width.gather(1, z[t])                              # (B, 1)
+            z[t + 1] = self.successors[start.gather(1, z[t]) + which]
+        tokens = z[:, :, 0].T.contiguous()                                       # (B, T+1)
         hit = tokens[:, None, :T] == q[:, :, None]                               # (B, K, T)
         return tokens, (hit.cumsum(2) * hit).sum(1)
 
@@ -407,13 +407,19 @@ def key_scores(model):
     return model.W_E @ model.W_K2 @ keys.mT
 
 @torch.no_grad()
-def recall_wk1(model, first=None):
-    """Share of positions 1 <= t < first with argmax_s p_t . W_K1 p_s = t - 1, over s < first, too.
-    None: all positions."""
+def position_scores(model, first=None):
+    """What W_K1 gives position t for position s: p_t . W_K1 p_s, entry t, s; s, t < first."""
     P = model.P[:first]
-    found = (P @ model.W_K1 @ P.mT).argmax(1)
-    previous = torch.arange(len(P) - 1, device=P.device)
-    return (found[1:] == previous).float().mean().item()
+    return P @ model.W_K1 @ P.mT
+
+def recall(scores, right):
+    """Fraction of the rows of scores (n, m) whose argmax is the right one (n,)."""
+    return (scores.argmax(1) == right).float().mean().item()
+
+def recall_wk1(model, first=None):
+    """Fraction of positions 1 <= t < first (None: of all) with argmax_s p_t . W_K1 p_s = t - 1."""
+    scores = position_scores(model, first)[1:]
+    return recall(scores, torch.arange(len(scores), device=scores.device))
 
 @torch.no_grad()
 def probes(model, task):
@@ -429,22 +435,19 @@ def probes(model, task):
          triggers; a model without W_F counts as W_F = 0.
     """
     everyone = torch.arange(task.vocab_size, device=model.W_E.device)
-    scores = key_scores(model)
-    key = scores.argmax(1) == everyone                                           # (V,)
-    out = output_scores(model).argmax(1) == everyone
     W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
     log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
     negative_entropy = torch.special.xlogy(task.bigram, task.bigram)
     kl = (negative_entropy - task.bigram * log_p).sum(1)                         # (V,)
-    held = dict(wk1=recall_wk1(model), wo2=out.float().mean().item())
-    if task.triggers != "random":
-        key = key[task.fixed]
-        among = scores[task.fixed][:, task.fixed]                                # (K, K)
-        own = among.argmax(1) == torch.arange(task.k, device=among.device)
-        held["wk2_triggers"] = own.float().mean().item()
-        others = torch.ones_like(out).index_fill(0, task.fixed, False)
-        kl = kl[others]
-    held["wk2"] = key.float().mean().item()
+    keys = key_scores(model)
+    held = dict(wk1=recall_wk1(model), wo2=recall(output_scores(model), everyone))
+    if task.triggers == "random":
+        held["wk2"] = recall(keys, everyone)
+    else:
+        q = task.fixed
+        held["wk2"] = recall(keys[q], q)
+        held["wk2_triggers"] = recall(keys[q][:, q], everyone[:task.k])
+        kl = kl[torch.isin(everyone, q, invert=True)]
     held["wf"] = kl.mean().item() if len(kl) else 0.0
     return held
 
@@ -458,37 +461,33 @@ def evaluate(model, task, n=256, seed=10_000):
     most to a position that follows the same character; both of the best head.
     """
     tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
-    chunk = chunk_size(task)
-    batches = []
-    for z, occ in zip(tokens.split(chunk), occurrence.split(chunk)):
-        z, y = z[:, :-1], z[:, 1:]                                               # (B, T)
-        logits, attns = model(z, return_attn=True)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
-        losses = losses.view_as(y)
-        right = (logits.argmax(-1) == y).float()
-        repeat = occ >= 2
-        after = F.pad(occ[:, :-1] > 0, (1, 0))               # the position before is a trigger
-        # where each head looks, (H, B, T), in the first layer and the last
-        looked_first = attns[0].argmax(-1).transpose(0, 1)
-        looked_last = attns[-1].argmax(-1).transpose(0, 1)
-        previous = looked_first == torch.arange(-1, z.shape[1] - 1, device=z.device)
-        # is the token before the position looked at the same as the query's?
-        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(looked_last)       # (H, B, T)
-        match = before.gather(2, looked_last) == z
-        batches.append(dict(
-            loss_all=losses.flatten(),
-            loss_global=losses[occ == 0],
-            loss_in_context=losses[repeat],
-            accuracy=right[repeat],
-            attn_prev=previous[:, after].float(),                                # (H, some)
-            attn_match=match[:, repeat].float(),
-        ))
-    numbers = {}
-    for name in batches[0]:
-        values = torch.cat([batch[name] for batch in batches], -1)
-        if name == "accuracy" and len(values) == 0:
-            raise ValueError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
-        numbers[name] = values.mean(-1).max().item()         # of attention, the best head's
+    z, y = tokens[:, :-1], tokens[:, 1:]                                         # (n, T)
+    repeat = occurrence >= 2
+    if not repeat.any():
+        raise common.UsageError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
+    chunks = []
+    for some in z.split(chunk_size(task)):
+        logits, attns = model(some, return_attn=True)
+        chunks.append((logits, attns[0].argmax(-1), attns[-1].argmax(-1)))
+    logits, first, last = [torch.cat(parts) for parts in zip(*chunks)]
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+    right = (logits.argmax(-1) == y).float()
+    # where each head looks, (H, n, T), in the first layer and the last
+    first, last = first.transpose(0, 1), last.transpose(0, 1)
+    previous = first == torch.arange(-1, z.shape[1] - 1, device=z.device)
+    # is the token before the position looked at the same as the query's?
+    before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(last)                  # (H, n, T)
+    match = before.gather(2, last) == z
+    after = F.pad(occurrence[:, :-1] > 0, (1, 0))            # the position before is a trigger
+    values = dict(
+        loss_all=losses.flatten(),
+        loss_global=losses[occurrence == 0],
+        loss_in_context=losses[repeat],
+        accuracy=right[repeat],
+        attn_prev=previous[:, after].float(),                                    # (H, some)
+        attn_match=match[:, repeat].float(),
+    )
+    numbers = {name: x.mean(-1).max().item() for name, x in values.items()}      # the best head's
     if len(attns) == 1:
         numbers["attn_match"] = None                         # one layer has no second
     return numbers
@@ -568,7 +567,7 @@ def mean_logit(model, name):
     if name == "W_K2":
         scores = key_scores(model).diagonal()                                    # q, W_OV1 q
     else:
-        scores = (model.P @ model.W_K1 @ model.P.mT).diagonal(-1)                # t, t - 1
+        scores = position_scores(model).diagonal(-1)                             # t, t - 1
     return scores.mean() / math.sqrt(model.W_E.shape[1])
 
 def three_steps(args, seed, case):
@@ -597,19 +596,17 @@ def three_steps(args, seed, case):
     rows = [row("start")]
     for name, logit in zip(["W_O2", "W_K2", "W_K1"], args.step_logits):
         W = getattr(model, name)
-        gradient = torch.zeros_like(W)
         for drawn in range(0, args.batch_size, 4096):
             tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
             scored = occurrence >= 2
             some = scored.any(1)                             # the others have no repeat to learn
             for z, at in zip(tokens[some].split(256), scored[some].split(256)):
                 logits = model(z[:, :-1])[at]
-                loss = F.cross_entropy(logits, z[:, 1:][at], reduction="sum")
-                gradient += torch.autograd.grad(loss, W)[0]
+                F.cross_entropy(logits, z[:, 1:][at], reduction="sum").backward(inputs=[W])
         with torch.no_grad():
-            W.copy_(-gradient)
+            W.copy_(-W.grad)
             size = mean_logit(model, name).abs()             # the sign is the gradient's own
-            if not 0 < size.item() < math.inf:
+            if not 0 < size < math.inf:
                 raise ValueError(f"the step on {name} has no direction: a larger --batch-size")
             W *= logit / size
         rows.append(row(name))
@@ -741,7 +738,6 @@ def parse_args(argv=None):
     add = parser.add_argument
     count = common.positive_int
     switch = argparse.BooleanOptionalAction
-    own = "(default: the preset's, by model)"
     add("--model", nargs="+", choices=["simple", "full"], default=["simple"],
         help="Sec. 4.2's simple one, Sec. 3's full one")
     add("--n-layer", nargs="+", type=count, default=[2], help="layers of the full model")
@@ -749,27 +745,27 @@ def parse_args(argv=None):
     add("--n-embd", type=count, default=128, help="width d")
     add("--use-wf", action=switch, default=False, help="simple: W_F, the memory of global bigrams")
     add("--n-triggers", type=count, default=5, help="K, the triggers of a sequence")
-    add("--triggers", nargs="+", metavar="KIND", default=["fixed"],
+    add("--triggers", nargs="+", default=["fixed"],
         help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
     add("--outputs", nargs="+", choices=["uniform", "bigram"], default=["uniform"],
         help="of a trigger: any, or as in pi_b")
-    add("--self-loops", action=switch, help=f"an output may be the trigger itself {own}")
+    add("--self-loops", action=switch, help="an output may be the trigger itself (default: by model)")
     add("--text", help="a text for the bigrams (default: Tiny Shakespeare)")
     add("--vocab-size", type=count, help="characters of uniform bigrams, in place of a text's")
-    add("--seq-len", type=common.number(int, 4, 2**14), help=f"T, predictions a sequence {own}")
+    add("--seq-len", type=common.number(int, 4, 2**14), help="T, predictions a sequence (default: by model)")
     add("--loss", nargs="+", choices=["all", "in-context"], default=["in-context"],
         help="tokens: all, or repeated triggers'")
-    add("--freeze", nargs="+", metavar="W:STEP+...", default=["none"],
+    add("--freeze", nargs="+", default=["none"],
         help="matrices (wk1, wk2, wo2, wf) that are frozen until a step; none")
-    add("--batch-size", type=count, help=f"sequences a step {own}")
-    add("--steps", type=count, help=f"training steps {own}")
-    add("--eval-every", type=count, help=f"steps between evaluations {own}")
+    add("--batch-size", type=count, help="sequences a step (default: by model)")
+    add("--steps", type=count, help="training steps (default: by model)")
+    add("--eval-every", type=count, help="steps between evaluations (default: by model)")
     add("--lr", type=common.positive_float,
-        help=f"learning rate of SGD with momentum 0.9; full: of AdamW {own}")
-    add("--weight-decay", type=common.non_negative, help=f"weight decay {own}")
+        help="learning rate of SGD with momentum 0.9; full: of AdamW (default: by model)")
+    add("--weight-decay", type=common.non_negative, help="weight decay (default: by model)")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--step-logits", nargs=3, type=common.positive_float, metavar=("O2", "K2", "K1"),
-        default=[1.0, 5.0, 20.0], help="three-steps: the mean logit that a step gives its memory")
+    add("--step-logits", nargs=3, type=common.positive_float, default=[1.0, 5.0, 20.0],
+        help="three-steps: the mean logit that a step gives its memory, W_O2, W_K2, W_K1")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     add("--compile", action="store_true", help="torch.compile")
     return common.parse_args(parser, PRESETS, argv)
