@@ -295,9 +295,9 @@ PRESETS = {                                                  # what differs from
     "three-steps": dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000),
 }
 OWN = ["seq_len", "batch_size", "steps", "lr", "weight_decay", "self_loops", "eval_every"]
-SETTINGS = {                                                 # of OWN, unless a flag gives them
-    ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),              # a lr to date memories
-    ("quick", "full"): (64, 64, 1_000, 3e-3, 1e-2, True, 20),                # full: lr is our choice
+SETTINGS = {                                                 # the values of OWN, if no flag gives them
+    ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),  # slow enough to date the memories
+    ("quick", "full"): (64, 64, 1_000, 3e-3, 1e-2, True, 20),    # the full model's lr is our choice
     ("medium", "simple"): (256, 128, 1_000, 0.2, 1e-4, False, 20),
     ("medium", "full"): (256, 64, 1_000, 3e-3, 1e-2, True, 20),
     ("paper", "simple"): (256, 512, 10_000, 0.2, 1e-4, True, 50),
@@ -314,6 +314,8 @@ def resolve(args):
         args.n_layer = args.n_head = None
     else:
         args.use_wf = args.freeze = None
+    if args.vocab_size is not None:
+        args.text = None
     args.step_logits = None
 
 def build_task(args, outputs):
@@ -480,10 +482,10 @@ def evaluate(model, task, n=256, seed=10_000):
     match = before.gather(2, last) == z
     after = F.pad(occurrence[:, :-1] > 0, (1, 0))            # the position before is a trigger
     values = dict(
+        accuracy=right[repeat],
         loss_all=losses.flatten(),
         loss_global=losses[occurrence == 0],
         loss_in_context=losses[repeat],
-        accuracy=right[repeat],
         attn_prev=previous[:, after].float(),                                    # (H, some)
         attn_match=match[:, repeat].float(),
     )
@@ -494,13 +496,11 @@ def evaluate(model, task, n=256, seed=10_000):
 
 def snapshot(args, model, task):
     """All that a line of metrics.jsonl holds: the loss that is trained, the accuracy, the rest."""
-    model.eval()
     metrics = evaluate(model, task)
     if args.model == "simple":
         metrics.update(probes(model, task), wk1_64=recall_wk1(model, 64))
-    model.train()
     loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
-    return {"loss": loss, "accuracy": metrics["accuracy"], **metrics}            # run.log shows two
+    return dict(loss=loss, **metrics)                        # loss, accuracy: what run.log shows
 
 # The summary has the first evaluated step at which each of FIRSTS reaches each of LEVELS
 FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
@@ -511,7 +511,7 @@ def measure(args, run):
     task, model = load(run.folder, args.device)
     results = snapshot(args, model, task)
     for outputs in ("uniform", "bigram"):
-        other = evaluate(model.eval(), build_task(args, outputs), n=1024)
+        other = evaluate(model, build_task(args, outputs), n=1024)
         results[f"accuracy_{outputs}"] = other["accuracy"]
     results["first"] = {}
     for level in LEVELS:
@@ -645,12 +645,13 @@ PAPER = {"paper,model=full,n_layer=1": "0.55", "paper,model=full": "0.99"}
 
 def columns(run):
     """What a run's metrics have of COLUMNS."""
-    hidden = {key for key in COLUMNS if run.metrics[0].get(key) is None}
+    start = run.metrics[0]
+    names = {key: name for key, name in COLUMNS.items() if start.get(key) is not None}
     if not run.args.use_wf:
-        hidden.add("wf")
+        names.pop("wf", None)
     if run.args.seq_len <= 64:                               # wk1<64 is then wk1
-        hidden.add("wk1_64")
-    return {key: name for key, name in COLUMNS.items() if key not in hidden}
+        names.pop("wk1_64", None)
+    return names
 
 def print_course(run):
     """A run's evaluations at log-spaced steps."""
@@ -723,12 +724,13 @@ def show(runs):
     for run in runs:
         run.args.label = run.args.label or f"{run.args.model} model"
         firsts.setdefault(run.args.label, run)
-    for run in firsts.values():
+    firsts = list(firsts.values())
+    for run in firsts:
         print_course(run)
     print_summary(runs)
     if runs[0].args.plot:
         plot_curves(runs)
-        plot_attention(firsts.values())
+        plot_attention(firsts)
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -749,20 +751,22 @@ def parse_args(argv=None):
         help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
     add("--outputs", nargs="+", choices=["uniform", "bigram"], default=["uniform"],
         help="of a trigger: any, or as in pi_b")
-    add("--self-loops", action=switch, help="an output may be the trigger itself (default: by model)")
+    add("--self-loops", action=switch,
+        help="an output may be the trigger itself (default: the model's)")
     add("--text", help="a text for the bigrams (default: Tiny Shakespeare)")
     add("--vocab-size", type=count, help="characters of uniform bigrams, in place of a text's")
-    add("--seq-len", type=common.number(int, 4, 2**14), help="T, predictions a sequence (default: by model)")
+    add("--seq-len", type=common.number(int, 4, 2**14),
+        help="T, predictions a sequence (default: the model's)")
     add("--loss", nargs="+", choices=["all", "in-context"], default=["in-context"],
         help="tokens: all, or repeated triggers'")
     add("--freeze", nargs="+", default=["none"],
         help="matrices (wk1, wk2, wo2, wf) that are frozen until a step; none")
-    add("--batch-size", type=count, help="sequences a step (default: by model)")
-    add("--steps", type=count, help="training steps (default: by model)")
-    add("--eval-every", type=count, help="steps between evaluations (default: by model)")
+    add("--batch-size", type=count, help="sequences a step (default: the model's)")
+    add("--steps", type=count, help="training steps (default: the model's)")
+    add("--eval-every", type=count, help="steps between evaluations (default: the model's)")
     add("--lr", type=common.positive_float,
-        help="learning rate of SGD with momentum 0.9; full: of AdamW (default: by model)")
-    add("--weight-decay", type=common.non_negative, help="weight decay (default: by model)")
+        help="learning rate of SGD with momentum 0.9; full: of AdamW (default: the model's)")
+    add("--weight-decay", type=common.non_negative, help="weight decay (default: the model's)")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
     add("--step-logits", nargs=3, type=common.positive_float, default=[1.0, 5.0, 20.0],
         help="three-steps: the mean logit that a step gives its memory, W_O2, W_K2, W_K1")
