@@ -41,11 +41,11 @@ self-loops.
     python memory_birth.py --model full --n-layer 1 2 --loss all
     python memory_birth.py --preset paper --model full --n-layer 1 2
     Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:
-    python memory_birth.py --three-steps
+    python memory_birth.py --preset three-steps
 
-To lift: BigramTask takes LARGE and count_pairs along, and for its default text CHARS, PAIRS and
-shakespeare_pairs (NumPy); SimpleTransformer takes attend; probes the three functions above it;
-evaluate chunk_size. These need torch alone; FullTransformer needs common's Block.
+To reuse: BigramTask needs LARGE and count_pairs, and for its default text CHARS, PAIRS and
+shakespeare_pairs (NumPy); SimpleTransformer needs attend; probes needs the functions above it;
+evaluate needs chunk_size. FullTransformer needs common's Block. The rest is torch.
 """
 import argparse
 import base64
@@ -295,7 +295,7 @@ PRESETS = {                                                  # what differs from
     "three-steps": dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000),
 }
 OWN = ["seq_len", "batch_size", "steps", "lr", "weight_decay", "self_loops", "eval_every"]
-SETTINGS = {                                                 # the values of OWN, if no flag gives them
+SETTINGS = {                                                 # of OWN, if no flag gives them
     ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),  # slow enough to date the memories
     ("quick", "full"): (64, 64, 1_000, 3e-3, 1e-2, True, 20),    # the full model's lr is our choice
     ("medium", "simple"): (256, 128, 1_000, 0.2, 1e-4, False, 20),
@@ -458,9 +458,10 @@ def evaluate(model, task, n=256, seed=10_000):
     """On n fresh sequences, the same at every call: losses in nats, accuracy, attention.
 
     global: tokens that follow no trigger; in context: a trigger's second and later occurrences.
-    attn_prev: share of queries right after a trigger at which layer 1 attends most to the previous
-    position; attn_match: share of queries at a repeated trigger at which the last layer attends
-    most to a position that follows the same character; both of the best head.
+    attn_prev: fraction of the queries right after a trigger for which layer 1 attends most to the
+    previous position; attn_match: fraction of the queries at a repeated trigger for which the last
+    layer attends most to a position that follows the same character; both of the best head (with
+    one layer, attn_match is None). UsageError if no trigger occurs twice.
     """
     tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
     z, y = tokens[:, :-1], tokens[:, 1:]                                         # (n, T)
@@ -637,14 +638,14 @@ COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="acc
                attn_prev="previous", attn_match="match")
 CURVES = {                                                   # Fig. 3: settings of an axis, curves
     "losses": (dict(ylabel="loss (nats)"), ["loss_global", "loss_in_context"]),
-    "memories": (dict(ylabel="fraction", yticks=[0, *LEVELS, 1]),
+    "memories": (dict(ylabel="fraction", ylim=(-0.02, 1.02), yticks=[0, *LEVELS, 1]),
                  ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]),
 }
 # In-context accuracy (Sec. 3), by folders: they are named for what differs from the preset
 PAPER = {"paper,model=full,n_layer=1": "0.55", "paper,model=full": "0.99"}
 
 def columns(run):
-    """What a run's metrics have of COLUMNS."""
+    """The metrics of a run that are shown: {key: name}, of COLUMNS."""
     start = run.metrics[0]
     names = {key: name for key, name in COLUMNS.items() if start.get(key) is not None}
     if not run.args.use_wf:
@@ -688,15 +689,15 @@ def plot_curves(runs):
         names = columns(run)
         steps = [line["step"] for line in run.metrics]
         for title, (axis, keys) in CURVES.items():
-            axis = dict(axis, xlabel="step", xscale="symlog")
+            axis = dict(axis, xlabel="step", xscale="symlog", xlim=(0, steps[-1]))
             _, curves = panels.setdefault(f"{run.args.label}: {title}", (axis, []))
-            shown = [key for key in keys if key in names]
-            for key in shown:
-                curves.append((names[key], steps, [line[key] for line in run.metrics], {}))
-            top = max(curves[0][2])
+            for key in keys:
+                if key in names:                             # the full model has no memories
+                    curves.append((names[key], steps, [line[key] for line in run.metrics], {}))
+            y = curves[0][2]
             for until in parse_freeze(run.args.freeze).values():
                 style = dict(color="black", linewidth=0.6)
-                curves.append((f"step {until}", [until, until], [0, top], style))
+                curves.append((f"step {until}", [until, until], [min(y), max(y)], style))
     common.plot(runs[0].folder.parent / "curves.png", panels, columns=2)
 
 @torch.no_grad()
@@ -710,7 +711,8 @@ def plot_attention(runs, length=32):
         z = tokens[:, :-1][:, :length]                                           # (1, T)
         names = []
         for char, n in zip(z[0], occurrence[0]):
-            names.append(repr(task.chars[char])[1:-1] + "*" * (n > 0).item())
+            name = task.chars[char].replace("\n", "\\n").replace(" ", "\u2423")
+            names.append(name + "*" * (n > 0).item())
         _, attns = model(z, return_attn=True)
         axis = dict(xlabel="token looked at", ylabel="token")
         for layer, attn in enumerate(attns, 1):
