@@ -45,7 +45,7 @@ self-loops.
 
 To reuse: BigramTask needs LARGE and count_pairs, and for its default text CHARS, PAIRS and
 shakespeare_pairs (NumPy); SimpleTransformer needs attend; probes needs the functions above it;
-evaluate needs chunk_size. FullTransformer needs common's Block. The rest is torch.
+evaluate needs chunk_size. Of common they need UsageError (evaluate) and Block (FullTransformer).
 """
 import argparse
 import base64
@@ -283,7 +283,7 @@ class FullTransformer(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
-# ---- Settings (App. E) --------------------------------------------------------------------------
+# ---- Settings, and what they make (App. E) ------------------------------------------------------
 
 # Names on the command line and in the tables
 MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
@@ -325,7 +325,7 @@ def build_task(args, outputs):
     return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, **how)
 
 def build(args):
-    """The task and the model of a run. ValueError for a matrix that cannot be frozen."""
+    """The task and the model of a run. ValueError if --freeze names other matrices, or all."""
     task = build_task(args, args.outputs)
     V, T, d = task.vocab_size, args.seq_len, args.n_embd
     if args.model == "simple":
@@ -762,7 +762,7 @@ def parse_args(argv=None):
     add("--loss", nargs="+", choices=["all", "in-context"], default=["in-context"],
         help="tokens: all, or repeated triggers'")
     add("--freeze", nargs="+", default=["none"],
-        help="matrices (wk1, wk2, wo2, wf) that are frozen until a step; none")
+        help="matrices (wk1, wk2, wo2, wf) frozen until a step, as in wk1:300+wk2:300; none")
     add("--batch-size", type=count, help="sequences a step (default: the model's)")
     add("--steps", type=count, help="training steps (default: the model's)")
     add("--eval-every", type=count, help="steps between evaluations (default: the model's)")
