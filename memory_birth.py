@@ -41,11 +41,11 @@ self-loops.
     python memory_birth.py --model full --n-layer 1 2 --loss all
     python memory_birth.py --preset paper --model full --n-layer 1 2
     Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:
-    python memory_birth.py --three-steps
+    python memory_birth.py --preset three-steps
 
-To lift: BigramTask takes LARGE and count_pairs along, and for its default text CHARS, PAIRS and
-shakespeare_pairs (NumPy); SimpleTransformer takes attend; probes the three functions above it;
-evaluate chunk_size. These need torch alone; FullTransformer needs common's Block.
+To reuse: BigramTask needs LARGE and count_pairs, and for its default text CHARS, PAIRS and
+shakespeare_pairs (NumPy); SimpleTransformer needs attend; probes needs the functions above it;
+evaluate needs chunk_size. Of common they need UsageError (evaluate) and Block (FullTransformer).
 """
 import argparse
 import base64
@@ -67,7 +67,7 @@ import common
 
 CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
-# draw % n is uniform up to n / LARGE, 8e-5 for Tiny Shakespeare; mps has no larger integers
+# draw % n is uniform up to n / LARGE, 8e-5 for Tiny Shakespeare
 LARGE = 2**31 - 1
 
 def shakespeare_pairs():
@@ -82,13 +82,12 @@ def shakespeare_pairs():
 
 def count_pairs(text):
     """A text's characters, sorted; counts of adjacent pairs (V, V), and of characters (V,)."""
-    chars = sorted(set(text))
+    chars = "".join(sorted(set(text)))
     V = len(chars)
-    number = {char: v for v, char in enumerate(chars)}
-    z = torch.tensor([number[char] for char in text], dtype=torch.long)
+    z = torch.tensor([chars.index(char) for char in text], dtype=torch.long)
     pair = z[:-1] * V + z[1:]                                # a number for each pair
     pairs = torch.bincount(pair, minlength=V * V).view(V, V)
-    return "".join(chars), pairs, torch.bincount(z, minlength=V)
+    return chars, pairs, torch.bincount(z, minlength=V)
 
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
@@ -112,9 +111,9 @@ class BigramTask:
         self.outputs = outputs
         self.device = device
         if vocab_size is not None:
-            self.chars = "".join(chr(ord("!") + v) for v in range(vocab_size))
+            self.chars = "".join(map(chr, range(33, 33 + vocab_size)))
             pairs = torch.ones(vocab_size, vocab_size, dtype=torch.long)
-            counts = pairs[0]
+            counts = pairs.sum(0)
         elif text is not None:
             self.chars, pairs, counts = count_pairs(Path(text).read_text(encoding="utf-8"))
         else:
@@ -123,24 +122,26 @@ class BigramTask:
             counts = torch.maximum(pairs.sum(0), pairs.sum(1))   # pairs miss an end of the text
         self.vocab_size = V = len(self.chars)
         if not re.fullmatch(r"random|fixed(:\d+)?", triggers):
-            raise ValueError(f"triggers are random, fixed or fixed:OFFSET, not {triggers}")
+            raise ValueError(f"--triggers are random, fixed or fixed:OFFSET, not {triggers}")
         offset = int(triggers.partition(":")[2] or 0)
-        if k < 1 or V < max(2, offset + k):
-            raise ValueError(f"{k} triggers need {max(2, offset + k)} characters; there are {V}")
+        needed = max(2, offset + k)
+        if V < needed:
+            raise ValueError(f"{k} triggers need {needed} characters; there are {V}")
         # the very last character of a text may have no successor: it gets pi_u
-        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)
-        self.unigram = (counts / counts.sum()).to(device)                        # pi_u (V,)
-        self.bigram = (pairs / pairs.sum(1, keepdim=True)).to(device)            # pi_b (V, V)
+        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts).to(device)
+        counts = counts.to(device)
+        self.unigram = counts / counts.sum()                                     # pi_u (V,)
+        self.bigram = pairs / pairs.sum(1, keepdim=True)                         # pi_b (V, V)
         self.fixed = self.unigram.topk(offset + k).indices[offset:]              # (K,)
 
         # To draw from pi_b: all successors in one list, sorted by the character before. Those of a
         # are successors[start[a] : start[a] + width[a]]. Example: "abaac" has a -> a, b, c, b -> a,
         # so a: [a, b, c], b: [a]. Behind them each character v stands once more, at own_entry + v:
         # a trigger with output o has start = own_entry + o and width = 1.
-        everyone = torch.arange(V)
+        everyone = torch.arange(V, device=device)
         listed = everyone.repeat(V).repeat_interleave(pairs.flatten())
-        self.successors = torch.cat([listed, everyone]).to(device)
-        self.width = pairs.sum(1).to(device)                                     # (V,)
+        self.successors = torch.cat([listed, everyone])
+        self.width = pairs.sum(1)                                                # (V,)
         self.start = self.width.cumsum(0) - self.width                           # (V,)
         self.own_entry = len(listed)
 
@@ -150,7 +151,7 @@ class BigramTask:
             weights = weights - weights.diag().diag()
         if (weights.sum(1) == 0).any():
             raise ValueError("a character that only itself follows needs self-loops")
-        self.outputs_upto = weights.cumsum(1).to(device)                         # (V, V)
+        self.outputs_upto = weights.cumsum(1)                                    # (V, V)
 
     def sample(self, batch, generator):
         """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0. The
@@ -169,14 +170,13 @@ class BigramTask:
         start = self.start.expand(B, V).scatter(1, q, self.own_entry + o)        # (B, V)
         width = self.width.expand(B, V).scatter(1, q, 1)
 
-        draw = torch.randint(LARGE, (T + 1, B), **how)
-        z = torch.empty(T + 1, B, dtype=torch.long, device=self.device)
-        z[0] = torch.multinomial(self.unigram, B, replacement=True, generator=generator)
+        draw = torch.randint(LARGE, (T + 1, B, 1), **how)
+        z = torch.empty_like(draw)
+        z[0, :, 0] = torch.multinomial(self.unigram, B, replacement=True, generator=generator)
         for t in range(T):                                   # a chain is sequential in t alone
-            here = z[t].unsqueeze(1)
-            which = draw[t] % width.gather(1, here)[:, 0]
-            z[t + 1] = self.successors[start.gather(1, here)[:, 0] + which]
-        tokens = z.T.contiguous()                                                # (B, T+1)
+            which = draw[t] % width.gather(1, z[t])                              # (B, 1)
+            z[t + 1] = self.successors[start.gather(1, z[t]) + which]
+        tokens = z[:, :, 0].T.contiguous()                                       # (B, T+1)
         hit = tokens[:, None, :T] == q[:, :, None]                               # (B, K, T)
         return tokens, (hit.cumsum(2) * hit).sum(1)
 
@@ -283,6 +283,246 @@ class FullTransformer(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
+# ---- Settings, and what they make (App. E) ------------------------------------------------------
+
+# Names on the command line and in the tables
+MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
+
+PRESETS = {                                                  # what differs from the flags' defaults
+    "quick": {},
+    "medium": dict(freeze=["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]),
+    "paper": dict(loss=["all"], triggers=["random"], use_wf=True),
+    "three-steps": dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000),
+}
+OWN = ["seq_len", "batch_size", "steps", "lr", "weight_decay", "self_loops", "eval_every"]
+SETTINGS = {                                                 # of OWN, if no flag gives them
+    ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),  # slow enough to date the memories
+    ("quick", "full"): (64, 64, 1_000, 3e-3, 1e-2, True, 20),    # the full model's lr is our choice
+    ("medium", "simple"): (256, 128, 1_000, 0.2, 1e-4, False, 20),
+    ("medium", "full"): (256, 64, 1_000, 3e-3, 1e-2, True, 20),
+    ("paper", "simple"): (256, 512, 10_000, 0.2, 1e-4, True, 50),
+    ("paper", "full"): (256, 512, 1_000, 3e-3, 1e-2, True, 50),
+}
+SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
+
+def resolve(args):
+    """Completes a run's settings. Unused ones become None."""
+    for key, value in zip(OWN, SETTINGS[args.preset, args.model]):
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.model == "simple":
+        args.n_layer = args.n_head = None
+    else:
+        args.use_wf = args.freeze = None
+    if args.vocab_size is not None:
+        args.text = None
+    args.step_logits = None
+
+def build_task(args, outputs):
+    """The task of a run, with outputs "uniform" or "bigram"."""
+    how = dict(text=args.text, device=args.device)
+    how.update(self_loops=args.self_loops, vocab_size=args.vocab_size)
+    return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, **how)
+
+def build(args):
+    """The task and the model of a run. ValueError if --freeze names other matrices, or all."""
+    task = build_task(args, args.outputs)
+    V, T, d = task.vocab_size, args.seq_len, args.n_embd
+    if args.model == "simple":
+        model = SimpleTransformer(V, T, d, args.use_wf)
+        trained = [name for name, W in MATRICES.items() if getattr(model, W) is not None]
+        if not set(parse_freeze(args.freeze)) < set(trained):
+            raise ValueError(f"--freeze takes some of {' '.join(trained)}, but not all of them")
+    else:
+        model = FullTransformer(V, T, args.n_layer, args.n_head, d)
+    return task, model.to(args.device)
+
+def load(folder, device="cpu"):
+    """The task and the trained model of a run."""
+    return common.load(folder, build, device)
+
+def chunk_size(task):
+    """Sequences to work on at once: on a CPU, a layer's attention weights fit its cache, 4 MB."""
+    if torch.device(task.device).type != "cpu":
+        return 2**20
+    return max(1, 2**20 // task.seq_len**2)
+
+def parse_freeze(text):
+    """E.g. wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: until when each stays frozen.
+
+    ValueError for another form.
+    """
+    if text in (None, "none"):
+        return {}
+    if not re.fullmatch(r"\w+:\d+(\+\w+:\d+)*", text):
+        raise ValueError(f"--freeze {text} is neither none nor of the form wk1:300+wk2:300")
+    pairs = [item.split(":") for item in text.split("+")]
+    return {name: int(step) for name, step in pairs}
+
+# ---- Training -----------------------------------------------------------------------------------
+
+def train(args, run):
+    """Trains one run, or what is left of it, and leaves its checkpoint."""
+    task, model = build(args)
+    rates = dict(lr=args.lr, weight_decay=args.weight_decay)                     # constant
+    if args.model == "simple":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **rates)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True, **rates)
+    data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches
+    start = run.restore(model, optimizer, data)
+    if args.compile:
+        model.compile()
+    chunk = chunk_size(task)
+    bfloat16 = args.dtype == "bfloat16"
+    frozen_until = parse_freeze(args.freeze)
+    for step in run.steps(start, args.steps):
+        if step == 0:
+            run.log(0, **snapshot(args, model, task))
+        for name, until in frozen_until.items():             # without a gradient, it is not updated
+            getattr(model, MATRICES[name]).requires_grad_(step >= until)
+        tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
+        scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
+        weight = scored / scored.sum().clamp_min(1)          # the loss is a mean over the scored
+        for z, w in zip(tokens.split(chunk), weight.split(chunk)):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
+                logits = model(z[:, :-1])                                        # (chunk, T, V)
+            targets = z[:, 1:].flatten()
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+            (losses @ w.flatten()).backward()                # adds up the gradients of the chunks
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            run.log(step + 1, **snapshot(args, model, task))
+
+# ---- Measurement --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def output_scores(model):
+    """What attending to the character v adds to the logit of j, without W_F: entry v, j (V, V)."""
+    return model.W_E @ (model.W_U @ model.W_O2 @ model.W_V2).mT
+
+@torch.no_grad()
+def key_scores(model):
+    """What W_K2 gives a query q for a token after q': W_E(q) . W_K2 W_O1 W_V1 W_E(q'), (V, V)."""
+    keys = model.W_E @ (model.W_O1 @ model.W_V1).mT
+    return model.W_E @ model.W_K2 @ keys.mT
+
+@torch.no_grad()
+def position_scores(model, first=None):
+    """What W_K1 gives position t for position s: p_t . W_K1 p_s, entry t, s; s, t < first."""
+    P = model.P[:first]
+    return P @ model.W_K1 @ P.mT
+
+def recall(scores, right):
+    """Fraction of the rows of scores (n, m) whose argmax is the right one (n,)."""
+    return (scores.argmax(1) == right).float().mean().item()
+
+def recall_wk1(model, first=None):
+    """Fraction of positions 1 <= t < first (None: of all) with argmax_s p_t . W_K1 p_s = t - 1."""
+    scores = position_scores(model, first)[1:]
+    return recall(scores, torch.arange(len(scores), device=scores.device))
+
+@torch.no_grad()
+def probes(model, task):
+    """What a SimpleTransformer's matrices hold, a dict of numbers (Sec. 5).
+
+    wk1: fraction of positions t with argmax_s p_t . W_K1 p_s = t - 1.
+    wk2: fraction of triggers q (of all characters if triggers are random) whose key is their own,
+         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q, over all characters q': chance is 1/V.
+    wk2_triggers: the same over the K triggers q' alone, as the authors take it: chance is 1/K.
+         Only with fixed triggers.
+    wo2: fraction of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
+    wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
+         triggers; a model without W_F counts as W_F = 0.
+    """
+    everyone = torch.arange(task.vocab_size, device=model.W_E.device)
+    W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
+    log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
+    negative_entropy = torch.special.xlogy(task.bigram, task.bigram)
+    kl = (negative_entropy - task.bigram * log_p).sum(1)                         # (V,)
+    keys = key_scores(model)
+    held = dict(wk1=recall_wk1(model), wo2=recall(output_scores(model), everyone))
+    if task.triggers == "random":
+        held["wk2"] = recall(keys, everyone)
+    else:
+        q = task.fixed
+        held["wk2"] = recall(keys[q], q)
+        held["wk2_triggers"] = recall(keys[q][:, q], everyone[:task.k])
+        kl = kl[torch.isin(everyone, q, invert=True)]
+    held["wf"] = kl.mean().item() if len(kl) else 0.0
+    return held
+
+@torch.no_grad()
+def evaluate(model, task, n=256, seed=10_000):
+    """On n fresh sequences, the same at every call: losses in nats, accuracy, attention.
+
+    global: tokens that follow no trigger; in context: a trigger's second and later occurrences.
+    attn_prev: fraction of the queries right after a trigger for which layer 1 attends most to the
+    previous position; attn_match: fraction of the queries at a repeated trigger for which the last
+    layer attends most to a position that follows the same character; both of the best head (with
+    one layer, attn_match is None). UsageError if no trigger occurs twice.
+    """
+    tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
+    z, y = tokens[:, :-1], tokens[:, 1:]                                         # (n, T)
+    repeat = occurrence >= 2
+    if not repeat.any():
+        raise common.UsageError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
+    chunks = []
+    for some in z.split(chunk_size(task)):
+        logits, attns = model(some, return_attn=True)
+        chunks.append((logits, attns[0].argmax(-1), attns[-1].argmax(-1)))
+    logits, first, last = [torch.cat(parts) for parts in zip(*chunks)]
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+    right = (logits.argmax(-1) == y).float()
+    # where each head looks, (H, n, T), in the first layer and the last
+    first, last = first.transpose(0, 1), last.transpose(0, 1)
+    previous = first == torch.arange(-1, z.shape[1] - 1, device=z.device)
+    # is the token before the position looked at the same as the query's?
+    before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(last)                  # (H, n, T)
+    match = before.gather(2, last) == z
+    after = F.pad(occurrence[:, :-1] > 0, (1, 0))            # the position before is a trigger
+    values = dict(
+        accuracy=right[repeat],
+        loss_all=losses.flatten(),
+        loss_global=losses[occurrence == 0],
+        loss_in_context=losses[repeat],
+        attn_prev=previous[:, after].float(),                                    # (H, some)
+        attn_match=match[:, repeat].float(),
+    )
+    numbers = {name: x.mean(-1).max().item() for name, x in values.items()}      # the best head's
+    if len(attns) == 1:
+        numbers["attn_match"] = None                         # one layer has no second
+    return numbers
+
+def snapshot(args, model, task):
+    """All that a line of metrics.jsonl holds: the loss that is trained, the accuracy, the rest."""
+    metrics = evaluate(model, task)
+    if args.model == "simple":
+        metrics.update(probes(model, task), wk1_64=recall_wk1(model, 64))
+    loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
+    return dict(loss=loss, **metrics)                        # loss, accuracy: what run.log shows
+
+# The summary has the first evaluated step at which each of FIRSTS reaches each of LEVELS
+FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
+LEVELS = [0.5, 0.9]
+
+def measure(args, run):
+    """A finished run: its last evaluation, its accuracy on both outputs (Fig. 4, right), FIRSTS."""
+    task, model = load(run.folder, args.device)
+    results = snapshot(args, model, task)
+    for outputs in ("uniform", "bigram"):
+        other = evaluate(model, build_task(args, outputs), n=1024)
+        results[f"accuracy_{outputs}"] = other["accuracy"]
+    results["first"] = {}
+    for level in LEVELS:
+        first = results["first"][str(level)] = {}
+        for name in FIRSTS:
+            if name in results:                              # the full model has no memories
+                reached = [line["step"] for line in run.metrics if line[name] >= level]
+                first[name] = min(reached, default=None)
+    return results
+
 # ---- Theorem 3: three gradient steps (Sec. 6, App. B) -------------------------------------------
 
 # The theorem's setting, and what breaks it: embeddings that overlap; sequences stuck in a loop
@@ -298,10 +538,12 @@ def theorem_init_(model, embedding):
 
     orthonormal: the rows of W_E, P, W_OV1 W_E, W_OV1 P and W_U are different members of one
     orthonormal basis, which takes d >= 3 V + 2 T, and W_V2 is orthogonal. gaussian: all are random,
-    so that any two of them overlap by about 1/sqrt(d).
+    so that any two of them overlap by about 1/sqrt(d). ValueError if d is smaller.
     """
     V, d = model.W_E.shape
     n = V + len(model.P)
+    if d < 2 * n + V:
+        raise ValueError(f"{V} characters and {len(model.P)} positions need --n-embd {2 * n + V}")
     for W in model.parameters():
         W.zero_()
     if embedding == "gaussian":
@@ -326,7 +568,7 @@ def mean_logit(model, name):
     if name == "W_K2":
         scores = key_scores(model).diagonal()                                    # q, W_OV1 q
     else:
-        scores = (model.P @ model.W_K1 @ model.P.mT).diagonal(-1)                # t, t - 1
+        scores = position_scores(model).diagonal(-1)                             # t, t - 1
     return scores.mean() / math.sqrt(model.W_E.shape[1])
 
 def three_steps(args, seed, case):
@@ -334,10 +576,10 @@ def three_steps(args, seed, case):
 
     Each is taken with those before it in place, on --batch-size sequences of uniform bigrams with
     random triggers, for the loss summed over triggers' second and later occurrences, and is as
-    large as gives its memory's pairs a mean logit of --step-logits, or of minus that where too few
+    large as gives its memory's pairs a mean logit of --step-logits, or of minus that if too few
     sequences point it the wrong way. (A first one above 1 makes the model too sure of its answer
     for the gradients after it.) Returns a row, probes and accuracy, for the start and for each
-    step, all on sequences without self-loops. ValueError where the sequences have no repeat.
+    step, all on sequences without self-loops. ValueError if the sequences have no repeat.
     """
     common.seed_everything(seed)
     setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
@@ -355,563 +597,191 @@ def three_steps(args, seed, case):
     rows = [row("start")]
     for name, logit in zip(["W_O2", "W_K2", "W_K1"], args.step_logits):
         W = getattr(model, name)
-        gradient = torch.zeros_like(W)
         for drawn in range(0, args.batch_size, 4096):
             tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
             scored = occurrence >= 2
             some = scored.any(1)                             # the others have no repeat to learn
             for z, at in zip(tokens[some].split(256), scored[some].split(256)):
                 logits = model(z[:, :-1])[at]
-                loss = F.cross_entropy(logits, z[:, 1:][at], reduction="sum")
-                gradient += torch.autograd.grad(loss, W)[0]
+                F.cross_entropy(logits, z[:, 1:][at], reduction="sum").backward(inputs=[W])
         with torch.no_grad():
-            W.copy_(-gradient)
+            W.copy_(-W.grad)
             size = mean_logit(model, name).abs()             # the sign is the gradient's own
-            if not 0 < size.item() < math.inf:
+            if not 0 < size < math.inf:
                 raise ValueError(f"the step on {name} has no direction: a larger --batch-size")
             W *= logit / size
         rows.append(row(name))
     return rows
 
-# ---- Training (App. E) --------------------------------------------------------------------------
-
-# Names on the command line and in the tables
-MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
-
-# A model's own settings; None: it has no such thing. The full model's learning rate is our choice.
-SIMPLE = dict(
-    lr=0.2, weight_decay=1e-4,
-    n_layer=None, n_head=None,
-)
-FULL = dict(
-    lr=3e-3, weight_decay=1e-2,
-    use_wf=None, freeze=None, self_loops=True,
-)
-MODELS = {
-    "simple": {
-        "quick": dict(
-            SIMPLE, self_loops=False,
-            seq_len=32, batch_size=128, steps=1_000,
-            lr=0.1, eval_every=5,                            # slow enough to date the memories
-        ),
-        "medium": dict(
-            SIMPLE, self_loops=False,
-            seq_len=256, batch_size=128, steps=1_000,
-            eval_every=20,
-        ),
-        "paper": dict(
-            SIMPLE, self_loops=True,
-            seq_len=256, batch_size=512, steps=10_000,
-            eval_every=50,
-        ),
-    },
-    "full": {
-        "quick": dict(FULL, seq_len=64, batch_size=64, steps=1_000, eval_every=20),
-        "medium": dict(FULL, seq_len=256, batch_size=64, steps=1_000, eval_every=20),
-        "paper": dict(FULL, seq_len=256, batch_size=512, steps=1_000, eval_every=50),
-    },
-}
-
-OPEN = dict(                                                 # the model's own, see MODELS
-    seq_len=None, batch_size=None, steps=None,
-    lr=None, weight_decay=None, eval_every=None,
-    self_loops=None,
-)
-BOTH = dict(
-    OPEN, model=["simple"],
-    n_layer=[2], n_head=4, n_embd=128,
-    n_triggers=5, outputs=["uniform"],
-    text=None, vocab_size=None,
-    three_steps=False, step_logits=None,
-)
-FIG_3 = dict(
-    BOTH, loss=["in-context"],
-    triggers=["fixed"], use_wf=False,
-)
-PANELS = ["none", "wo2:300", "wk1:300+wk2:300", "wk1:300", "wk2:300"]
-PRESETS = {
-    "quick": dict(FIG_3, freeze=["none"]),
-    "medium": dict(FIG_3, freeze=PANELS),
-    "paper": dict(
-        BOTH, loss=["all"],
-        triggers=["random"], use_wf=True,
-        freeze=["none"],
-    ),
-}
-# --three-steps: the flags that it reads, with values of their own
-THREE_STEPS = dict(
-    n_triggers=2, vocab_size=24, seq_len=32,
-    n_embd=136, batch_size=128_000,
-    step_logits=[1.0, 5.0, 20.0], seed=[0],
-)
-SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
-
-def resolve(args):
-    """Completes a run's settings with its model's own (MODELS)."""
-    for key, value in MODELS[args.model][args.preset].items():
-        no_effect = value is None                            # on this model
-        left_open = getattr(args, key) is None               # by the preset and the command line
-        if no_effect or left_open:
-            setattr(args, key, value)
-    args.three_steps = None
-    args.step_logits = None                                  # given without --three-steps: refused
-
-def build_task(args, outputs):
-    """The task of a run, with outputs "uniform" or "bigram"."""
-    how = dict(text=args.text, device=args.device)
-    how.update(self_loops=args.self_loops, vocab_size=args.vocab_size)
-    return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, **how)
-
-def build(args):
-    """The task and the model of a run."""
-    task = build_task(args, args.outputs)
-    V, T, d = task.vocab_size, args.seq_len, args.n_embd
-    if args.model == "simple":
-        model = SimpleTransformer(V, T, d, args.use_wf)
-    else:
-        model = FullTransformer(V, T, args.n_layer, args.n_head, d)
-    return task, model.to(args.device)
-
-def load(folder, device="cpu"):
-    """The task and the trained model of a run."""
-    return common.load(folder, build, device)
-
-def chunk_size(task):
-    """Sequences to work on at once: on a CPU, a layer's attention weights fit its cache, 4 MB."""
-    if torch.device(task.device).type != "cpu":
-        return 2**20
-    return max(1, 2**20 // task.seq_len**2)
-
-def parse_freeze(text):
-    """E.g. wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: until when each stays frozen."""
-    if text in (None, "none"):
-        return {}
-    pairs = [item.split(":") for item in text.split("+")]
-    return {name: int(step) for name, step in pairs}
-
-def train(args, run):
-    """Trains one run, or what is left of it, and leaves its checkpoint."""
-    task, model = build(args)
-    rates = dict(lr=args.lr, weight_decay=args.weight_decay)                     # constant
-    if args.model == "simple":
-        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **rates)
-    else:
-        cuda = torch.device(args.device).type == "cuda"      # for a step in one CUDA graph
-        how = dict(betas=(0.9, 0.99), fused=True, capturable=cuda)
-        optimizer = torch.optim.AdamW(model.parameters(), **how, **rates)
-    data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    optimizer.param_groups[0]["lr"] = args.lr                # the checkpoint has brought its own
-    chunk = chunk_size(task)
-    bfloat16 = args.dtype == "bfloat16"
-
-    def training_step():
-        tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
-        scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
-        weight = scored / scored.sum().clamp_min(1)          # the loss is a mean over the scored
-        for z, w in zip(tokens.split(chunk), weight.split(chunk)):
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
-                logits = model(z[:, :-1])                                        # (chunk, T, V)
-            targets = z[:, 1:].flatten()
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
-            (losses @ w.flatten()).backward()                # adds up the gradients of the chunks
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    # A matrix that is frozen until step 300 has no gradient before it, and the optimizer passes it
-    # over. At the first step, also of a resumed run, and again at step 300, each is told.
-    frozen_until = parse_freeze(args.freeze)
-    step_once = training_step
-    for step in run.steps(start, args.steps):
-        if step == 0:
-            run.log(0, **snapshot(args, model, task))
-        if step == start or step in frozen_until.values():
-            for name, until in frozen_until.items():
-                getattr(model, MATRICES[name]).requires_grad_(step >= until)
-            if args.compile:                                 # other gradients: a new CUDA graph
-                step_once = common.compile_step(training_step, model, data)
-        step_once()
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            run.log(step + 1, **snapshot(args, model, task))
-            run.save(step + 1)
-
-# ---- Measurement --------------------------------------------------------------------------------
-
-@torch.no_grad()
-def output_scores(model):
-    """What attending to the character v adds to the logit of j, without W_F: entry v, j (V, V)."""
-    return model.W_E @ (model.W_U @ model.W_O2 @ model.W_V2).mT
-
-@torch.no_grad()
-def key_scores(model):
-    """What W_K2 gives a query q for a token after q': W_E(q) . W_K2 W_O1 W_V1 W_E(q'), (V, V)."""
-    keys = model.W_E @ (model.W_O1 @ model.W_V1).mT
-    return model.W_E @ model.W_K2 @ keys.mT
-
-@torch.no_grad()
-def recall_wk1(model, first=None):
-    """Share of positions 1 <= t < first with argmax_s p_t . W_K1 p_s = t - 1, over s < first, too.
-    None: all positions."""
-    P = model.P[:first]
-    found = (P @ model.W_K1 @ P.mT).argmax(1)
-    previous = torch.arange(len(P) - 1, device=P.device)
-    return (found[1:] == previous).float().mean().item()
-
-@torch.no_grad()
-def probes(model, task):
-    """What a SimpleTransformer's matrices hold, a dict of numbers (Sec. 5).
-
-    wk1: fraction of positions t with argmax_s p_t . W_K1 p_s = t - 1.
-    wk2: fraction of triggers q (of all characters if triggers are random) whose key is their own,
-         argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q, over all characters q': chance is 1/V.
-    wk2_triggers: the same over the K triggers q' alone, as the authors take it: chance is 1/K.
-         Only with fixed triggers.
-    wo2: fraction of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
-    wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
-         triggers; a model without W_F counts as W_F = 0.
-    """
-    everyone = torch.arange(task.vocab_size, device=model.W_E.device)
-    scores = key_scores(model)
-    key = scores.argmax(1) == everyone                                           # (V,)
-    out = output_scores(model).argmax(1) == everyone
-    W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
-    log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
-    negative_entropy = torch.special.xlogy(task.bigram, task.bigram)
-    kl = (negative_entropy - task.bigram * log_p).sum(1)                         # (V,)
-    held = dict(wk1=recall_wk1(model), wo2=out.float().mean().item())
-    if task.triggers != "random":
-        key = key[task.fixed]
-        among = scores[task.fixed][:, task.fixed]                                # (K, K)
-        own = among.argmax(1) == torch.arange(task.k, device=among.device)
-        held["wk2_triggers"] = own.float().mean().item()
-        others = torch.ones_like(out).index_fill(0, task.fixed, False)
-        kl = kl[others]
-    held["wk2"] = key.float().mean().item()
-    held["wf"] = kl.mean().item() if len(kl) else 0.0
-    return held
-
-@torch.no_grad()
-def evaluate(model, task, n=256, seed=10_000):
-    """On n fresh sequences, the same at every call: losses in nats, accuracy, attention.
-
-    global: tokens that follow no trigger; in context: a trigger's second and later occurrences.
-    attn_prev: share of queries right after a trigger at which layer 1 attends most to the previous
-    position; attn_match: share of queries at a repeated trigger at which the last layer attends
-    most to a position that follows the same character; both of the best head.
-    """
-    tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
-    chunk = chunk_size(task)
-    batches = []
-    for z, occ in zip(tokens.split(chunk), occurrence.split(chunk)):
-        z, y = z[:, :-1], z[:, 1:]                                               # (B, T)
-        logits, attns = model(z, return_attn=True)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
-        losses = losses.view_as(y)
-        right = (logits.argmax(-1) == y).float()
-        repeat = occ >= 2
-        after = F.pad(occ[:, :-1] > 0, (1, 0))               # the position before is a trigger
-        # where each head looks, (H, B, T), in the first layer and the last
-        looked_first = attns[0].argmax(-1).transpose(0, 1)
-        looked_last = attns[-1].argmax(-1).transpose(0, 1)
-        previous = looked_first == torch.arange(-1, z.shape[1] - 1, device=z.device)
-        # is the token before the position looked at the same as the query's?
-        before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(looked_last)       # (H, B, T)
-        match = before.gather(2, looked_last) == z
-        batches.append(dict(
-            loss_all=losses.flatten(),
-            loss_global=losses[occ == 0],
-            loss_in_context=losses[repeat],
-            accuracy=right[repeat],
-            attn_prev=previous[:, after].float(),                                # (H, some)
-            attn_match=match[:, repeat].float(),
-        ))
-    numbers = {}
-    for name in batches[0]:
-        values = torch.cat([batch[name] for batch in batches], -1)
-        if name == "accuracy" and len(values) == 0:
-            raise ValueError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
-        numbers[name] = values.mean(-1).max().item()         # of attention, the best head's
-    if len(attns) == 1:
-        numbers["attn_match"] = None                         # one layer has no second
-    return numbers
-
-def snapshot(args, model, task):
-    """All that a line of metrics.jsonl holds: the loss that is trained, the accuracy, the rest."""
-    model.eval()
-    metrics = evaluate(model, task)
-    if args.model == "simple":
-        metrics.update(probes(model, task), wk1_64=recall_wk1(model, 64))
-    model.train()
-    loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
-    return {"loss": loss, "accuracy": metrics["accuracy"], **metrics}            # run.log shows two
-
-# What the summary dates: the first step at which each of FIRSTS is at least each of LEVELS
-FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
-LEVELS = [0.5, 0.9]
-
-def measure(args, run):
-    """A finished run: its last evaluation, its accuracy on both outputs (Fig. 4, right), FIRSTS."""
-    task, model = load(run.folder, args.device)
-    results = snapshot(args, model, task)
-    for outputs in ("uniform", "bigram"):
-        other = evaluate(model.eval(), build_task(args, outputs), n=1024)
-        results[f"accuracy_{outputs}"] = other["accuracy"]
-    course = run.read("metrics.jsonl")
-    results["first"] = {}
-    for level in LEVELS:
-        first = results["first"][str(level)] = {}
-        for name in FIRSTS:
-            if name not in course[0]:                        # the full model has no memories
-                continue
-            reached = [line["step"] for line in course if line[name] >= level]
-            first[name] = reached[0] if reached else None
-    return results
+def show_three_steps(args):
+    """--preset three-steps: the theorem beside what breaks it. Returns the rows of all cases."""
+    rows = []
+    cells = []
+    for seed, case in itertools.product(args.seed, CASES):
+        try:
+            rows += three_steps(args, seed, case)
+        except ValueError as error:
+            raise common.UsageError(error) from error
+    for row in rows:
+        about = f"seed {row['seed']}, {row['case']}, after {row['step']}"
+        for key in ("accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"):
+            cells.append((about, COLUMNS[key], row[key]))
+    title = "In-context accuracy, probes and attention, on sequences without self-loops"
+    common.print_table(title, cells)
+    return rows
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# What metrics.jsonl holds, by the names of the tables
+# The metrics, by their names in tables and figures
 COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="accuracy", wo2="wo2",
                wk2="wk2", wk2_triggers="wk2 of K", wk1_64="wk1<64", wk1="wk1", wf="KL wf",
-               attn_prev="attn prev", attn_match="attn match")
-WORDS = dict(model="{} model", n_layer="depth {}", loss="loss {}", triggers="{} triggers",
-             outputs="{} outputs", freeze="{}")
-PAPER = {1: 0.55, 2: 0.99}         # Sec. 3, the full model's accuracy in context, by its depth
-# --preset paper with these flags is still the paper's setting
-NOT_THE_MODEL = {"model", "n_layer", "seed", "compile", *common.NOT_TRAINED}
+               attn_prev="previous", attn_match="match")
+CURVES = {                                                   # Fig. 3: settings of an axis, curves
+    "losses": (dict(ylabel="loss (nats)"), ["loss_global", "loss_in_context"]),
+    "memories": (dict(ylabel="fraction", ylim=(-0.02, 1.02), yticks=[0, *LEVELS, 1]),
+                 ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]),
+}
+# In-context accuracy (Sec. 3), by folders: they are named for what differs from the preset
+PAPER = {"paper,model=full,n_layer=1": "0.55", "paper,model=full": "0.99"}
 
-def in_words(args, runs):
-    """A run's setting, as far as it differs from that of other runs."""
-    words = []
-    for key, form in WORDS.items():
-        values = {getattr(run.args, key) for run in runs}
-        value = getattr(args, key)
-        if key == "freeze" and value is not None:
-            frozen = [f"{name} until step {step}" for name, step in parse_freeze(value).items()]
-            value = f"frozen: {', '.join(frozen) or 'nothing'}"
-        if len(values) > 1 and value is not None:
-            words.append(form.format(value))
-    return ", ".join(words) or f"{args.model} model"
-
-def cells(numbers, names):
-    """Those numbers of a dict that are named, as text."""
-    return [f"{numbers[name]:.3f}" for name in names]
-
-def print_three_steps(rows):
-    """A line for the start and for each step, of each case of CASES."""
-    names = ["accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"]
-    lines = []
-    for row in rows:
-        about = [str(row["seed"]), row["case"], row["step"]]
-        lines.append(about + cells(row, names))
-    print("Accuracy in context, probes and attention, on sequences without self-loops")
-    common.print_table(["seed", "case", "after"] + [COLUMNS[name] for name in names], lines)
-
-def print_course(run, runs):
-    """A run's evaluations at log-spaced steps."""
-    metrics = run.read("metrics.jsonl")
-    names = [name for name in COLUMNS if metrics[0].get(name) is not None]
+def columns(run):
+    """The metrics of a run that are shown: {key: name}, of COLUMNS."""
+    start = run.metrics[0]
+    names = {key: name for key, name in COLUMNS.items() if start.get(key) is not None}
     if not run.args.use_wf:
-        names = [name for name in names if name != "wf"]
+        names.pop("wf", None)
     if run.args.seq_len <= 64:                               # wk1<64 is then wk1
-        names = [name for name in names if name != "wk1_64"]
-    log_spaced = np.geomspace(1, len(metrics) - 1, 24)
-    shown = {0, *log_spaced.round().astype(int)}
-    rows = []
-    for line in [metrics[i] for i in sorted(shown)]:
-        rows.append([str(line["step"]), *cells(line, names)])
-    print(f"\n{in_words(run.args, runs)}, seed {run.args.seed}")
-    print("Losses in nats, on global tokens and in context; accuracy in context; probes (wk2 over")
-    print("all characters, wk2 of K over the K fixed triggers alone, chance 1/K); attention")
-    common.print_table(["step"] + [COLUMNS[name] for name in names], rows)
+        names.pop("wk1_64", None)
+    return names
 
-def print_summary(runs, results):
-    """Medians and ranges over seeds: a row for each setting's end, and for each of LEVELS."""
-    ends = dict(loss_global="global", loss_in_context="in context", accuracy_uniform="acc uniform",
-                accuracy_bigram="acc bigram")
-    end_rows = []
-    first_rows = []
-    for args, group in common.by_setting(runs, results):
-        end = [in_words(args, runs)]
-        for key in ends:
-            end.append(common.spread([result[key] for result in group]))
-        as_published = args.preset == "paper" and NOT_THE_MODEL.issuperset(args.given)
-        published = PAPER.get(args.n_layer, "-") if as_published else "-"
-        end_rows.append(end + [str(published)])
-        for level in map(str, LEVELS):
-            first = [in_words(args, runs), level]
-            for key in FIRSTS:
-                steps = [result["first"][level].get(key) for result in group]
-                first.append(common.spread(steps, ".0f"))
-            first_rows.append(first)
-    print("\nAt the end: losses in nats, accuracy in context on both kinds of outputs, the paper's")
-    common.print_table(["setting", *ends.values(), "paper"], end_rows)
-    print("\nThe first evaluated step at which each reaches a level: the order depends on it")
-    names = dict(COLUMNS)
-    if runs[0].args.seq_len <= 64:                           # wk1<64 is then wk1
-        names["wk1_64"] = "wk1"
-    common.print_table(["setting", "level"] + [names[key] for key in FIRSTS], first_rows, keys=2)
+def print_course(run):
+    """A run's evaluations at log-spaced steps."""
+    log_spaced = np.geomspace(1, len(run.metrics) - 1, 24).round().astype(int)
+    cells = []
+    for i in sorted({0, *log_spaced}):
+        line = run.metrics[i]
+        cells += [(line["step"], name, line[key]) for key, name in columns(run).items()]
+    common.print_table(f"""{run.args.label}, seed {run.args.seed}, by step
+Losses in nats, on global tokens and in context; in-context accuracy; probes (wk2 over all
+characters, wk2 of K over the K fixed triggers alone, chance 1/K); attention""", cells)
+
+def print_summary(runs):
+    """The end of each setting, and the first steps at each of LEVELS, over seeds."""
+    losses, accuracies, firsts = [], [], []
+    for run in runs:
+        label = run.args.label
+        losses.append((label, "on global tokens", run.results["loss_global"]))
+        losses.append((label, "in context", run.results["loss_in_context"]))
+        for outputs in ("uniform", "bigram"):
+            accuracies.append((label, f"{outputs} outputs", run.results[f"accuracy_{outputs}"]))
+        accuracies.append((label, "paper", PAPER.get(run.folder.name.rpartition(",")[0], "-")))
+        for level, first in run.results["first"].items():
+            for key, step in first.items():
+                firsts.append((f"{label}, {level}", COLUMNS[key], step, ".0f"))
+    common.print_table("At the end: losses in nats", losses)
+    common.print_table("At the end: in-context accuracy on both kinds of outputs", accuracies)
+    common.print_table("The first evaluated step at which each reaches a level", firsts)
 
 def plot_curves(runs):
-    """Fig. 3: a row a setting, its losses, and its accuracy and memories; a band over seeds."""
-    courses = [run.read("metrics.jsonl") for run in runs]
-    settings = common.by_setting(runs, courses)
-    figure, axes = common.new_figure(len(settings), 2, width=5.2, height=3.2)
-    panels = [["loss_global", "loss_in_context"],
-              ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]]
-    for (args, group), row in zip(settings, axes):
-        steps = {line["step"] for line in group[0]}          # at which all seeds were evaluated
-        for course in group[1:]:
-            steps &= {line["step"] for line in course}
-        for names, axis in zip(panels, row):
-            for i, name in enumerate(names):
-                same = name == "wk1_64" and args.seq_len <= 64               # as wk1
-                if same or name not in group[0][0]:          # the full model has no memories
-                    continue
-                seeds = []
-                for course in group:
-                    seeds.append([line[name] for line in course if line["step"] in steps])
-                style = dict(linestyle="-", marker="+xos."[i], markevery=0.08, markersize=5)
-                axis.plot(sorted(steps), np.median(seeds, 0), label=COLUMNS[name], **style)
-                axis.fill_between(sorted(steps), np.min(seeds, 0), np.max(seeds, 0), alpha=0.2)
-            for step in parse_freeze(args.freeze).values():
-                axis.axvline(step, color="black", linewidth=0.6)
-            axis.set_xscale("symlog", linthresh=min(steps - {0}))            # it shows step 0
-            axis.set(xlim=0, xlabel="step", title=in_words(args, runs))
-            axis.legend(fontsize=8)
-        row[0].set_ylabel("loss (nats)")
-        row[1].set(ylabel="share", ylim=(-0.02, 1.02))
-        row[1].axhline(0.5, color="black", linewidth=0.6)    # the first of LEVELS
-    common.save_figure(figure, runs, "curves")
+    """Fig. 3: losses, accuracy and memories against the step, a row for each setting."""
+    panels = {}
+    for run in runs:
+        names = columns(run)
+        steps = [line["step"] for line in run.metrics]
+        for title, (axis, keys) in CURVES.items():
+            axis = dict(axis, xlabel="step", xscale="symlog", xlim=(0, steps[-1]))
+            _, curves = panels.setdefault(f"{run.args.label}: {title}", (axis, []))
+            for key in keys:
+                if key in names:                             # the full model has no memories
+                    curves.append((names[key], steps, [line[key] for line in run.metrics], {}))
+            y = curves[0][2]
+            for until in parse_freeze(run.args.freeze).values():
+                style = dict(color="black", linewidth=0.6)
+                curves.append((f"step {until}", [until, until], [min(y), max(y)], style))
+    common.plot(runs[0].folder.parent / "curves.png", panels, columns=2)
 
 @torch.no_grad()
 def plot_attention(runs, length=32):
-    """All layers' attention for one sequence, a row a run; triggers are red, and in bold."""
-    most_layers = max(run.args.n_layer or 2 for run in runs)
-    figure, axes = common.new_figure(len(runs), most_layers, width=5.2, height=5.4)
-    for run, row in zip(runs, axes):
+    """All layers' attention for one sequence, averaged over heads; a star marks a trigger."""
+    panels = {}
+    for run in runs:
         task, model = load(run.folder, run.args.device)
         data = torch.Generator(run.args.device).manual_seed(1)
         tokens, occurrence = task.sample(1, data)
         z = tokens[:, :-1][:, :length]                                           # (1, T)
+        names = []
+        for char, n in zip(z[0], occurrence[0]):
+            name = task.chars[char].replace("\n", "\\n").replace(" ", "\u2423")
+            names.append(name + "*" * (n > 0).item())
         _, attns = model(z, return_attn=True)
-        chars = [task.chars[char] for char in z[0]]
-        names = [char.replace("\n", "\\n").replace(" ", "\u2423") for char in chars]
-        for layer, (attn, axis) in enumerate(zip(attns, row)):
-            weights = attn[0].mean(0)                        # over heads (T, T)
-            axis.imshow(weights.cpu(), cmap="Greys", vmin=0, vmax=1)
-            axis.set_xticks(range(len(names)), names, fontsize=7)
-            axis.set_yticks(range(len(names)), names, fontsize=7)
-            for t in (occurrence[0, :len(names)] > 0).nonzero()[:, 0]:
-                axis.get_xticklabels()[t].set(color="red", weight="bold")
-                axis.get_yticklabels()[t].set(color="red", weight="bold")
-            axis.set(title=f"{in_words(run.args, runs)}; layer {layer + 1}",
-                     xlabel="token looked at", ylabel="token")
-        for axis in row[len(attns):]:
-            axis.axis("off")
-    common.save_figure(figure, runs, "attention")
+        axis = dict(xlabel="token looked at", ylabel="token")
+        for layer, attn in enumerate(attns, 1):
+            weights = attn[0].mean(0).cpu()                  # over heads (T, T)
+            panels[f"{run.args.label}, layer {layer}"] = weights, names, names, axis, []
+    common.plot_matrices(runs[0].folder.parent / "attention.png", panels, columns=2)
 
-# ---- The command --------------------------------------------------------------------------------
-
-def freeze_text(text):
-    """argparse type: what parse_freeze reads."""
-    until = parse_freeze(text)                               # ValueError: argparse says "invalid"
-    if not set(until) <= set(MATRICES) or min(until.values(), default=0) < 0:
-        raise ValueError
-    return text
-
-# argparse puts this name between "invalid" and "value: 'x'"
-freeze_text.__name__ = "NAME:STEP+... (of wk1, wk2, wo2, wf, such as wo2:300; or none)"
-
-def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = common.make_parser(main)
-    add = parser.add_argument
-    count = common.positive_int
-    some = dict(nargs="+")
-    switch = argparse.BooleanOptionalAction
-    add("--model", **some, choices=list(MODELS), help="Sec. 4.2's simple one, Sec. 3's full one")
-    add("--n-layer", **some, type=common.number(int, 1, 100), help="layers of the full model")
-    add("--n-head", type=count, help="heads a layer of the full model")
-    add("--n-embd", type=common.number(int, 1, 2**14), help="width d")
-    add("--use-wf", action=switch, help="simple: W_F, the memory of global bigrams")
-    add("--n-triggers", type=count, help="K, the triggers of a sequence")
-    add("--triggers", **some, metavar="KIND",
-        help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
-    add("--outputs", **some, choices=["uniform", "bigram"], help="of a trigger: any, or as in pi_b")
-    add("--self-loops", action=switch, help="an output may be the trigger itself")
-    add("--text", type=common.data_path, help="a text for the bigrams (default: Tiny Shakespeare)")
-    add("--vocab-size", type=common.number(int, 2, 1_000), help="characters, in place of a text's")
-    add("--seq-len", type=common.number(int, 4, 2**14), help="T, predictions a sequence")
-    add("--loss", **some, choices=["all", "in-context"], help="tokens: all, or repeated triggers'")
-    add("--freeze", **some, type=freeze_text, metavar="W:STEP+...", help="frozen until STEP; none")
-    add("--batch-size", type=count, help="sequences a step")
-    add("--steps", type=count, help="training steps")
-    add("--lr", type=common.positive_float, help="learning rate: SGD, momentum 0.9; full: AdamW")
-    add("--weight-decay", type=common.non_negative, help="weight decay")
-    add("--seed", **some, type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--three-steps", action="store_true", help="Theorem 3: steps of BATCH_SIZE (128000) each")
-    add("--step-logits", nargs=3, type=common.positive_float, metavar=("O2", "K2", "K1"),
-        help="with --three-steps: the mean logit that a step gives its memory (1 5 20)")
-    args = common.parse_args(parser, PRESETS, argv)
-    if args.three_steps:
-        common.refuse_others(parser, args, "three_steps", *THREE_STEPS)
-        for key in set(THREE_STEPS) - set(args.given):
-            setattr(args, key, THREE_STEPS[key])
-        needed = 3 * args.vocab_size + 2 * args.seq_len
-        if args.n_embd < needed:
-            parser.error(f"--n-embd {args.n_embd}: the theorem's orthonormal embeddings of "
-                         f"{args.vocab_size} characters, {args.seq_len} positions need {needed}")
-    if args.text is not None and args.vocab_size is not None:
-        parser.error("--vocab-size gives uniform bigrams, --text its own: leave one out")
-    if "full" in args.model and args.n_embd % args.n_head:
-        parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
-    trained = set(MATRICES)
-    if not args.use_wf:
-        trained.remove("wf")
-    for text in args.freeze:
-        until = parse_freeze(text)
-        if not set(until) <= trained:
-            parser.error(f"--freeze {text} needs --use-wf")
-        if all(until.get(name, 0) > 0 for name in trained):
-            parser.error(f"--freeze {text}: nothing is left to train at the start")
-    # Each task that a run or its measurement needs is built once, for its errors
-    for model, triggers in itertools.product(args.model, args.triggers):
-        own = argparse.Namespace(**{**vars(args), "model": model, "triggers": triggers})
-        resolve(own)
-        try:
-            build_task(own, "uniform")
-            build_task(own, "bigram")
-        except (OSError, ValueError) as error:
-            flags = f"--n-triggers {args.n_triggers}"
-            if args.text is not None:
-                flags += f", --text {args.text}"
-            parser.error(f"{flags}: {error}")
-    return args
-
-def show(runs, results):
+def show(runs):
     """The tables of a sweep, and with --plot its figures."""
-    firsts = [group[0] for _, group in common.by_setting(runs, runs)]
+    firsts = {}                                              # each setting's first seed
+    for run in runs:
+        run.args.label = run.args.label or f"{run.args.model} model"
+        firsts.setdefault(run.args.label, run)
+    firsts = list(firsts.values())
     for run in firsts:
-        print_course(run, runs)
-    print_summary(runs, results)
+        print_course(run)
+    print_summary(runs)
     if runs[0].args.plot:
         plot_curves(runs)
         plot_attention(firsts)
 
+# ---- The command --------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
+    add = parser.add_argument
+    count = common.positive_int
+    switch = argparse.BooleanOptionalAction
+    add("--model", nargs="+", choices=["simple", "full"], default=["simple"],
+        help="Sec. 4.2's simple one, Sec. 3's full one")
+    add("--n-layer", nargs="+", type=count, default=[2], help="layers of the full model")
+    add("--n-head", type=count, default=4, help="heads a layer of the full model")
+    add("--n-embd", type=count, default=128, help="width d")
+    add("--use-wf", action=switch, default=False, help="simple: W_F, the memory of global bigrams")
+    add("--n-triggers", type=count, default=5, help="K, the triggers of a sequence")
+    add("--triggers", nargs="+", default=["fixed"],
+        help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
+    add("--outputs", nargs="+", choices=["uniform", "bigram"], default=["uniform"],
+        help="of a trigger: any, or as in pi_b")
+    add("--self-loops", action=switch,
+        help="an output may be the trigger itself (default: the model's)")
+    add("--text", help="a text for the bigrams (default: Tiny Shakespeare)")
+    add("--vocab-size", type=count, help="characters of uniform bigrams, in place of a text's")
+    add("--seq-len", type=common.number(int, 4, 2**14),
+        help="T, predictions a sequence (default: the model's)")
+    add("--loss", nargs="+", choices=["all", "in-context"], default=["in-context"],
+        help="tokens: all, or repeated triggers'")
+    add("--freeze", nargs="+", default=["none"],
+        help="matrices (wk1, wk2, wo2, wf) frozen until a step, as in wk1:300+wk2:300; none")
+    add("--batch-size", type=count, help="sequences a step (default: the model's)")
+    add("--steps", type=count, help="training steps (default: the model's)")
+    add("--eval-every", type=count, help="steps between evaluations (default: the model's)")
+    add("--lr", type=common.positive_float,
+        help="learning rate of SGD with momentum 0.9; full: of AdamW (default: the model's)")
+    add("--weight-decay", type=common.non_negative, help="weight decay (default: the model's)")
+    add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
+    add("--step-logits", nargs=3, type=common.positive_float, default=[1.0, 5.0, 20.0],
+        help="three-steps: the mean logit that a step gives its memory, W_O2, W_K2, W_K1")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    add("--compile", action="store_true", help="torch.compile")
+    return common.parse_args(parser, PRESETS, argv)
+
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a list of results."""
     args = parse_args(argv)
-    if args.three_steps:
-        rows = []
-        for seed in args.seed:
-            for case in CASES:
-                try:
-                    rows += three_steps(args, seed, case)
-                except ValueError as error:                  # no repeat to learn, or to test
-                    common.fail(f"--three-steps: {error}", 2)
-        print_three_steps(rows)
-        return rows
-    runs = common.sweep(args, SWEEP, resolve)
+    if args.preset == "three-steps":
+        return show_three_steps(args)
+    runs = common.sweep(args, SWEEP, build, resolve)
     return common.complete(runs, train, measure, show)
 
 # ---- PAIRS: Tiny Shakespeare's 1,115,393 adjacent pairs, counted ---------------------------------
