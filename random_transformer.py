@@ -14,14 +14,14 @@ which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.m
 
     python random_transformer.py                             parentheses, widths 128 and 16
     python random_transformer.py --preset medium --plot      the threshold in width, four tasks
-    python random_transformer.py --preset paper --table1     Table 1; add --seed 0 1 2 3 4 5 6 7 8 9
+    python random_transformer.py --preset table1             Table 1; add --seed 0 1 2 3 4 5 6 7 8 9
 
     Table 2, what has to be trained; Tables 4 and 5, the subspace, stand below all other scores:
     python random_transformer.py --preset paper --n-embd 1024 \
         --train full embeddings token_unembed embed unembed
     Table 3, bits a parameter (the authors' script trained at --lr 5e-3); Table 6, parameters:
     python random_transformer.py --preset paper --task memorize --n-embd 128
-    python random_transformer.py --preset paper --params
+    python random_transformer.py --preset params
     Table 9, linear attention; the threshold in width at the paper's size:
     python random_transformer.py --preset paper --model linear --n-embd 1024
     python random_transformer.py --preset paper --train embeddings --n-embd 16 64 256 1024 --plot
@@ -34,17 +34,13 @@ which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.m
     Fig. 6, imitation of random transformers of many widths:
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
-To lift: a task needs Task (Needle, Addition, Parens: HashedTask, too; Modadd, Memorize: Lookup),
-functools and torch; drop its `published`, or take table1 along. Transformer needs init_, Block,
-Attention, SumOfValues, pick and common's CausalSelfAttention, MLP and gpt2_init_; train_only needs
-TRAINABLE; explained_variance, find_needles, answers and circuit need torch alone.
+To reuse a task, take Task and its own base class along (HashedTask or Lookup); to reuse Transformer,
+take init_, Block, SumOfValues, last_block, and common's CausalSelfAttention, MLP and gpt2_init_.
 """
 import functools
-import itertools
 import math
 import os
 import re
-import statistics
 import textwrap
 import urllib.request
 from collections import Counter
@@ -59,47 +55,31 @@ import common
 
 # ---- The task (App. D.1) ------------------------------------------------------------------------
 
-# Table 1's columns: model, what is trained, width
-TABLE1 = [("transformer", "embeddings", 1024), ("transformer", "embeddings", 16),
-    ("transformer", "full", 1024), ("transformer", "full", 16), ("lstm", "full", 1024)]
-
-def table1(*medians, fails):
-    """A task's published accuracies by column: of Table 1, and what fails in Table 2."""
-    numbers = dict(zip(TABLE1, medians, strict=True))
-    for part in fails:
-        numbers["transformer", part, 1024] = "fails"
-    return numbers
-
 class Task:
     """A distribution of sequences; the model is trained and tested on some tokens, the answers.
 
-    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true where a token is an answer.
-    At most n_answers are scored in a sequence, and T - 1 <= block_size tokens are fed. ValueError
-    where there is no task of that size. A task states, in its class, all that is named in STATED.
+    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer.
+    T - 1 <= block_size tokens are fed. ValueError if there is no task of that size.
     """
-    STATED = "sizes vocab_size block_size sample published quick paper".split()
-
-    n_answers = 1
     trivial = None                                           # an answer without the ability, as
     chance = None                                            # words, and its accuracy
     metric = "accuracy"                                      # or "loss", in nats
-    size_flag = "size"                                       # the flag that gives the size
-    needs_text = False
-    usual = dict(n_layer=2, n_head=4, dropout=0.0, weight_decay=1e-3)   # where a preset is silent
 
-    def __init__(self, size=None, device="cpu"):
-        self.size = self.paper["size"] if size is None else size
+    def __init__(self, size=30, device="cpu"):
+        if size not in self.sizes:
+            raise ValueError(f"{type(self).__name__.lower()}: {size} is not in {self.sizes}")
+        self.size = size
         self.device = device
-        if self.size not in self.sizes:
-            name = type(self).__name__.lower()
-            which = "even sizes" if self.sizes.step == 2 else "sizes"
-            first, last = self.sizes[0], self.sizes[-1]
-            raise ValueError(f"{name}: {size} is not among the {which} {first} to {last}")
 
     @functools.cached_property
     def test_set(self):
         """The fixed test set: tokens, scored. Here 4,000 sequences from a seed of its own."""
         return self.sample(4_000, torch.Generator(self.device).manual_seed(10**9))
+
+    @functools.cached_property
+    def n_answers(self):
+        """The most answers that a sequence of the test set has."""
+        return self.test_set[1].sum(1).max().item()
 
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
@@ -126,7 +106,7 @@ class HashedTask(Task):
     """
     PRIME = 1_000_003
 
-    def __init__(self, size=None, device="cpu"):
+    def __init__(self, size=30, device="cpu"):
         super().__init__(size, device)
         generator = torch.Generator().manual_seed(0)
         self.hash_weights = torch.randint(self.PRIME, (1_000,), generator=generator).to(device)
@@ -162,11 +142,8 @@ class Modadd(Lookup):
     """a, b, (a + b) mod p. Of all p^2 pairs a fixed 5% are held out for the test."""
     sizes = range(5, 2_000)
     vocab_size = None                                        # p, the size
-    quick = dict(size=59, steps=600, batch_size=1_500, lr=5e-3)
-    paper = dict(size=199, steps=50_000, batch_size=4_000, lr=1e-3)          # 5,000 epochs
-    published = table1("1.000", "0.013", "1.000", "0.972", "1.000", fails=["unembed", "embed"])
 
-    def __init__(self, size=None, device="cpu"):
+    def __init__(self, size=199, device="cpu"):
         super().__init__(size, device)
         p = self.vocab_size = self.size
         self.chance = 1 / p
@@ -182,15 +159,8 @@ class Memorize(Lookup):
     trained, shuffled: a part of it has all x."""
     sizes = range(5, 2_000)
     vocab_size = None                                        # 2 n
-    quick = dict(size=64, steps=2_000, batch_size=512, lr=5e-3)
-    # 21,000 epochs, in the released code without replacement
-    paper = dict(size=512, steps=168_000, batch_size=2**15, lr=1e-3, weight_decay=1e-4)
-    published = {
-        ("transformer", "embeddings", 128): "0.41 bits",
-        ("transformer", "full", 128): "2.88 bits",
-    }
 
-    def __init__(self, size=None, device="cpu"):
+    def __init__(self, size=512, device="cpu"):
         super().__init__(size, device)
         n = self.size
         self.vocab_size = 2 * n
@@ -212,9 +182,6 @@ class Needle(HashedTask):
     vocab_size = 256
     block_size = 100                                         # the paper's: more than is used
     trivial = "the prompt's most frequent value"             # where training has its plateau
-    quick = dict(size=4, steps=6_000, batch_size=128, lr=1e-3)
-    paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
-    published = table1("1.000", "0.075", "1.000", "0.120", "0.995", fails=["unembed"])
 
     def sample(self, batch, generator):
         n = self.size
@@ -252,15 +219,10 @@ class Addition(HashedTask):
     vocab_size = 31
     block_size = None                                        # by the size
     trivial = "one answer at each position"
-    quick = dict(size=3, steps=2_000, batch_size=128, lr=5e-3)
-    paper = dict(size=10, steps=10_000, batch_size=1_000, lr=1e-3)
-    published = table1("1.000", "0.266", "1.000", "0.675", "0.530",
-        fails=["unembed", "token_unembed"])
 
-    def __init__(self, size=None, device="cpu"):
+    def __init__(self, size=10, device="cpu"):
         super().__init__(size, device)
         self.block_size = 3 * self.size + 10
-        self.n_answers = self.size + 2
         self.powers = 10 ** torch.arange(self.size, device=device)
 
     def sample(self, batch, generator):
@@ -302,9 +264,6 @@ class Parens(HashedTask):
     vocab_size = 4
     block_size = 80                                          # the paper's: more than is used
     trivial = "even lengths are balanced"
-    quick = dict(size=10, steps=1_000, batch_size=128, lr=5e-3)
-    paper = dict(size=30, steps=10_000, batch_size=1_000, lr=1e-3)
-    published = table1("1.000", "0.873", "0.923", "1.000", "1.000", fails=["unembed"])
 
     def held_out(self, tokens):
         has_nine_brackets = (tokens[:, :9] != 3).all(1)      # "?" comes later
@@ -417,11 +376,6 @@ class Imitate(Task):
     vocab_size = 512
     block_size = 40
     metric = "loss"                                          # KL(target | model), in nats
-    size_flag = "target_width"
-    usual = dict(Task.usual, n_layer=3)
-    quick = dict(steps=500, batch_size=64, lr=5e-3)
-    paper = dict(steps=10_000, batch_size=1_000, lr=1e-3)
-    published = {}
 
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
@@ -469,16 +423,9 @@ class LM(Task):
     sizes = range(2, 10**6)
     vocab_size = None                                        # the size, or less for a small text
     block_size = 512
-    n_answers = 512
     metric = "loss"
-    needs_text = True
-    usual = dict(n_layer=4, n_head=8, dropout=0.1, weight_decay=1e-3)
-    quick = dict(size=1_000, steps=200, batch_size=4, lr=5e-3)
-    # 5 epochs; layers, heads and dropout as released
-    paper = dict(size=10_000, steps=230_000, batch_size=20, lr=6e-4, weight_decay=0.1)
-    published = {}                                           # its 2.64 nats are of BPE tokens
 
-    def __init__(self, size=None, text=None, device="cpu"):
+    def __init__(self, size=10_000, text=None, device="cpu"):
         super().__init__(size, device)
         path = text or tinystories("train")
         most_common = Counter(words_of(path)).most_common(self.size - 1)
@@ -521,20 +468,20 @@ TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/Ti
 def tinystories(split):
     """The path of TinyStories' split, train or valid, downloaded to the cache folder on first use.
 
-    The whole has the SHA-256 that the repository's Git LFS pointer names, or OSError.
+    It is checked against the SHA-256 of the repository's Git LFS pointer. OSError if it fails.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotheory"
     path = cache / f"TinyStories-{split}.txt"
     if path.exists():
         return path
-    with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
-        pointer = response.read().decode()
-    digest = re.search(r"sha256:(\w+)", pointer)[1]
-    cache.mkdir(parents=True, exist_ok=True)
     try:
+        with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
+            pointer = response.read().decode()
+        digest = re.search(r"sha256:(\w+)", pointer)[1]
+        cache.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(TINYSTORIES.format("resolve", split), str(path), digest)
-    except RuntimeError as error:                            # another hash: it broke off
-        raise OSError(error) from None
+    except (OSError, RuntimeError) as error:                 # RuntimeError: another hash
+        raise OSError(f"no TinyStories, give --text FILE: {error}") from error
     return path
 
 TASKS = {
@@ -547,47 +494,7 @@ TASKS = {
     "lm": LM,
 }
 
-def check_task(name, task):
-    """TypeError, with what is missing, for a task that does not state all that it should."""
-    for what in Task.STATED:
-        if not hasattr(task, what):
-            raise TypeError(f"task {name} does not state {what}")
-    for preset, flags in PRESETS.items():
-        stated = {**flags, **(task.paper if preset == "paper" else task.quick)}
-        for key in (task.size_flag, "steps", "batch_size", "lr"):
-            if stated.get(key) is None:
-                raise TypeError(f"task {name}, preset {preset}: no {key}")
-
 # ---- The model ----------------------------------------------------------------------------------
-
-def pick(x, at):
-    """x (B, T, C) at the positions `at` (B, Q) alone, or everywhere for None -> (B, Q or T, C)."""
-    return x if at is None else x.take_along_dim(at[..., None], dim=1)
-
-class Attention(common.CausalSelfAttention):
-    """GPT-2's attention: common's everywhere, written out here for some positions alone."""
-
-    def forward(self, x, return_attn=False, at=None):
-        """x (B, T, C) -> y (B, T, C), with return_attn also the attention weights (B, H, T, T).
-
-        Or y (B, Q, C) at the positions `at` (B, Q): they alone ask a query, of all keys and values.
-        """
-        if at is None:
-            return super().forward(x, return_attn)
-        C = x.shape[-1]
-        W, b = self.c_attn.weight, self.c_attn.bias
-        q = F.linear(pick(x, at), W[:C], b[:C])              # (B, Q, C)
-        k, v = F.linear(x, W[C:], b[C:]).split(C, dim=-1)    # (B, T, C) each
-
-        def heads(y):
-            return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        q, k, v = heads(q), heads(k), heads(v)               # (B, H, Q or T, C/H)
-        is_future = torch.arange(x.shape[1], device=x.device) > at[..., None]          # (B, Q, T)
-        scores = q @ k.mT / math.sqrt(q.shape[-1])           # (B, H, Q, T)
-        attn = scores.masked_fill(is_future[:, None], -math.inf).softmax(-1)
-        y = F.dropout(attn, self.dropout, self.training) @ v                 # (B, H, Q, C/H)
-        y = self.c_proj(y.transpose(1, 2).flatten(2))
-        return F.dropout(y, self.dropout, self.training)     # (B, Q, C)
 
 class SumOfValues(common.CausalSelfAttention):
     """Linear attention: the sum of the values so far (App. E, as far as we know)."""
@@ -596,9 +503,9 @@ class SumOfValues(common.CausalSelfAttention):
         super().__init__(n_embd, 1, dropout)
         self.c_attn = nn.Linear(n_embd, n_embd)              # values alone
 
-    def forward(self, x, return_attn=False, at=None):
-        """As Attention's; in place of the weights None, as there are none."""
-        y = self.c_proj(pick(self.c_attn(x).cumsum(1), at))
+    def forward(self, x, return_attn=False):
+        """x (B, T, C) -> y (B, T, C), with return_attn also None: there are no weights."""
+        y = self.c_proj(self.c_attn(x).cumsum(1))
         y = F.dropout(y, self.dropout, self.training)
         return (y, None) if return_attn else y
 
@@ -611,22 +518,13 @@ class Block(nn.Module):
         if linear:
             self.attn = SumOfValues(n_embd, dropout)
         else:
-            self.attn = Attention(n_embd, n_head, dropout)
+            self.attn = common.CausalSelfAttention(n_embd, n_head, dropout)
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = common.MLP(n_embd, dropout)
 
     def forward(self, x):
         """x (B, T, C) -> x (B, T, C)."""
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-    def at(self, x, at):
-        """forward(x) at the positions `at` (B, Q) alone, or everywhere for None: (B, Q or T, C).
-
-        Of the last block nobody needs more than the positions where an answer is predicted. It
-        halves the time of a step of two layers and one answer.
-        """
-        x = pick(x, at) + self.attn(self.ln_1(x), at=at)
         return x + self.mlp(self.ln_2(x))
 
 INITS = ["gpt2", "paper"]
@@ -654,7 +552,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
-        self.drop = nn.Dropout(dropout)
+        self.dropout = dropout
         self.h = nn.ModuleList()
         for _ in range(n_layer):
             self.h.append(Block(n_embd, n_head, linear, dropout))
@@ -662,31 +560,51 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         init_(self, init)
 
-    def forward(self, tokens, at=None, return_attn=False):
-        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions `at` (B, Q) alone.
-
-        With return_attn also a list of each layer's attention weights, (B, H, T, T).
-        """
-        states = self.hidden_states(tokens, at)
-        logits = self.lm_head(self.ln_f(states[-1]))
-        if not return_attn:
-            return logits
-        attns = []
-        for block, x in zip(self.h, states):
-            attns.append(block.attn(block.ln_1(x), return_attn=True)[1])
-        return logits, attns
+    def forward(self, tokens, at=None):
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) only at the positions `at` (B, Q)."""
+        return self.lm_head(self.ln_f(self.hidden_states(tokens, at)[-1]))
 
     def hidden_states(self, tokens, at=None):
         """tokens (B, T) -> the states after the embedding and after each layer, (B, T, C) each.
 
-        The last is (B, Q, C), at the positions `at` (B, Q) alone, where they are given.
+        With `at` (B, Q) the last is (B, Q, C), only at these positions.
         """
-        x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])
-        states = [x]
+        x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
+        states = [F.dropout(x, self.dropout, self.training)]
         for block in self.h[:-1]:
-            x = block(x)
-            states.append(x)
-        return [*states, self.h[-1].at(x, at)]
+            states.append(block(states[-1]))
+        x, last = states[-1], self.h[-1]
+        return [*states, last(x) if at is None else last_block(last, x, at)]
+
+    def attention(self, tokens):
+        """tokens (B, T) -> each layer's attention weights, (B, H, T, T)."""
+        states = self.hidden_states(tokens)
+        return [block.attn(block.ln_1(x), return_attn=True)[1] for block, x in zip(self.h, states)]
+
+def last_block(block, x, at):
+    """block(x (B, T, C)) computed only at the positions `at` (B, Q) -> (B, Q, C).
+
+    The last block is needed only where an answer is predicted: there alone a query is asked, of
+    all keys and values, and the MLP computed. A step of two layers is 1.4 times as fast.
+    """
+    attn, C = block.attn, x.shape[-1]
+    normed = block.ln_1(x)
+    here = at[..., None]                                     # (B, Q, 1)
+    if isinstance(attn, SumOfValues):
+        y = attn.c_attn(normed).cumsum(1).take_along_dim(here, 1)            # (B, Q, C)
+    else:
+        W, b = attn.c_attn.weight, attn.c_attn.bias
+        q = F.linear(normed.take_along_dim(here, 1), W[:C], b[:C])           # (B, Q, C)
+        k, v = F.linear(normed, W[C:], b[C:]).split(C, dim=-1)               # (B, T, C) each
+        q, k, v = [y.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for y in (q, k, v)]
+        is_future = torch.arange(x.shape[1], device=x.device) > here         # (B, Q, T)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])           # (B, H, Q, T)
+        weights = scores.masked_fill(is_future[:, None], -math.inf).softmax(-1)
+        y = F.dropout(weights, attn.dropout, block.training) @ v             # (B, H, Q, C/H)
+        y = y.transpose(1, 2).flatten(2)
+    y = F.dropout(attn.c_proj(y), attn.dropout, block.training)
+    x = x.take_along_dim(here, 1) + y                        # (B, Q, C)
+    return x + block.mlp(block.ln_2(x))
 
 class Recurrent(nn.Module):
     """An embedding, two recurrent layers (nn.LSTM or nn.RNN), and an unembedding with a bias."""
@@ -700,7 +618,7 @@ class Recurrent(nn.Module):
     def forward(self, tokens, at=None):
         """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions `at` (B, Q) alone."""
         h, _ = self.rnn(self.wte(tokens))
-        return self.lm_head(pick(h, at))
+        return self.lm_head(h if at is None else h.take_along_dim(at[..., None], 1))
 
 RECURRENT = {"lstm": nn.LSTM, "rnn": nn.RNN}
 MODELS = ["transformer", "linear", *RECURRENT]
@@ -720,47 +638,58 @@ def train_only(model, which):
         part.requires_grad_(name in TRAINABLE[which])
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-# ---- Training (App. D.3) ------------------------------------------------------------------------
+# ---- Settings -----------------------------------------------------------------------------------
 
-# What a preset leaves open (size, steps, batch, learning rate, ...) is the task's own, in its class
 FOUR = ["modadd", "needle", "addition", "parens"]
-PRESETS = {
-    "quick": dict(
-        task=["parens"], train=["embeddings", "full"],
-        n_embd=[128, 16], target_width=[16],
-    ),
-    "medium": dict(
-        task=FOUR, train=["embeddings"],
-        n_embd=[16, 32, 64, 128, 256, 512], target_width=[16],
-        eval_every=500,
-    ),
-    "paper": dict(
-        task=FOUR, train=["embeddings", "full"],
-        n_embd=[1024, 16],
-        target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
-        init="paper", warmup=500, eval_every=500,
-    ),
+PRESETS = {                                                  # what differs from the flags' defaults
+    "quick": {},
+    "medium": dict(task=FOUR, train=["embeddings"], n_embd=[16, 32, 64, 128, 256, 512],
+        eval_every=500),
+    "paper": dict(task=FOUR, n_embd=[1024, 16], target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
+        init="paper", warmup=500, eval_every=500),
+}
+PRESETS["table1"] = dict(PRESETS["paper"], model=["transformer", "lstm"])
+PRESETS["params"] = PRESETS["paper"]                         # Table 6: counts, trains nothing
+
+OWN = ["size", "steps", "batch_size", "lr", "n_layer", "n_head", "dropout", "weight_decay"]
+SMALL = {                                                    # a task's OWN, unless a flag gives it
+    "modadd": (59, 600, 1_500, 5e-3, 2, 4, 0.0, 1e-3),
+    "needle": (4, 6_000, 128, 1e-3, 2, 4, 0.0, 1e-3),
+    "addition": (3, 2_000, 128, 5e-3, 2, 4, 0.0, 1e-3),
+    "parens": (10, 1_000, 128, 5e-3, 2, 4, 0.0, 1e-3),
+    "memorize": (64, 2_000, 512, 5e-3, 2, 4, 0.0, 1e-3),
+    "imitate": (None, 500, 64, 5e-3, 3, 4, 0.0, 1e-3),
+    "lm": (1_000, 200, 4, 5e-3, 4, 8, 0.1, 1e-3),
+}
+PAPER = {
+    "modadd": (199, 50_000, 4_000, 1e-3, 2, 4, 0.0, 1e-3),   # 5,000 epochs
+    "needle": (30, 10_000, 1_000, 1e-3, 2, 4, 0.0, 1e-3),
+    "addition": (10, 10_000, 1_000, 1e-3, 2, 4, 0.0, 1e-3),
+    "parens": (30, 10_000, 1_000, 1e-3, 2, 4, 0.0, 1e-3),
+    # 21,000 epochs, in the released code without replacement
+    "memorize": (512, 168_000, 2**15, 1e-3, 2, 4, 0.0, 1e-4),
+    "imitate": (None, 10_000, 1_000, 1e-3, 3, 4, 0.0, 1e-3),
+    # 5 epochs; layers, heads and dropout as released
+    "lm": (10_000, 230_000, 20, 6e-4, 4, 8, 0.1, 0.1),
 }
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
-for name, task in TASKS.items():
-    check_task(name, task)
-del name, task
-
 def resolve(args):
-    """Completes a run's settings by the task's own; None for what has no effect on it."""
-    task = TASKS[args.task]
-    own = task.paper if args.preset == "paper" else task.quick
-    if args.lr is None and args.model == "lstm":
-        args.lr = 5e-3
-    if args.lr is None and args.train == "full":             # at 5e-3 width 128 fails at parens
-        args.lr = min(own["lr"], 1e-3)
-    for key, value in {**task.usual, **own}.items():
+    """Completes a run's settings by the task's own. Unused settings become None."""
+    settings = (SMALL if args.preset in ("quick", "medium") else PAPER)[args.task]
+    own = dict(zip(OWN, settings))
+    if args.model == "lstm":
+        own["lr"] = 5e-3
+    elif args.train == "full":                               # at 5e-3 width 128 fails at parens
+        own["lr"] = min(own["lr"], 1e-3)
+    for key, value in own.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    unused = "size" if task.size_flag == "target_width" else "target_width"
-    setattr(args, unused, None)
-    if not task.needs_text:
+    if args.task == "imitate":
+        args.size = None                                     # target_width is its size
+    else:
+        args.target_width = None
+    if args.task != "lm":
         args.text = None
     if args.model != "transformer":
         args.n_head = None                                   # a sum of values has no heads
@@ -771,22 +700,14 @@ def resolve(args):
             args.train = "embeddings"                        # the same: there are no positions
 
 @functools.lru_cache(maxsize=8)
-def shared_task(kind, size, device, text, changed):
-    """A task of some size, once: runs share it, and its test set, which can take seconds. changed:
-    when the text was last written, as a new text is a new task."""
-    text = dict(text=text) if kind.needs_text else {}
-    return kind(size, device=device, **text)
-
-def make_task(args):
-    """The task of a run."""
-    kind = TASKS[args.task]
-    changed = Path(args.text).stat().st_mtime_ns if args.text else None
-    text = str(args.text) if args.text else None             # a path, or what config.json has of it
-    return shared_task(kind, getattr(args, kind.size_flag), str(args.device), text, changed)
+def make_task(name, size, text, device):
+    """A task of some size. Runs share it, as its test set can take seconds."""
+    own = dict(text=text) if name == "lm" else {}
+    return TASKS[name](size, device=device, **own)
 
 def build(args):
     """The task and the model of a run."""
-    task = make_task(args)
+    task = make_task(args.task, args.target_width or args.size, args.text, args.device)
     if args.model in RECURRENT:
         model = Recurrent(task.vocab_size, RECURRENT[args.model], args.n_embd, args.dropout)
     else:
@@ -797,6 +718,8 @@ def build(args):
 def load(folder, device="cpu"):
     """The task and the trained model of a run, ready to use."""
     return common.load(folder, build, device)
+
+# ---- Training (App. D.3) ------------------------------------------------------------------------
 
 def learning_rate(step, args):
     """Linear warm-up to args.lr, then a cosine to 0 (in the authors' code, not in the paper)."""
@@ -820,33 +743,24 @@ def answers(tokens, scored, n):
     at = predicts_answer.int().argsort(dim=1, descending=True, stable=True)[:, :n]
     return at, next_token.gather(1, at)
 
-def make_optimizer(trained, lr, weight_decay):
-    """AdamW. Biases and norms do not decay (the released code)."""
+def train(args, run):
+    """One run of the sweep; goes on from its checkpoint if there is one."""
+    task, model = build(args)
+    trained = train_only(model, args.train)
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() == 1]
+    # Biases and norms do not decay (the released code)
     groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
-    how = dict(lr=lr, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, **how, fused=True, capturable=lr.is_cuda)
-
-def train(args, run):
-    """One run of the sweep; goes on from its checkpoint where there is one."""
-    task, model = build(args)
-    most = task.test_set[1].sum(1).max().item()
-    if most > task.n_answers:
-        raise ValueError(f"{args.task}: a sequence has {most} answers, n_answers {task.n_answers}")
-    trained = train_only(model, args.train)
-    lr = torch.tensor(0.0, device=args.device)               # a tensor: a CUDA graph sees it change
-    optimizer = make_optimizer(trained, lr, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     data = torch.Generator(args.device).manual_seed(args.seed)
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    for group in optimizer.param_groups:
-        group["lr"] = lr                                     # restore put another tensor there
-
-    def training_step():
+    start = run.restore(model, optimizer, data)
+    if args.compile:
+        model.compile()
+    for step in run.steps(start, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
         tokens, scored = task.sample(args.batch_size, data)                  # (B, T) each
-        # Test sequences stay in the batch, unscored: to count and replace them, the CPU would have
-        # to wait for the device
-        scored = scored & ~task.held_out(tokens)[:, None]
+        scored = scored & ~task.held_out(tokens)[:, None]    # learn nothing from test sequences
         at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             logits = model(tokens[:, :-1], at)                               # (B, Q, V)
@@ -856,19 +770,11 @@ def train(args, run):
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    if args.compile:
-        training_step = common.compile_step(training_step, model, data)
-    for step in run.steps(start, args.steps):
-        lr.fill_(learning_rate(step, args))
-        loss = training_step()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             model.eval()                                     # without dropout
             tokens, scored = task.test_set
             score = evaluate(model, task, tokens[:1_000], scored[:1_000])[task.metric]
             run.log(step + 1, loss=loss.item(), **{f"test_{task.metric}": score})
-            run.save(step + 1)
             model.train()
 
 # ---- Measurement --------------------------------------------------------------------------------
@@ -882,14 +788,14 @@ def evaluate(model, task, tokens, scored):
         at, targets = answers(tokens, scored, task.n_answers)
         logits = model(tokens[:, :-1], at).float()
         losses = task.losses(logits, targets, tokens)
-        loss += losses.cpu().double().sum().item()           # on the CPU: mps has no float64
+        loss += losses.double().sum().item()
         right += (logits.argmax(-1) == targets).sum().item()
         n += (targets >= 0).sum().item()
     return dict(loss=loss / n, accuracy=right / n)
 
 def explained_variance(hidden, top=10):
     """Shares of the variance of hidden (N, d) in its top components and neurons (Tables 4, 5)."""
-    covariance = hidden.cpu().double().T.cov(correction=0)   # (d, d)
+    covariance = hidden.double().T.cov(correction=0)   # (d, d)
     shares = []
     for variances in (torch.linalg.eigvalsh(covariance), covariance.diagonal()):
         largest = variances.sort(descending=True).values[:top]
@@ -947,9 +853,8 @@ def write_prose(model, task, seed, n_words=60):
     """A text that the language model writes, from the test's first word on."""
     generator = torch.Generator(task.device).manual_seed(seed)
     ids = task.test_ids[None, :1].long()                     # (1, 1)
-    for position in range(n_words):
-        last = torch.full_like(ids[:, :1], position)
-        next_word = model(ids, last)[:, 0].softmax(-1)       # (1, V)
+    for _ in range(n_words):
+        next_word = model(ids)[:, -1].softmax(-1)            # (1, V)
         ids = torch.cat([ids, torch.multinomial(next_word, 1, generator=generator)], dim=1)
     text = " ".join(task.words[i] for i in ids[0].tolist())
     return re.sub(r" ([.,!?;:])", r"\1", text)
@@ -972,7 +877,7 @@ def measure(args, run):
             found["components"].append(principal)
             found["neurons"].append(neuron)
     if args.task == "needle" and args.model == "transformer":
-        attns = model(tokens[:, :-1], return_attn=True)[1]
+        attns = model.attention(tokens[:, :-1])
         found["attention"] = find_needles(attns, tokens, scored)
     if args.task == "modadd" and isinstance(model, Transformer):
         found["circuit"] = circuit(model, task)
@@ -984,6 +889,38 @@ def measure(args, run):
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
+# Accuracies, medians of 10 restarts (Tables 1, 2); of memorize bits a parameter (Table 3)
+PUBLISHED = """
+model       train         width  modadd needle addition parens memorize
+transformer embeddings     1024   1.000  1.000    1.000  1.000        -
+transformer embeddings       16   0.013  0.075    0.266  0.873        -
+transformer full           1024   1.000  1.000    1.000  0.923        -
+transformer full             16   0.972  0.120    0.675  1.000        -
+lstm        full           1024   1.000  0.995    0.530  1.000        -
+transformer unembed        1024   fails  fails    fails  fails        -
+transformer embed          1024   fails      -        -      -        -
+transformer token_unembed  1024       -      -    fails      -        -
+transformer embeddings      128       -      -        -      -     0.41
+transformer full            128       -      -        -      -     2.88
+"""
+# The columns of Table 1, in which no narrow LSTM stands
+TABLE1 = [line.split()[:3] for line in PUBLISHED.splitlines()[2:7]]
+
+def column_of(args):
+    """A run's model, what is trained, width, as in PUBLISHED."""
+    return [args.model, args.train, str(args.n_embd)]
+
+def published(args):
+    """The paper's number for a run's setting, or "-". Its learning rates are not all known."""
+    header, *rows = [line.split() for line in PUBLISHED.split("\n") if line]
+    for row in rows:
+        if row[:3] == column_of(args) and args.task in header:
+            for key, value in zip(OWN, PAPER[args.task]):
+                if key != "lr" and getattr(args, key) not in (None, value):
+                    return "-"
+            return row[header.index(args.task)]
+    return "-"
+
 IN_WORDS = {
     "linear": "linear attention", "lstm": "LSTM", "rnn": "RNN",
     "full": "fully trained", "embeddings": "random, embeddings trained",
@@ -991,305 +928,233 @@ IN_WORDS = {
     "unembed": "random, unembedding trained",
 }
 
-def column_of(args):
-    """The column of a score: model, what is trained, width."""
-    return args.model, args.train, args.n_embd
-
-def row_of(args):
-    """The row of a score: the task, of imitation also the target's width."""
-    return f"{args.task} {args.target_width}" if args.task == "imitate" else args.task
-
-def published(args):
-    """The paper's number for a run's setting, median of 10 restarts, or an empty text. Its learning
-    rates are not all known."""
-    task = TASKS[args.task]
-    for key, value in {**task.usual, **task.paper}.items():
-        if key != "lr" and getattr(args, key) not in (None, value):
-            return ""
-    return task.published.get(column_of(args), "")
-
-def print_scores(runs, results):
-    """Table 1's layout: a row a task, a column a setting; beneath, the paper's numbers."""
-    columns = list(dict.fromkeys(column_of(run.args) for run in runs))
-    header = ["task"]
-    for column in columns:
-        header.append(" ".join(map(str, column)).removeprefix("transformer "))
-    ours, papers = {}, {}                                    # (row, column) -> text
-    for args, group in common.by_setting(runs, results):
-        place = row_of(args), column_of(args)
-        ours[place] = common.spread([result[TASKS[args.task].metric] for result in group])
-        if args.task == "memorize":
-            ours[place] += ", " + common.spread([bits(args, result) for result in group])
-        papers[place] = published(args)
-    table = []
-    for row in dict.fromkeys(row for row, column in ours):
-        table.append([row, *[ours.get((row, column), "") for column in columns]])
-        paper = [papers.get((row, column), "") for column in columns]
-        if any(paper):
-            table.append(["paper", *paper])
-    print("\nAccuracy on sequences that training never learns from, median [range] over seeds")
-    print("(lm: loss, imitate: KL, in nats; memorize: of what is trained, and bits a parameter;")
-    print("addition: the paper's numbers may include a pad and leave out the first digit)")
-    common.print_table(header, table)
-    trivial = {}                                             # task -> words and accuracy
-    for run in runs:
-        if words := TASKS[run.args.task].trivial:
-            trivial[run.args.task] = f"{words}, {make_task(run.args).chance:.3f}"
-    for task, text in trivial.items():
-        print(f"A trivial answer to {task}: {text}")
-
-def bits(args, result):
-    """Table 3: log2 n bits for each of the n x n pairs that is recalled, a trained parameter."""
-    recalled = args.size**2 * result["accuracy"]
-    return math.log2(args.size) * recalled / result["n_trained"]
-
-def n_numbers(parameters):
-    """How many numbers some parameters hold together."""
-    return sum(parameter.numel() for parameter in parameters)
-
-FINDINGS = {
-    "components": "Variance in the top 10 principal components: after the embedding, each layer",
-    "neurons": "The same in the top 10 neurons (Tables 4, 5: a subspace, not a sparse subnetwork)",
-    "attention": "Attention from value to marker, from query to value (Fig. 2)",
-    "circuit": "Gradient symmetricity, distance irrelevance (Fig. 3; pizza 1, 0; clock 0, 1)",
-    "target": "Entropy of the target's output, KL between two (paper: 2.89 to 3.02, 0.8 to 3.3)",
-}
-
-def print_findings(runs, results):
-    """Tables 4 and 5, the numbers of Figs. 2, 3 and 6, and prose."""
-    for key, title in FINDINGS.items():
-        rows = []
-        for run, result in zip(runs, results):
-            if key in result:
-                about = row_of(run.args), *column_of(run.args), run.args.seed
-                numbers = "  ".join(f"{x:.2f}" for x in result[key])
-                rows.append([*map(str, about), numbers])
-        if rows:
-            print(f"\n{title}")
-            common.print_table(["task", "model", "trained", "width", "seed", ""], rows)
-    for run, result in zip(runs, results):
-        if "prose" in result:
-            print(f"\nProse, {in_words(run.args)}, width {run.args.n_embd}")
-            print(textwrap.fill(result["prose"], 100))
-
-def print_parameters(runs):
-    """Table 6: parameters by part, and how many are trained. Returns its rows as dicts.
-
-    (The paper's 99,328 of modadd is 97 x 1024: p = 97.)
-    """
-    results, rows = [], []
-    for run in runs:
-        args = run.args
-        model = build(args)[1]
-        sizes = {}
-        for name in ("wte", "wpe", "lm_head"):
-            part = getattr(model, name, nn.Module())         # a recurrent network has no wpe
-            sizes[name] = n_numbers(part.parameters())
-        sizes["all"] = n_numbers(model.parameters())
-        sizes["trained"] = n_numbers(train_only(model, args.train))
-        setting = {key: getattr(args, key) for key in ("task", "model", "n_embd", "train")}
-        results.append({**setting, **sizes})
-        about = [row_of(args), args.model, str(args.n_embd), args.train]
-        rows.append(about + [f"{n:,}" for n in sizes.values()])
-    header = ["task", "model", "width", "train", "E_token", "E_pos", "U", "all", "trained"]
-    common.print_table(header, rows)
-    return results
-
-MARKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-."]
-
 def in_words(args):
-    """A line of the width figure, for its legend."""
+    """A run's model and what is trained; of imitation also the student's width."""
     words = IN_WORDS[args.train]
     if args.model != "transformer":
         words = f"{IN_WORDS[args.model]}, {words}"
     return f"{words}, width {args.n_embd}" if args.task == "imitate" else words
 
-def plot_widths(runs, results):
+def row_of(args):
+    """The name of a run's row, but for the seed."""
+    if args.task == "imitate":
+        return f"imitate {args.target_width}: {in_words(args)}"
+    return f"{args.task}: {in_words(args)}, width {args.n_embd}"
+
+def bits(args, results):
+    """Table 3: log2 n bits for each of the n x n pairs that is recalled, a trained parameter."""
+    recalled = args.size**2 * results["accuracy"]
+    return math.log2(args.size) * recalled / results["n_trained"]
+
+SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] over seeds
+(lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
+include a pad and leave out the first digit)"""
+
+DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 101)]]
+FINDINGS = {
+    "components": ("Fraction of the variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
+    "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
+    "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
+    "circuit": ("The circuit (Fig. 3); a pizza has 1, 0; a clock 0, 1",
+        ["gradient symmetricity", "distance irrelevance"]),
+    "target": ("Imitation's target (paper: 2.89 to 3.02, 0.8 to 3.3)",
+        ["entropy of an output", "KL between two"]),
+}
+
+def print_scores(runs):
+    """Tables 1 to 3, with the paper's numbers and a trivial answer's."""
+    cells = []
+    for run in runs:
+        args, task, row = run.args, build(run.args)[0], row_of(run.args)
+        cells.append((row, "ours", run.results[task.metric]))
+        if args.task == "memorize":
+            row = f"{row}, bits a parameter"
+            cells.append((row, "ours", bits(args, run.results)))
+        if published(args) != "-":
+            cells.append((row, "paper", published(args)))
+        if task.trivial:
+            cells.append((f"{args.task}: {task.trivial}", "ours", task.chance))
+    common.print_table(SCORES, cells)
+
+def print_findings(runs):
+    """Tables 4 and 5, the numbers of Figs. 2, 3 and 6, and prose."""
+    for key, (title, columns) in FINDINGS.items():
+        cells = []
+        for run in runs:
+            for column, value in zip(columns, run.results.get(key, [])):
+                cells.append((row_of(run.args), column, value, ".2f"))
+        if cells:
+            common.print_table(title, cells)
+    for run in runs:
+        if "prose" in run.results:
+            common.say(f"\nProse, {row_of(run.args)}")
+            common.say(textwrap.fill(run.results["prose"], 100))
+
+def n_numbers(parameters):
+    """How many numbers some parameters hold together."""
+    return sum(parameter.numel() for parameter in parameters)
+
+def print_parameters(runs):
+    """Table 6: parameters by part, and how many are trained. Returns a dict a run.
+
+    (The paper's 99,328 of modadd is 97 x 1024: p = 97.)
+    """
+    cells, results = [], []
+    for run in runs:
+        model = build(run.args)[1]
+        sizes = {}
+        for name, part in model.named_children():
+            sizes[name] = n_numbers(part.parameters())
+        sizes["all"] = n_numbers(model.parameters())
+        sizes["trained"] = n_numbers(train_only(model, run.args.train))
+        for name, n in sizes.items():
+            cells.append((row_of(run.args), name, n, ",.0f"))
+        results.append({"run": row_of(run.args), **sizes})
+    common.print_table("Parameters (Table 6)", cells)
+    return results
+
+def plot_widths(runs):
     """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
 
-    Lines are medians over seeds, in a band from the worst to the best; hollow marks are published.
+    Hollow marks are published.
     """
-    tasks = {}                                               # task -> [(args, results)]
-    for pair in common.by_setting(runs, results):
-        tasks.setdefault(pair[0].task, []).append(pair)
-    columns = min(2, len(tasks))
-    figure, axes = common.new_figure(math.ceil(len(tasks) / columns), columns)
-    for axis in axes.flat[len(tasks):]:
-        axis.axis("off")
-    for axis, (name, groups) in zip(axes.flat, tasks.items()):
-        plot_task(axis, TASKS[name], groups)
-        axis.set_title(name)
-    common.save_figure(figure, runs, "width")
+    scores, papers, tasks = {}, {}, {}                       # {width: score} of each line
+    for run in runs:
+        args = run.args
+        tasks[args.task] = build(args)[0]
+        width = args.target_width or args.n_embd
+        line = args.task, in_words(args)
+        scores.setdefault((*line, args.seed), {})[width] = run.results[tasks[args.task].metric]
+        if re.fullmatch(r"[\d.]+", published(args)) and args.task != "memorize":
+            papers.setdefault(line, {})[width] = float(published(args))
+    hollow = dict(marker="o", linestyle="none", fillstyle="none", markersize=10)
+    panels = {}
+    for name, task in tasks.items():
+        widths = sorted({w for key, line in scores.items() if key[0] == name for w in line})
+        unit = {"accuracy": "accuracy", "loss": "loss (nats)"}[task.metric]
+        axis = dict(xlabel="width", ylabel=f"test {unit}", xticks=np.log2(widths), xticklabels=widths)
+        if name == "imitate":
+            axis.update(xlabel="width of the target", ylabel="KL (nats)")
+        curves = []
+        for (of, words, seed), line in scores.items():
+            if of == name:
+                curves.append((words, *points(line), dict(marker="o")))
+        for (of, words), line in papers.items():
+            if of == name:
+                curves.append((f"published: {words}", *points(line), hollow))
+        if task.trivial:
+            ends = np.log2(widths)[[0, -1]]
+            dotted = dict(color="grey", linestyle=":")
+            curves.append((f"trivial: {task.trivial}", ends, [task.chance] * 2, dotted))
+        panels[name] = axis, curves
+    common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
-def plot_task(axis, task, groups):
-    """One panel of the width figure; groups: [(args, results)] of the task."""
-    imitates = task.size_flag == "target_width"
-    lines = {}                                               # legend -> [(width, low, mid, high)]
-    hollow = []                                              # [(width, score)], published
-    for args, group in groups:
-        width = args.target_width if imitates else args.n_embd
-        scores = [result[task.metric] for result in group]
-        point = width, min(scores), statistics.median(scores), max(scores)
-        lines.setdefault(in_words(args), []).append(point)
-        if re.fullmatch(r"[\d.]+", published(args)):         # not "fails", not "0.41 bits"
-            hollow.append((width, float(published(args))))
-    for mark, (words, points) in zip(itertools.cycle(MARKS), lines.items()):
-        widths, low, mid, high = zip(*sorted(points))
-        line, = axis.plot(widths, mid, mark, label=words)
-        axis.fill_between(widths, low, high, color=line.get_color(), alpha=0.2)
-    if hollow:
-        axis.plot(*zip(*hollow), "ko", mfc="none", ms=10, label="published")
-    if task.trivial:
-        chance = make_task(groups[0][0]).chance
-        axis.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
-        axis.lines[-1].set_label(f"trivial: {task.trivial}")
-        axis.set_ylim(-0.03, 1.03)
-    all_widths = sorted({point[0] for points in lines.values() for point in points})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(all_widths, all_widths)
-    axis.set_xlabel("width of the target" if imitates else "width")
-    unit = "accuracy"
-    if task.metric == "loss":
-        unit = "KL (nats)" if imitates else "loss (nats)"
-    axis.set_ylabel(f"test {unit}")
-    axis.legend(fontsize=8)
+def points(line):
+    """{width: score} as a curve: log2 of the widths, the scores."""
+    widths = sorted(line)
+    return np.log2(widths), [line[width] for width in widths]
 
 @torch.no_grad()
-def plot_attention(run):
+def attention_panels(run):
     """Fig. 2: the attention of each head for one prompt of needle, up to 8 pairs long."""
     task, model = load(run.folder)
     tokens, scored = task.test_set
     query = scored.int().argmax(1) - 1                       # (N,)
     longest = torch.where(query <= 16, query, 0).argmax()    # of those whose names can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
-    _, attns = model(prompt[None], return_attn=True)
     words = [str(value) for value in range(128)]
     words += [f"m{i}" for i in range(30)]                    # markers
     words += [f"?m{i}" for i in range(30)]                   # their queries
     names = [words[token] for token in prompt.tolist()]
-    n_layer, n_head = len(attns), attns[0].shape[1]
-    figure, axes = common.new_figure(n_layer, n_head, width=3, height=3)
-    for (layer, head), axis in np.ndenumerate(axes):
-        axis.imshow(attns[layer][0, head], cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-    figure.supxlabel("looks at")
-    figure.supylabel("token")
-    common.save_figure(figure, [run], f"attention of {run.args.train} {run.args.n_embd}")
+    axis = dict(xlabel="looks at", ylabel="token")
+    panels = {}
+    for layer, attn in enumerate(model.attention(prompt[None]), 1):
+        for head, weights in enumerate(attn[0], 1):
+            title = f"{run.args.train} {run.args.n_embd}: layer {layer}, head {head}"
+            panels[title] = weights, names, names, axis, []
+    return panels
 
 @torch.no_grad()
-def plot_circle(run):
-    """Fig. 3: the embeddings of modadd's numbers on their top two principal components."""
-    task, model = load(run.folder)
-    points = model.wte.weight - model.wte.weight.mean(0)                     # (p, C)
+def circle_panel(run):
+    """Fig. 3: modadd's numbers, joined in order, on their top two principal components."""
+    weight = load(run.folder)[1].wte.weight
+    points = weight - weight.mean(0)                         # (p, C)
     components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
     x, y = (points @ components.T).T
-    figure, axes = common.new_figure(width=4.6, height=4)
-    axis = axes[0, 0]
-    dots = axis.scatter(x, y, s=12, c=range(task.vocab_size), cmap="hsv")
-    figure.colorbar(dots, label="number")
-    axis.set_title(f"{IN_WORDS[run.args.train]}, width {run.args.n_embd}", fontsize=9)
-    axis.set_xlabel("principal component 1")
-    axis.set_ylabel("principal component 2")
-    common.save_figure(figure, [run], f"circle of {run.args.train} {run.args.n_embd}")
+    axis = dict(xlabel="principal component 1", ylabel="principal component 2")
+    return axis, [("0, 1, 2, ..", x, y, dict(marker="o", linewidth=0.3))]
 
-def plot(runs, results):
+def plot(runs):
     """The width figure; of the first seed's transformers Fig. 2 (needle) and Fig. 3 (modadd)."""
-    plot_widths(runs, results)
+    plot_widths(runs)
+    attention, circles = {}, {}
     for run in runs:
         args = run.args
         if args.model == "transformer" and args.seed == runs[0].args.seed:
             if args.task == "needle":
-                plot_attention(run)
+                attention.update(attention_panels(run))
             if args.task == "modadd" and args.n_embd > 1:    # two components
-                plot_circle(run)
+                circles[f"{in_words(args)}, width {args.n_embd}"] = circle_panel(run)
+    folder = runs[0].folder.parent
+    if attention:
+        common.plot_matrices(folder / "attention.png", attention, columns=4)
+    if circles:
+        common.plot(folder / "circle.png", circles)
 
 # ---- The command --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.make_parser(main)
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
-    count = common.positive_int
-    add("--task", nargs="+", choices=list(TASKS),
+    count, own = common.positive_int, "(default: the task's own)"
+    add("--task", nargs="+", choices=list(TASKS), default=["parens"],
         help="tasks; at the quick sizes a random model solves parens from width 64 or 128 on, "
-             "modadd and addition from 256, needle from 512")
+        "modadd and addition from 256, needle from 512")
     add("--model", nargs="+", choices=MODELS, default=["transformer"],
         help="linear: attention is a sum of values")
-    add("--train", nargs="+", choices=list(TRAINABLE),
+    add("--train", nargs="+", choices=list(TRAINABLE), default=["embeddings", "full"],
         help="what is trained; embeddings: the paper's random transformer")
-    add("--n-embd", nargs="+", type=common.number(int, 1, 10**5), help="widths")
+    add("--n-embd", nargs="+", type=count, default=[128, 16], help="widths")
     add("--init", choices=INITS, default="gpt2",
         help="random weights of a transformer; gpt2: standard deviation 0.02, "
         "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
-    add("--n-layer", type=common.number(int, 1, 100),
-        help="layers of a transformer, also a linear one (2; imitate 3, lm 4)")
-    add("--n-head", type=count, help="heads a layer of a softmax transformer (4; lm 8)")
+    add("--n-layer", type=common.number(int, 1, 100), help=f"layers, but of lstm and rnn {own}")
+    add("--n-head", type=count, help=f"heads a layer of a softmax transformer {own}")
     add("--dropout", type=common.number(float, 0, 0.99),
-        help="share of units dropped in training (0; lm 0.1)")
+        help=f"fraction of units dropped in training {own}")
     add("--size", type=count,
         help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "
-        "(memorize), or vocabulary (lm)")
-    add("--target-width", nargs="+", type=count, help="imitate: widths of the targets")
-    add("--text", type=common.data_path, help="lm: a text file (TinyStories, downloaded)")
-    add("--steps", type=count, help="training steps (the task's own)")
-    add("--batch-size", type=count, help="sequences a step (the task's own)")
+        f"(memorize), vocabulary (lm) {own}")
+    add("--target-width", nargs="+", type=count, default=[16], help="imitate: the targets' widths")
+    add("--text", help="lm: a text file (default: TinyStories, downloaded)")
+    add("--steps", type=count, help=f"training steps {own}")
+    add("--batch-size", type=count, help=f"sequences a step {own}")
     add("--lr", type=common.positive_float,
-        help="peak learning rate of AdamW (the task's own; full: at most 1e-3; LSTM 5e-3)")
+        help=f"peak learning rate of AdamW; full: at most 1e-3; LSTM 5e-3 {own}")
     add("--warmup", type=count, default=100, help="steps of linear warm-up, before a cosine to 0")
-    add("--weight-decay", type=common.non_negative, help="weight decay of AdamW (the task's own)")
+    add("--weight-decay", type=common.non_negative, help=f"weight decay of AdamW {own}")
+    add("--eval-every", type=count, default=100, help="steps between evaluations")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    add("--compile", action="store_true", help="torch.compile")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--table1", action="store_true", help="Table 1's columns, widths up to 1024")
-    add("--params", action="store_true", help="Table 6: count parameters, train nothing")
-    args = common.parse_args(parser, PRESETS, argv)
-    if args.params:
-        common.refuse_others(parser, args, "params", "table1", "task", "model", "train", "n_embd",
-            "n_layer", "n_head", "size", "target_width", "text")
-    if args.table1:
-        for flag in ("model", "train", "n_embd"):
-            if flag in args.given:
-                parser.error(f"--{flag} has no effect on --table1: leave it out".replace("_", "-"))
-        # All that its columns name; main leaves out what is no column, such as a narrow LSTM
-        columns = [list(dict.fromkeys(names)) for names in zip(*TABLE1)]
-        args.model, args.train, args.n_embd = columns
-    return args
+    return common.parse_args(parser, PRESETS, argv)
 
-def check(args):
-    """Ends the program for a run that cannot be: of its number of heads, size or text."""
-    if args.n_head and args.n_embd % args.n_head:
-        common.fail(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}", 2)
-    flags = f"--{TASKS[args.task].size_flag}".replace("_", "-")
-    if args.text:
-        flags += f", --text {args.text}"
-    try:
-        make_task(args)
-    except ValueError as error:
-        common.fail(f"{flags}: {error}", 2)
-    except OSError as error:
-        without = f"TinyStories did not come: {error}; give --text FILE"
-        common.fail(f"--text: {error}" if args.text else without, 2)
-
-def show(runs, results):
+def show(runs):
     """The tables of a sweep, and with --plot its figures."""
-    print_scores(runs, results)
-    print_findings(runs, results)
+    print_scores(runs)
+    print_findings(runs)
     if runs[0].args.plot:
-        plot(runs, results)
+        plot(runs)
 
 def main(argv=None):
-    """Trains what the flags ask for, prints the tables, and returns a list of results."""
+    """Trains what the flags ask for, prints the tables, and returns a dict a run."""
     args = parse_args(argv)
-    table1, params = args.table1, args.params
-    args.table1 = args.params = False                        # they name runs: no run's setting
-    runs = common.sweep(args, SWEEP, resolve)
-    if table1:
-        runs = [run for run in runs if column_of(run.args) in TABLE1]
-    for i, run in enumerate(runs):
-        check(run.args)
-        run.number = f"{i + 1}/{len(runs)}"
-    if params:
+    runs = common.sweep(args, SWEEP, build, resolve)
+    if args.preset == "params":
         return print_parameters(runs)
+    if args.preset == "table1":
+        runs = [run for run in runs if column_of(run.args) in TABLE1]
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
