@@ -35,7 +35,7 @@ which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.m
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
 To reuse a task, take Task and its own base class along (HashedTask or Lookup); to reuse Transformer,
-take init_, Block, SumOfValues, last_block, and common's CausalSelfAttention, MLP and gpt2_init_.
+take init_, Block, SumOfValues, and common's CausalSelfAttention, MLP and gpt2_init_.
 """
 import functools
 import math
@@ -63,7 +63,7 @@ class Task:
     """
     trivial = None                                           # an answer without the ability, as
     chance = None                                            # words, and its accuracy
-    metric = "accuracy"                                      # or "loss", in nats
+    metric = unit = "accuracy"                               # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
         if size not in self.sizes:
@@ -201,11 +201,10 @@ class Needle(HashedTask):
     def chance(self):
         """How often the prompt's most frequent value (of several, any) is the answer."""
         tokens, scored = self.test_set                                       # (N, T) each
-        is_value = (tokens > 0) & (tokens < 128) & ~scored
-        counts = torch.zeros(len(tokens), 128, dtype=torch.long, device=self.device)
-        counts.scatter_add_(1, tokens * is_value, is_value.long())           # (N, values)
+        values = tokens.masked_fill(scored, 0)[:, 1::2]      # (N, size + 1), 0 for none
+        counts = F.one_hot(values, 128).sum(1)[:, 1:]        # (N, 127)
         most = counts == counts.amax(1, keepdim=True)
-        is_answer = most.gather(1, tokens[scored][:, None])[:, 0]            # (N,)
+        is_answer = most.gather(1, tokens[scored][:, None] - 1)[:, 0]        # (N,)
         return (is_answer / most.sum(1)).mean().item()
 
 class Addition(HashedTask):
@@ -273,9 +272,8 @@ class Parens(HashedTask):
     def chance(self):
         """How often a string of even length is balanced, or one of odd length is not."""
         tokens, scored = self.test_set                                       # (N, T) each
-        length = (tokens == 3).int().argmax(1)
-        is_balanced = tokens[scored] == 2                                    # (N,)
-        return ((length % 2 == 0) == is_balanced).float().mean().item()
+        length = (tokens == 3).int().argmax(1)               # (N,)
+        return (tokens[scored] == 2 - length % 2).float().mean().item()
 
     def balanced(self, pairs, generator):
         """Random balanced strings g(pairs) for (B,) -> is_close (B, 2 self.size), true at each ")".
@@ -375,7 +373,7 @@ class Imitate(Task):
     sizes = range(2, 2_000, 2)
     vocab_size = 512
     block_size = 40
-    metric = "loss"                                          # KL(target | model), in nats
+    metric, unit = "loss", "KL (nats)"                       # KL(target | model)
 
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
@@ -423,7 +421,7 @@ class LM(Task):
     sizes = range(2, 10**6)
     vocab_size = None                                        # the size, or less for a small text
     block_size = 512
-    metric = "loss"
+    metric, unit = "loss", "loss (nats)"
 
     def __init__(self, size=10_000, text=None, device="cpu"):
         super().__init__(size, device)
@@ -437,8 +435,7 @@ class LM(Task):
         else:
             self.train_ids, self.test_ids = ids, self.ids(tinystories("valid"))
         if len(self.test_ids) <= self.block_size:
-            enough = 20 * (self.block_size + 1)
-            raise ValueError(f"lm: {len(ids):,} words of text are too few, {enough:,} would do")
+            raise ValueError(f"lm: {len(ids)} words of text are too few, 10,260 would do")
         self.test_set = self.windows(self.test_ids, 200, torch.Generator(device).manual_seed(0))
 
     def ids(self, path):
@@ -522,12 +519,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = common.MLP(n_embd, dropout)
 
-    def forward(self, x):
-        """x (B, T, C) -> x (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, at=None):
+        """x (B, T, C) -> x (B, T, C), or (B, Q, C) at the positions `at` (B, Q).
 
-INITS = ["gpt2", "paper"]
+        `at` is for the last block: its MLP, two thirds of its work, is only needed where an answer
+        is predicted. That makes a step of two layers 1.4 times as fast.
+        """
+        x = x + self.attn(self.ln_1(x))
+        if at is not None:
+            x = x.take_along_dim(at[..., None], dim=1)       # (B, Q, C)
+        return x + self.mlp(self.ln_2(x))
 
 @torch.no_grad()
 def init_(model, init):
@@ -573,38 +574,12 @@ class Transformer(nn.Module):
         states = [F.dropout(x, self.dropout, self.training)]
         for block in self.h[:-1]:
             states.append(block(states[-1]))
-        x, last = states[-1], self.h[-1]
-        return [*states, last(x) if at is None else last_block(last, x, at)]
+        return [*states, self.h[-1](states[-1], at)]
 
     def attention(self, tokens):
         """tokens (B, T) -> each layer's attention weights, (B, H, T, T)."""
         states = self.hidden_states(tokens)
         return [block.attn(block.ln_1(x), return_attn=True)[1] for block, x in zip(self.h, states)]
-
-def last_block(block, x, at):
-    """block(x (B, T, C)) computed only at the positions `at` (B, Q) -> (B, Q, C).
-
-    The last block is needed only where an answer is predicted: there alone a query is asked, of
-    all keys and values, and the MLP computed. A step of two layers is 1.4 times as fast.
-    """
-    attn, C = block.attn, x.shape[-1]
-    normed = block.ln_1(x)
-    here = at[..., None]                                     # (B, Q, 1)
-    if isinstance(attn, SumOfValues):
-        y = attn.c_attn(normed).cumsum(1).take_along_dim(here, 1)            # (B, Q, C)
-    else:
-        W, b = attn.c_attn.weight, attn.c_attn.bias
-        q = F.linear(normed.take_along_dim(here, 1), W[:C], b[:C])           # (B, Q, C)
-        k, v = F.linear(normed, W[C:], b[C:]).split(C, dim=-1)               # (B, T, C) each
-        q, k, v = [y.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for y in (q, k, v)]
-        is_future = torch.arange(x.shape[1], device=x.device) > here         # (B, Q, T)
-        scores = q @ k.mT / math.sqrt(q.shape[-1])           # (B, H, Q, T)
-        weights = scores.masked_fill(is_future[:, None], -math.inf).softmax(-1)
-        y = F.dropout(weights, attn.dropout, block.training) @ v             # (B, H, Q, C/H)
-        y = y.transpose(1, 2).flatten(2)
-    y = F.dropout(attn.c_proj(y), attn.dropout, block.training)
-    x = x.take_along_dim(here, 1) + y                        # (B, Q, C)
-    return x + block.mlp(block.ln_2(x))
 
 class Recurrent(nn.Module):
     """An embedding, two recurrent layers (nn.LSTM or nn.RNN), and an unembedding with a bias."""
@@ -794,13 +769,13 @@ def evaluate(model, task, tokens, scored):
     return dict(loss=loss / n, accuracy=right / n)
 
 def explained_variance(hidden, top=10):
-    """Shares of the variance of hidden (N, d) in its top components and neurons (Tables 4, 5)."""
-    covariance = hidden.double().T.cov(correction=0)   # (d, d)
-    shares = []
+    """Fraction of the variance of hidden (N, d) in its top components and neurons (Tables 4, 5)."""
+    covariance = hidden.double().T.cov(correction=0)         # (d, d)
+    fractions = []
     for variances in (torch.linalg.eigvalsh(covariance), covariance.diagonal()):
         largest = variances.sort(descending=True).values[:top]
-        shares.append((largest.sum() / variances.sum()).item())
-    return tuple(shares)
+        fractions.append((largest.sum() / variances.sum()).item())
+    return tuple(fractions)
 
 def find_needles(attns, tokens, scored):
     """Fig. 2 as numbers: layer 1's attention from each value to its marker, the last layer's from
@@ -827,10 +802,9 @@ def circuit(model, task):
     its spread among all pairs. A pizza has 1 and 0, a clock 0 and 1.
     """
     p = task.vocab_size
-    device = task.table.device
     generator = torch.Generator().manual_seed(0)
     tokens = task.table[torch.randperm(p * p, generator=generator)[:500]]    # (500, 3)
-    output = torch.randint(p, (500,), generator=generator)[:len(tokens), None].to(device)
+    output = torch.randint(p, (len(tokens), 1), generator=generator).to(tokens.device)
     with torch.enable_grad():
         embedded = model.wte(tokens[:, :2]).detach().requires_grad_()        # (500, 2, C)
         x = embedded + model.wpe.weight[:2]
@@ -865,17 +839,15 @@ def measure(args, run):
     task, model = load(run.folder, args.device)
     found = evaluate(model, task, *task.test_set)
     found["n_trained"] = n_numbers(train_only(model, args.train))
+    if task.trivial:
+        found["trivial"] = task.chance
     if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
-        tokens, scored = [x[:n] for x in task.test_set]
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        last_answer = (scored * position).amax(1, keepdim=True)              # (n, 1)
-        inside = position[:-1] < last_answer                                 # (n, T - 1)
-        found["components"], found["neurons"] = [], []
-        for state in model.hidden_states(tokens[:, :-1]):
-            principal, neuron = explained_variance(state[inside])
-            found["components"].append(principal)
-            found["neurons"].append(neuron)
+        tokens, scored = [x[:n] for x in task.test_set]      # (n, T) each
+        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0                 # before an answer
+        states = model.hidden_states(tokens[:, :-1])
+        fractions = [explained_variance(state[inside]) for state in states]
+        found["components"], found["neurons"] = map(list, zip(*fractions))
     if args.task == "needle" and args.model == "transformer":
         attns = model.attention(tokens[:, :-1])
         found["attention"] = find_needles(attns, tokens, scored)
@@ -907,18 +879,18 @@ transformer full            128       -      -        -      -     2.88
 TABLE1 = [line.split()[:3] for line in PUBLISHED.splitlines()[2:7]]
 
 def column_of(args):
-    """A run's model, what is trained, width, as in PUBLISHED."""
+    """A run's model, what is trained, and width, as in PUBLISHED."""
     return [args.model, args.train, str(args.n_embd)]
 
 def published(args):
     """The paper's number for a run's setting, or "-". Its learning rates are not all known."""
+    for key, value in zip(OWN, PAPER[args.task]):
+        if key != "lr" and getattr(args, key) not in (None, value):
+            return "-"
     header, *rows = [line.split() for line in PUBLISHED.split("\n") if line]
     for row in rows:
-        if row[:3] == column_of(args) and args.task in header:
-            for key, value in zip(OWN, PAPER[args.task]):
-                if key != "lr" and getattr(args, key) not in (None, value):
-                    return "-"
-            return row[header.index(args.task)]
+        if row[:3] == column_of(args):
+            return dict(zip(header, row)).get(args.task, "-")
     return "-"
 
 IN_WORDS = {
@@ -951,13 +923,13 @@ SCORES = """Accuracy on sequences that training never learns from, median [lowes
 include a pad and leave out the first digit)"""
 
 DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 101)]]
-FINDINGS = {
-    "components": ("Fraction of the variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
+FINDINGS = {                                                 # a title and the names of the numbers
+    "components": ("Variance in the top 10 principal components, as a fraction (Tables 4, 5)", DEPTHS),
     "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
     "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
-    "circuit": ("The circuit (Fig. 3); a pizza has 1, 0; a clock 0, 1",
+    "circuit": ("The circuit (Fig. 3): a pizza has 1 and 0, a clock 0 and 1",
         ["gradient symmetricity", "distance irrelevance"]),
-    "target": ("Imitation's target (paper: 2.89 to 3.02, 0.8 to 3.3)",
+    "target": ("The target of imitation, in nats (paper: 2.89 to 3.02, 0.8 to 3.3)",
         ["entropy of an output", "KL between two"]),
 }
 
@@ -965,15 +937,16 @@ def print_scores(runs):
     """Tables 1 to 3, with the paper's numbers and a trivial answer's."""
     cells = []
     for run in runs:
-        args, task, row = run.args, build(run.args)[0], row_of(run.args)
-        cells.append((row, "ours", run.results[task.metric]))
+        args, results, row = run.args, run.results, row_of(run.args)
+        task = TASKS[args.task]
+        cells.append((row, "measured", results[task.metric]))
         if args.task == "memorize":
             row = f"{row}, bits a parameter"
-            cells.append((row, "ours", bits(args, run.results)))
+            cells.append((row, "measured", bits(args, results)))
         if published(args) != "-":
             cells.append((row, "paper", published(args)))
         if task.trivial:
-            cells.append((f"{args.task}: {task.trivial}", "ours", task.chance))
+            cells.append((f"{args.task}: {task.trivial}", "measured", results["trivial"]))
     common.print_table(SCORES, cells)
 
 def print_findings(runs):
@@ -1002,57 +975,45 @@ def print_parameters(runs):
     cells, results = [], []
     for run in runs:
         model = build(run.args)[1]
-        sizes = {}
-        for name, part in model.named_children():
-            sizes[name] = n_numbers(part.parameters())
-        sizes["all"] = n_numbers(model.parameters())
-        sizes["trained"] = n_numbers(train_only(model, run.args.train))
-        for name, n in sizes.items():
-            cells.append((row_of(run.args), name, n, ",.0f"))
-        results.append({"run": row_of(run.args), **sizes})
+        parts = {name: part.parameters() for name, part in model.named_children()}
+        parts["all"] = model.parameters()
+        parts["trained"] = train_only(model, run.args.train)
+        results.append({name: n_numbers(part) for name, part in parts.items()})
+        row = " ".join([run.args.task, *column_of(run.args)])
+        cells += [(row, name, n, ",.0f") for name, n in results[-1].items()]
     common.print_table("Parameters (Table 6)", cells)
     return results
+
+LOOKS = {
+    "published": dict(marker="o", linestyle="none", fillstyle="none", markersize=10),
+    "trivial": dict(color="grey", linestyle=":"),
+}
 
 def plot_widths(runs):
     """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
 
     Hollow marks are published.
     """
-    scores, papers, tasks = {}, {}, {}                       # {width: score} of each line
+    lines = {}                                               # task, label, seed -> {width: score}
     for run in runs:
-        args = run.args
-        tasks[args.task] = build(args)[0]
-        width = args.target_width or args.n_embd
-        line = args.task, in_words(args)
-        scores.setdefault((*line, args.seed), {})[width] = run.results[tasks[args.task].metric]
-        if re.fullmatch(r"[\d.]+", published(args)) and args.task != "memorize":
-            papers.setdefault(line, {})[width] = float(published(args))
-    hollow = dict(marker="o", linestyle="none", fillstyle="none", markersize=10)
-    panels = {}
-    for name, task in tasks.items():
-        widths = sorted({w for key, line in scores.items() if key[0] == name for w in line})
-        unit = {"accuracy": "accuracy", "loss": "loss (nats)"}[task.metric]
-        axis = dict(xlabel="width", ylabel=f"test {unit}", xticks=np.log2(widths), xticklabels=widths)
-        if name == "imitate":
-            axis.update(xlabel="width of the target", ylabel="KL (nats)")
-        curves = []
-        for (of, words, seed), line in scores.items():
-            if of == name:
-                curves.append((words, *points(line), dict(marker="o")))
-        for (of, words), line in papers.items():
-            if of == name:
-                curves.append((f"published: {words}", *points(line), hollow))
+        args, task, words = run.args, TASKS[run.args.task], in_words(run.args)
+        found = {words: run.results[task.metric]}
         if task.trivial:
-            ends = np.log2(widths)[[0, -1]]
-            dotted = dict(color="grey", linestyle=":")
-            curves.append((f"trivial: {task.trivial}", ends, [task.chance] * 2, dotted))
-        panels[name] = axis, curves
+            found[f"trivial: {task.trivial}"] = run.results["trivial"]
+        if published(args) not in ("-", "fails") and args.task != "memorize":
+            found[f"published: {words}"] = float(published(args))
+        for label, score in found.items():
+            line = lines.setdefault((args.task, label, args.seed), {})
+            line[args.target_width or args.n_embd] = score
+    panels = {}
+    for (name, label, _), line in lines.items():
+        widths = sorted(line)
+        ticks = np.log2(widths)
+        axis = dict(xlabel="width", xticks=ticks, xticklabels=widths, ylabel=TASKS[name].unit)
+        look = LOOKS.get(label.partition(":")[0], dict(marker="o"))
+        curve = label, ticks, [line[width] for width in widths], look
+        panels.setdefault(name, (axis, []))[1].append(curve)
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
-
-def points(line):
-    """{width: score} as a curve: log2 of the widths, the scores."""
-    widths = sorted(line)
-    return np.log2(widths), [line[width] for width in widths]
 
 @torch.no_grad()
 def attention_panels(run):
@@ -1116,7 +1077,7 @@ def parse_args(argv=None):
     add("--train", nargs="+", choices=list(TRAINABLE), default=["embeddings", "full"],
         help="what is trained; embeddings: the paper's random transformer")
     add("--n-embd", nargs="+", type=count, default=[128, 16], help="widths")
-    add("--init", choices=INITS, default="gpt2",
+    add("--init", choices=["gpt2", "paper"], default="gpt2",
         help="random weights of a transformer; gpt2: standard deviation 0.02, "
         "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
     add("--n-layer", type=common.number(int, 1, 100), help=f"layers, but of lstm and rnn {own}")
