@@ -7,10 +7,11 @@ the embeddings and the unembedding: it still learns modular addition, associativ
 addition, balancing parentheses, even some language. The abilities were there; training picks the
 subspace that uses them. This takes a wide model.
 
-What to look for in the table of accuracies: `embeddings`, the random transformer, solves the task
-when wide but not when narrow; `full`, full training, solves parentheses at both widths. In this
-training the narrow random model only notices that an odd number of brackets cannot be balanced,
-which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.md).
+What to look for in the table of accuracies: the random transformer, of which only embeddings and
+unembedding are trained, solves the task if wide, but not if narrow; full training solves
+parentheses at both widths. In this training the narrow random model only notices that an odd number
+of brackets cannot be balanced, which gives 0.683; with larger batches and more steps it gets to
+0.84 (RESULTS.md).
 
     python random_transformer.py                             parentheses, widths 128 and 16
     python random_transformer.py --preset medium --plot      the threshold in width, four tasks
@@ -34,9 +35,10 @@ which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.m
     Fig. 6, imitation of random transformers of many widths:
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
-To reuse a task, take Task and its own base class along (HashedTask or Lookup); to reuse Transformer,
-take init_, Block, SumOfValues, and common's CausalSelfAttention, MLP and gpt2_init_.
+To reuse a task, take Task and its own base class (HashedTask or Lookup); for Transformer take
+init_, Block, SumOfValues, and common's CausalSelfAttention, MLP and gpt2_init_.
 """
+import ast
 import functools
 import math
 import os
@@ -130,8 +132,14 @@ class HashedTask(Task):
 
 class Lookup(Task):
     """Sequences x, y, z, of which z is the answer: the rows of train_rows (n, 3)."""
+    sizes = range(5, 2_000)
     block_size = 5                                           # the paper's: more than is used
     trivial = "any number"
+
+    @property
+    def chance(self):
+        """How often a number of `size` is right."""
+        return 1 / self.size
 
     def sample(self, batch, generator):
         n_rows = len(self.train_rows)
@@ -140,13 +148,10 @@ class Lookup(Task):
 
 class Modadd(Lookup):
     """a, b, (a + b) mod p. Of all p^2 pairs a fixed 5% are held out for the test."""
-    sizes = range(5, 2_000)
-    vocab_size = None                                        # p, the size
 
     def __init__(self, size=199, device="cpu"):
         super().__init__(size, device)
         p = self.vocab_size = self.size
-        self.chance = 1 / p
         a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
         self.table = torch.stack([a, b, (a + b) % p], dim=1).to(device)      # (p^2, 3)
         generator = torch.Generator().manual_seed(0)
@@ -155,16 +160,13 @@ class Modadd(Lookup):
         self.test_set = self.scored_from(test_rows, 2)
 
 class Memorize(Lookup):
-    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n. The test is what is
-    trained, shuffled: a part of it has all x."""
-    sizes = range(5, 2_000)
-    vocab_size = None                                        # 2 n
+    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n. The test set is the
+    training set, shuffled, so that a part of it has all x."""
 
     def __init__(self, size=512, device="cpu"):
         super().__init__(size, device)
         n = self.size
         self.vocab_size = 2 * n
-        self.chance = 1 / n
         x, y = torch.cartesian_prod(torch.arange(n), torch.arange(n, 2 * n)).T
         generator = torch.Generator().manual_seed(0)
         z = torch.randint(n, (n * n,), generator=generator)
@@ -202,10 +204,11 @@ class Needle(HashedTask):
         """How often the prompt's most frequent value (of several, any) is the answer."""
         tokens, scored = self.test_set                                       # (N, T) each
         values = tokens.masked_fill(scored, 0)[:, 1::2]      # (N, size + 1), 0 for none
-        counts = F.one_hot(values, 128).sum(1)[:, 1:]        # (N, 127)
-        most = counts == counts.amax(1, keepdim=True)
-        is_answer = most.gather(1, tokens[scored][:, None] - 1)[:, 0]        # (N,)
-        return (is_answer / most.sum(1)).mean().item()
+        counts = F.one_hot(values, 128).sum(1)               # (N, 128)
+        counts[:, 0] = 0
+        guess = (counts == counts.amax(1, keepdim=True)).float()
+        right = guess.gather(1, tokens[scored][:, None])[:, 0]               # (N,)
+        return (right / guess.sum(1)).mean().item()
 
 class Addition(HashedTask):
     """a + b = sum, then a stop; a and b uniform over numbers of `size` digits, lowest digit first.
@@ -216,7 +219,6 @@ class Addition(HashedTask):
     """
     sizes = range(1, 18)
     vocab_size = 31
-    block_size = None                                        # by the size
     trivial = "one answer at each position"
 
     def __init__(self, size=10, device="cpu"):
@@ -245,11 +247,8 @@ class Addition(HashedTask):
     def chance(self):
         """How often the most frequent answer of its position is right."""
         tokens, scored = self.test_set                                       # (N, T) each
-        right = 0
-        for position in range(2 * self.size + 2, tokens.shape[1]):
-            answers_here = tokens[scored[:, position], position]
-            right += answers_here.bincount().max().item()
-        return right / scored.sum().item()
+        counts = F.one_hot(tokens * scored, 31).sum(0)[:, 20:]               # (T, 11)
+        return (counts.amax(1).sum() / scored.sum()).item()
 
 class Parens(HashedTask):
     """Up to 2 size brackets, "(" 1 and ")" 2, then "?" 3, and a label: 2 for balanced, else 1.
@@ -419,7 +418,6 @@ class LM(Task):
     its last 5%, which is not trained on.
     """
     sizes = range(2, 10**6)
-    vocab_size = None                                        # the size, or less for a small text
     block_size = 512
     metric, unit = "loss", "loss (nats)"
 
@@ -427,7 +425,7 @@ class LM(Task):
         super().__init__(size, device)
         path = text or tinystories("train")
         most_common = Counter(words_of(path)).most_common(self.size - 1)
-        self.words = ["<unknown>", *[word for word, _ in most_common]]
+        self.words = ["<unknown>", *dict(most_common)]
         self.vocab_size = len(self.words)
         ids = self.ids(path)
         if text:
@@ -554,9 +552,8 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
         self.dropout = dropout
-        self.h = nn.ModuleList()
-        for _ in range(n_layer):
-            self.h.append(Block(n_embd, n_head, linear, dropout))
+        blocks = [Block(n_embd, n_head, linear, dropout) for _ in range(n_layer)]
+        self.h = nn.ModuleList(blocks)
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         init_(self, init)
@@ -626,33 +623,40 @@ PRESETS = {                                                  # what differs from
 PRESETS["table1"] = dict(PRESETS["paper"], model=["transformer", "lstm"])
 PRESETS["params"] = PRESETS["paper"]                         # Table 6: counts, trains nothing
 
-OWN = ["size", "steps", "batch_size", "lr", "n_layer", "n_head", "dropout", "weight_decay"]
-SMALL = {                                                    # a task's OWN, unless a flag gives it
-    "modadd": (59, 600, 1_500, 5e-3, 2, 4, 0.0, 1e-3),
-    "needle": (4, 6_000, 128, 1e-3, 2, 4, 0.0, 1e-3),
-    "addition": (3, 2_000, 128, 5e-3, 2, 4, 0.0, 1e-3),
-    "parens": (10, 1_000, 128, 5e-3, 2, 4, 0.0, 1e-3),
-    "memorize": (64, 2_000, 512, 5e-3, 2, 4, 0.0, 1e-3),
-    "imitate": (None, 500, 64, 5e-3, 3, 4, 0.0, 1e-3),
-    "lm": (1_000, 200, 4, 5e-3, 4, 8, 0.1, 1e-3),
-}
-PAPER = {
-    "modadd": (199, 50_000, 4_000, 1e-3, 2, 4, 0.0, 1e-3),   # 5,000 epochs
-    "needle": (30, 10_000, 1_000, 1e-3, 2, 4, 0.0, 1e-3),
-    "addition": (10, 10_000, 1_000, 1e-3, 2, 4, 0.0, 1e-3),
-    "parens": (30, 10_000, 1_000, 1e-3, 2, 4, 0.0, 1e-3),
-    # 21,000 epochs, in the released code without replacement
-    "memorize": (512, 168_000, 2**15, 1e-3, 2, 4, 0.0, 1e-4),
-    "imitate": (None, 10_000, 1_000, 1e-3, 3, 4, 0.0, 1e-3),
-    # 5 epochs; layers, heads and dropout as released
-    "lm": (10_000, 230_000, 20, 6e-4, 4, 8, 0.1, 0.1),
-}
+# What a task decides, unless a flag does. The paper's epochs: modadd 5,000, memorize 21,000 (in the
+# released code without replacement), lm 5 (layers, heads and dropout as released)
+SETTINGS = """
+task     preset   size   steps batch_size   lr n_layer n_head dropout weight_decay
+modadd   small      59     600       1500 5e-3       2      4     0.0         1e-3
+needle   small       4    6000        128 1e-3       2      4     0.0         1e-3
+addition small       3    2000        128 5e-3       2      4     0.0         1e-3
+parens   small      10    1000        128 5e-3       2      4     0.0         1e-3
+memorize small      64    2000        512 5e-3       2      4     0.0         1e-3
+imitate  small    None     500         64 5e-3       3      4     0.0         1e-3
+lm       small    1000     200          4 5e-3       4      8     0.1         1e-3
+modadd   paper     199   50000       4000 1e-3       2      4     0.0         1e-3
+needle   paper      30   10000       1000 1e-3       2      4     0.0         1e-3
+addition paper      10   10000       1000 1e-3       2      4     0.0         1e-3
+parens   paper      30   10000       1000 1e-3       2      4     0.0         1e-3
+memorize paper     512  168000      32768 1e-3       2      4     0.0         1e-4
+imitate  paper    None   10000       1000 1e-3       3      4     0.0         1e-3
+lm       paper   10000  230000         20 6e-4       4      8     0.1          0.1
+"""
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
+
+def rows_of(table):
+    """The rows of a table in text, as dicts by column."""
+    header, *rows = [line.split() for line in table.strip().splitlines()]
+    return [dict(zip(header, row)) for row in rows]
+
+def settings_of(task, preset):
+    """A task's settings: {flag: value}. preset: small or paper."""
+    row, = [row for row in rows_of(SETTINGS) if (row["task"], row["preset"]) == (task, preset)]
+    return {key: ast.literal_eval(row[key]) for key in list(row)[2:]}
 
 def resolve(args):
     """Completes a run's settings by the task's own. Unused settings become None."""
-    settings = (SMALL if args.preset in ("quick", "medium") else PAPER)[args.task]
-    own = dict(zip(OWN, settings))
+    own = settings_of(args.task, "small" if args.preset in ("quick", "medium") else "paper")
     if args.model == "lstm":
         own["lr"] = 5e-3
     elif args.train == "full":                               # at 5e-3 width 128 fails at parens
@@ -705,15 +709,13 @@ def learning_rate(step, args):
 def answers(tokens, scored, n):
     """Where up to n answers of a sequence are predicted, and what they are.
 
-    tokens, scored (B, T) -> at (B, n), or None for every position; targets (B, n), -100 for none.
+    tokens, scored (B, T) -> at (B, n); targets (B, n), -100 for none.
     An answer is predicted one position before its own: with n = 3,
 
         tokens   5  6  7 20 21 12     scored   .  .  .  x  x  .     at  2 3 0   targets  20 21 -100
     """
     predicts_answer = scored[:, 1:]                          # (B, T - 1): the next token is one
     next_token = tokens[:, 1:].masked_fill(~predicts_answer, -100)
-    if n == next_token.shape[1]:
-        return None, next_token
     # Sorted: the positions of the answers, in order, then other ones, whose next_token is -100
     at = predicts_answer.int().argsort(dim=1, descending=True, stable=True)[:, :n]
     return at, next_token.gather(1, at)
@@ -722,10 +724,9 @@ def train(args, run):
     """One run of the sweep; goes on from its checkpoint if there is one."""
     task, model = build(args)
     trained = train_only(model, args.train)
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    # Biases and norms do not decay (the released code)
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+    matrices = [weights for weights in trained if weights.dim() > 1]
+    vectors = [weights for weights in trained if weights.dim() == 1]         # biases and norms
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)] # the released code's
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     data = torch.Generator(args.device).manual_seed(args.seed)
     start = run.restore(model, optimizer, data)
@@ -875,36 +876,30 @@ transformer token_unembed  1024       -      -    fails      -        -
 transformer embeddings      128       -      -        -      -     0.41
 transformer full            128       -      -        -      -     2.88
 """
-# The columns of Table 1, in which no narrow LSTM stands
-TABLE1 = [line.split()[:3] for line in PUBLISHED.splitlines()[2:7]]
-
-def column_of(args):
-    """A run's model, what is trained, and width, as in PUBLISHED."""
-    return [args.model, args.train, str(args.n_embd)]
+def published_row(args):
+    """The row of PUBLISHED for a run's model, what is trained, and width; {} if there is none."""
+    for row in rows_of(PUBLISHED):
+        if [row["model"], row["train"], row["width"]] == [args.model, args.train, str(args.n_embd)]:
+            return row
+    return {}
 
 def published(args):
     """The paper's number for a run's setting, or "-". Its learning rates are not all known."""
-    for key, value in zip(OWN, PAPER[args.task]):
+    for key, value in settings_of(args.task, "paper").items():
         if key != "lr" and getattr(args, key) not in (None, value):
             return "-"
-    header, *rows = [line.split() for line in PUBLISHED.split("\n") if line]
-    for row in rows:
-        if row[:3] == column_of(args):
-            return dict(zip(header, row)).get(args.task, "-")
-    return "-"
+    return published_row(args).get(args.task, "-")
 
 IN_WORDS = {
-    "linear": "linear attention", "lstm": "LSTM", "rnn": "RNN",
-    "full": "fully trained", "embeddings": "random, embeddings trained",
-    "token_unembed": "random, no positions trained", "embed": "random, no unembedding trained",
-    "unembed": "random, unembedding trained",
+    "full": "fully trained", "embeddings": "random", "embed": "random, without its unembedding",
+    "token_unembed": "random, without its positions", "unembed": "random, the unembedding alone",
 }
 
 def in_words(args):
-    """A run's model and what is trained; of imitation also the student's width."""
+    """What is trained, and the model if it is another; of imitation also the student's width."""
     words = IN_WORDS[args.train]
     if args.model != "transformer":
-        words = f"{IN_WORDS[args.model]}, {words}"
+        words = f"{args.model}, {words}"
     return f"{words}, width {args.n_embd}" if args.task == "imitate" else words
 
 def row_of(args):
@@ -918,13 +913,13 @@ def bits(args, results):
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
-SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] over seeds
+SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] of the seeds
 (lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
-include a pad and leave out the first digit)"""
+include a pad and leave out the first digit). Random: only embeddings and unembedding are trained"""
 
 DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 101)]]
 FINDINGS = {                                                 # a title and the names of the numbers
-    "components": ("Variance in the top 10 principal components, as a fraction (Tables 4, 5)", DEPTHS),
+    "components": ("Fraction of variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
     "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
     "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
     "circuit": ("The circuit (Fig. 3): a pizza has 1 and 0, a clock 0 and 1",
@@ -946,7 +941,8 @@ def print_scores(runs):
         if published(args) != "-":
             cells.append((row, "paper", published(args)))
         if task.trivial:
-            cells.append((f"{args.task}: {task.trivial}", "measured", results["trivial"]))
+            row = f"{args.task}, trivial answer: {task.trivial}"
+            cells.append((row, "measured", results["trivial"]))
     common.print_table(SCORES, cells)
 
 def print_findings(runs):
@@ -979,7 +975,7 @@ def print_parameters(runs):
         parts["all"] = model.parameters()
         parts["trained"] = train_only(model, run.args.train)
         results.append({name: n_numbers(part) for name, part in parts.items()})
-        row = " ".join([run.args.task, *column_of(run.args)])
+        row = f"{run.args.task} {run.args.model} {run.args.train} {run.args.n_embd}"
         cells += [(row, name, n, ",.0f") for name, n in results[-1].items()]
     common.print_table("Parameters (Table 6)", cells)
     return results
@@ -1009,58 +1005,39 @@ def plot_widths(runs):
     for (name, label, _), line in lines.items():
         widths = sorted(line)
         ticks = np.log2(widths)
-        axis = dict(xlabel="width", xticks=ticks, xticklabels=widths, ylabel=TASKS[name].unit)
+        axis = dict(xticks=ticks, xticklabels=widths, ylabel=f"test {TASKS[name].unit}")
+        axis["xlabel"] = "width of the target" if name == "imitate" else "width"
         look = LOOKS.get(label.partition(":")[0], dict(marker="o"))
         curve = label, ticks, [line[width] for width in widths], look
         panels.setdefault(name, (axis, []))[1].append(curve)
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
 @torch.no_grad()
-def attention_panels(run):
+def plot_attention(run):
     """Fig. 2: the attention of each head for one prompt of needle, up to 8 pairs long."""
     task, model = load(run.folder)
     tokens, scored = task.test_set
     query = scored.int().argmax(1) - 1                       # (N,)
-    longest = torch.where(query <= 16, query, 0).argmax()    # of those whose names can be read
+    longest = torch.where(query <= 16, query, 0).argmax()    # of those whose tokens can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
-    words = [str(value) for value in range(128)]
-    words += [f"m{i}" for i in range(30)]                    # markers
-    words += [f"?m{i}" for i in range(30)]                   # their queries
-    names = [words[token] for token in prompt.tolist()]
-    axis = dict(xlabel="looks at", ylabel="token")
+    names = prompt.tolist()
+    axis = dict(xlabel="looks at", ylabel="value, marker (from 128), query (marker + 30)")
     panels = {}
     for layer, attn in enumerate(model.attention(prompt[None]), 1):
         for head, weights in enumerate(attn[0], 1):
-            title = f"{run.args.train} {run.args.n_embd}: layer {layer}, head {head}"
-            panels[title] = weights, names, names, axis, []
-    return panels
+            panels[f"layer {layer}, head {head}"] = weights, names, names, axis, []
+    common.plot_matrices(run.folder / "attention.png", panels, columns=4)
 
 @torch.no_grad()
-def circle_panel(run):
+def plot_circle(run):
     """Fig. 3: modadd's numbers, joined in order, on their top two principal components."""
     weight = load(run.folder)[1].wte.weight
     points = weight - weight.mean(0)                         # (p, C)
     components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
-    x, y = (points @ components.T).T
+    x, y = components @ points.T                             # (p,) each
     axis = dict(xlabel="principal component 1", ylabel="principal component 2")
-    return axis, [("0, 1, 2, ..", x, y, dict(marker="o", linewidth=0.3))]
-
-def plot(runs):
-    """The width figure; of the first seed's transformers Fig. 2 (needle) and Fig. 3 (modadd)."""
-    plot_widths(runs)
-    attention, circles = {}, {}
-    for run in runs:
-        args = run.args
-        if args.model == "transformer" and args.seed == runs[0].args.seed:
-            if args.task == "needle":
-                attention.update(attention_panels(run))
-            if args.task == "modadd" and args.n_embd > 1:    # two components
-                circles[f"{in_words(args)}, width {args.n_embd}"] = circle_panel(run)
-    folder = runs[0].folder.parent
-    if attention:
-        common.plot_matrices(folder / "attention.png", attention, columns=4)
-    if circles:
-        common.plot(folder / "circle.png", circles)
+    curve = "0, 1, 2, ..", x, y, dict(marker="o", linewidth=0.3)
+    common.plot(run.folder / "circle.png", {row_of(run.args): (axis, [curve])})
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -1105,8 +1082,14 @@ def show(runs):
     """The tables of a sweep, and with --plot its figures."""
     print_scores(runs)
     print_findings(runs)
-    if runs[0].args.plot:
-        plot(runs)
+    if not runs[0].args.plot:
+        return
+    plot_widths(runs)
+    for run in runs:
+        if "attention" in run.results:
+            plot_attention(run)
+        if "circuit" in run.results and run.args.n_embd > 1: # two components
+            plot_circle(run)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a dict a run."""
@@ -1115,7 +1098,7 @@ def main(argv=None):
     if args.preset == "params":
         return print_parameters(runs)
     if args.preset == "table1":
-        runs = [run for run in runs if column_of(run.args) in TABLE1]
+        runs = [run for run in runs if published_row(run.args)]              # no narrow LSTM
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
