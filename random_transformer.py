@@ -646,7 +646,7 @@ SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
 def rows_of(table):
     """The rows of a table in text, as dicts by column."""
-    header, *rows = [line.split() for line in table.strip().splitlines()]
+    header, *rows = [line.split() for line in table.splitlines() if line]
     return [dict(zip(header, row)) for row in rows]
 
 def settings_of(task, preset):
