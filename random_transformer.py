@@ -65,7 +65,7 @@ class Task:
     """
     trivial = None                                           # an answer without the ability, as
     chance = None                                            # words, and its accuracy
-    metric = unit = "accuracy"                               # or "loss", in nats
+    metric, unit = "accuracy", "test accuracy"               # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
         if size not in self.sizes:
@@ -372,7 +372,7 @@ class Imitate(Task):
     sizes = range(2, 2_000, 2)
     vocab_size = 512
     block_size = 40
-    metric, unit = "loss", "KL (nats)"                       # KL(target | model)
+    metric, unit = "loss", "test KL (nats), by the target's width"                       # KL(target | model)
 
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
@@ -419,7 +419,7 @@ class LM(Task):
     """
     sizes = range(2, 10**6)
     block_size = 512
-    metric, unit = "loss", "loss (nats)"
+    metric, unit = "loss", "test loss (nats)"
 
     def __init__(self, size=10_000, text=None, device="cpu"):
         super().__init__(size, device)
@@ -913,7 +913,7 @@ def bits(args, results):
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
-SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] of the seeds
+SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] of seeds
 (lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
 include a pad and leave out the first digit). Random: only embeddings and unembedding are trained"""
 
@@ -1003,13 +1003,11 @@ def plot_widths(runs):
             line[args.target_width or args.n_embd] = score
     panels = {}
     for (name, label, _), line in lines.items():
-        widths = sorted(line)
+        widths, scores = zip(*sorted(line.items()))
         ticks = np.log2(widths)
-        axis = dict(xticks=ticks, xticklabels=widths, ylabel=f"test {TASKS[name].unit}")
-        axis["xlabel"] = "width of the target" if name == "imitate" else "width"
+        axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=ticks, xticklabels=widths)
         look = LOOKS.get(label.partition(":")[0], dict(marker="o"))
-        curve = label, ticks, [line[width] for width in widths], look
-        panels.setdefault(name, (axis, []))[1].append(curve)
+        panels.setdefault(name, (axis, []))[1].append((label, ticks, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
 @torch.no_grad()

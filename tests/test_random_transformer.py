@@ -731,15 +731,15 @@ def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, capsys,
     assert len(results) == len(TASKS)
     for wanted in ("imitate 16", "Prose", "query to value", "symmetricity", "entropy"):
         assert wanted in out, wanted
-    assert max(len(line) for line in out.splitlines() if "figure: " not in line and "text=" not in line) <= 100
+    out = out[out.index("\nAccuracy"):out.index("figure: ")]
+    assert max(map(len, out.splitlines())) <= 100
     figures = {(path.parent.name.split(",")[1], path.name) for path in (tmp_path / "out" / "random_transformer").glob("*/*.png")}
     assert figures == {("task=needle", "attention.png"), ("task=modadd", "circle.png")}
     assert (tmp_path / "out" / "random_transformer" / "width.png").exists()
     for found in results:
         assert 0 < found["loss"] < 20 and 0 <= found["accuracy"] <= 1 and len(found["neurons"]) >= 3
     random_transformer.main(flags[:-1])                                          # all finished: the table alone
-    again = capsys.readouterr().out
-    assert again == out[out.index("\nAccuracy"):out.index("figure: ")]
+    assert capsys.readouterr().out == out
 
 
 def fake_complete(runs, train, measure, show):
@@ -752,6 +752,7 @@ def fake_complete(runs, train, measure, show):
 
 def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "complete", fake_complete)
+    monkeypatch.setattr(random_transformer, "build", lambda args: None)          # takes seconds
     flags = ["--preset", "table1", "--device", "cpu", "--seed", "0", "1", "--out-dir", tmp_path]
     asked = random_transformer.main([*flags])
     assert len(asked) == len({run.folder for run in asked}) == 4 * 5 * 2
@@ -851,21 +852,16 @@ def docstring_commands():
             yield command.split()[2:]
 
 
-def test_every_command_of_the_docstring_is_parsed_and_no_two_trainings_share_a_folder(tmp_path, monkeypatch):
+def test_every_command_of_the_docstring_is_parsed_and_no_two_trainings_share_a_folder(tmp_path):
     """Where two commands meet in a folder, they train the same."""
     trained = {}
-
-    def complete(runs, train, measure, show):
-        for run in runs:
-            assert trained.setdefault(run.folder, run.settings) == run.settings
-    monkeypatch.setattr(common, "complete", complete)
-    monkeypatch.setattr(random_transformer, "tinystories", lambda split: tmp_path / "text.txt")
-    (tmp_path / "text.txt").write_text("one two three. " * 4_000)
     commands = list(docstring_commands())
     assert len(commands) == 12 and [*"full embeddings token_unembed embed unembed".split()] == commands[3][-5:]
     for flags in commands:
         flags = [word for word in flags if word != "--plot"]                     # trains the same, and wants matplotlib
-        random_transformer.main([*flags, "--device", "cpu", "--out-dir", tmp_path])
+        args = random_transformer.parse_args([*flags, "--device", "cpu", "--out-dir", tmp_path])
+        for run in common.sweep(args, random_transformer.SWEEP, lambda args: None, random_transformer.resolve):
+            assert trained.setdefault(run.folder, run.settings) == run.settings
     assert len(trained) > 50
 
 
