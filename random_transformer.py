@@ -372,7 +372,7 @@ class Imitate(Task):
     sizes = range(2, 2_000, 2)
     vocab_size = 512
     block_size = 40
-    metric, unit = "loss", "test KL (nats), by the target's width"                       # KL(target | model)
+    metric, unit = "loss", "test KL(target | model) (nats), by the target's width"
 
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
@@ -807,12 +807,9 @@ def circuit(model, task):
     tokens = task.table[torch.randperm(p * p, generator=generator)[:500]]    # (500, 3)
     output = torch.randint(p, (len(tokens), 1), generator=generator).to(tokens.device)
     with torch.enable_grad():
-        embedded = model.wte(tokens[:, :2]).detach().requires_grad_()        # (500, 2, C)
-        x = embedded + model.wpe.weight[:2]
-        for block in model.h:
-            x = block(x)
-        logits = model.lm_head(model.ln_f(x[:, -1]))                         # (500, V)
-        gradient, = torch.autograd.grad(logits.gather(1, output).sum(), embedded)
+        states = model.hidden_states(tokens[:, :2])                          # (500, 2, C) each
+        logits = model.lm_head(model.ln_f(states[-1][:, -1]))                # (500, V)
+        gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
     right = []                                               # the logit of a + b, for all pairs
     for pairs in task.table.split(5_000):
@@ -839,7 +836,6 @@ def measure(args, run):
     """The scores on the whole test set, and what else applies to a run, from its checkpoint."""
     task, model = load(run.folder, args.device)
     found = evaluate(model, task, *task.test_set)
-    found["n_trained"] = n_numbers(train_only(model, args.train))
     if task.trivial:
         found["trivial"] = task.chance
     if isinstance(model, Transformer):
@@ -858,6 +854,7 @@ def measure(args, run):
         found["target"] = task.describe()
     if args.task == "lm":
         found["prose"] = write_prose(model, task, args.seed)
+    found["n_trained"] = n_numbers(train_only(model, args.train))
     return found
 
 # ---- Tables and figures -------------------------------------------------------------------------
@@ -876,6 +873,7 @@ transformer token_unembed  1024       -      -    fails      -        -
 transformer embeddings      128       -      -        -      -     0.41
 transformer full            128       -      -        -      -     2.88
 """
+
 def published_row(args):
     """The row of PUBLISHED for a run's model, what is trained, and width; {} if there is none."""
     for row in rows_of(PUBLISHED):
@@ -1044,12 +1042,12 @@ def parse_args(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
     count, own = common.positive_int, "(default: the task's own)"
-    add("--task", nargs="+", choices=list(TASKS), default=["parens"],
+    add("--task", nargs="+", choices=TASKS, default=["parens"],
         help="tasks; at the quick sizes a random model solves parens from width 64 or 128 on, "
         "modadd and addition from 256, needle from 512")
     add("--model", nargs="+", choices=MODELS, default=["transformer"],
         help="linear: attention is a sum of values")
-    add("--train", nargs="+", choices=list(TRAINABLE), default=["embeddings", "full"],
+    add("--train", nargs="+", choices=TRAINABLE, default=["embeddings", "full"],
         help="what is trained; embeddings: the paper's random transformer")
     add("--n-embd", nargs="+", type=count, default=[128, 16], help="widths")
     add("--init", choices=["gpt2", "paper"], default="gpt2",
