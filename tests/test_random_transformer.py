@@ -3,7 +3,6 @@ import argparse
 import hashlib
 import importlib.util
 import math
-import os
 import random
 import re
 import subprocess
@@ -23,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import common
 import random_transformer
 from random_transformer import TASKS, TRAINABLE, Recurrent, Transformer, answers, explained_variance, train_only
-from test_common import call_main, cut_and_continued, metrics_of, numpy_block
+from test_common import numpy_block
 
 SCRIPT = Path(random_transformer.__file__)
 TINY = ["--device", "cpu", "--n-embd", "16", "--train", "embeddings", "--batch-size", "8", "--steps", "60",
@@ -35,12 +34,15 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def sweep(args):
+    return common.sweep(args, random_transformer.SWEEP, random_transformer.build, random_transformer.resolve)
+
+
 def one_run(tmp_path, *flags):
     """A run of the sweep, ready to train; --task and --size are parens of 6 pairs where no task is given."""
     usual = TINY if "--task" in flags else PARENS
     args = random_transformer.parse_args([*usual, "--out-dir", str(tmp_path), *map(str, flags)])
-    run, = common.sweep(args, random_transformer.SWEEP, random_transformer.resolve)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run, = sweep(args)
     common.seed_everything(0)
     return run
 
@@ -54,10 +56,9 @@ def train_and_measure(run):
 def short_lm(monkeypatch):
     """Windows of 64 words in place of 512, which take seconds."""
     monkeypatch.setattr(TASKS["lm"], "block_size", 64)
-    monkeypatch.setattr(TASKS["lm"], "n_answers", 64)
-    random_transformer.shared_task.cache_clear()
+    random_transformer.make_task.cache_clear()
     yield
-    random_transformer.shared_task.cache_clear()
+    random_transformer.make_task.cache_clear()
 
 
 # ---- The tasks --------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def test_samples_fit_the_papers_table(name):
     assert (task.vocab_size, task.block_size) == (vocab_size, block_size)
     assert tokens.shape == scored.shape and tokens.dtype == torch.int64 and scored.dtype == torch.bool
     assert 0 <= tokens.min() and tokens.max() < vocab_size and tokens.shape[1] - 1 <= block_size
-    assert 1 <= scored.sum(1).min() and scored.sum(1).max() <= task.n_answers and not scored[:, 0].any()
+    assert 1 <= scored.sum(1).min() and scored.sum(1).max() <= dict(addition=12).get(name, 1) and not scored[:, 0].any()
     again, other = task.sample(2_000, generator())[0], task.sample(2_000, generator(1))[0]
     assert torch.equal(tokens, again) and not torch.equal(tokens, other)
     small = 8 if name == "parens" else task.sizes[-1] // 2 * 2                   # (30 pairs take seconds)
@@ -281,10 +282,11 @@ def test_training_learns_nothing_from_the_test_set(tmp_path, monkeypatch, name):
 def test_sampling_never_waits_for_the_device(name):
     """Under fake tensors, all that has to know a value (.item(), a boolean mask as an index) is an error."""
     task = TASKS[name](8)
+    n = task.n_answers
     with FakeTensorMode(allow_non_fake_inputs=True):
         tokens, scored = task.sample(16, generator())
-        at, targets = answers(tokens, scored & ~task.held_out(tokens)[:, None], task.n_answers)
-        assert targets.shape == (16, task.n_answers)
+        at, targets = answers(tokens, scored & ~task.held_out(tokens)[:, None], n)
+        assert targets.shape == (16, n)
         with pytest.raises(DataDependentOutputException):                        # and it is noticed
             task.held_out(tokens).any().item()
 
@@ -413,6 +415,11 @@ def test_of_tinystories_the_validation_split_is_the_test(tmp_path, monkeypatch):
 
 # ---- The models and what is trained -----------------------------------------------------------------------------------
 
+def numpy_norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * weight + bias
+
+
 def numpy_linear_block(block, x):
     """As numpy_block, with attention replaced by the sum of the values so far."""
     w = {name: p.detach().numpy() for name, p in block.named_parameters()}
@@ -421,8 +428,7 @@ def numpy_linear_block(block, x):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return numpy_norm(x, w[f"{name}.weight"], w[f"{name}.bias"])
     values = linear(norm(x, "ln_1"), "attn.c_attn")
     so_far = np.array([sum(values[s] for s in range(t + 1)) for t in range(len(x))])
     x = x + linear(so_far, "attn.c_proj")
@@ -437,9 +443,7 @@ def test_the_transformer_agrees_with_numpy(linear):
     for p in model.parameters():
         p.data.normal_(std=0.4)
     tokens = torch.randint(20, (2, 9))
-    logits, attns = model(tokens, return_attn=True)
-    states = model.hidden_states(tokens)
-    torch.testing.assert_close(model(tokens), logits)
+    logits, attns, states = model(tokens), model.attention(tokens), model.hidden_states(tokens)
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for b in range(2):
         x = w["wte.weight"][tokens[b]] + w["wpe.weight"]
@@ -448,7 +452,9 @@ def test_the_transformer_agrees_with_numpy(linear):
             x, weights = (numpy_linear_block if linear else numpy_block)(block, x)
             np.testing.assert_allclose(states[i + 1][b].detach(), x, atol=1e-10)
             assert linear or np.abs(attns[i][b].detach().numpy() - weights).max() < 1e-10
-    at = torch.tensor([[8, 0, 3], [1, 1, 7]])                                    # the last block, there alone
+        x = w["lm_head.weight"] @ numpy_norm(x, w["ln_f.weight"], w["ln_f.bias"]).T
+        np.testing.assert_allclose(logits[b].detach(), x.T, atol=1e-10)
+    at = torch.tensor([[8, 0, 3], [1, 1, 7]])                                    # there alone
     torch.testing.assert_close(model(tokens, at), logits.gather(1, at[..., None].expand(-1, -1, 20)))
     changed = tokens.clone()
     changed[:, 5:] = 0
@@ -502,7 +508,7 @@ def test_dropout_is_gpt2s_and_for_training_alone(monkeypatch):
     monkeypatch.setattr(F, "dropout", watched_dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched_attention)
     whole, one = (2, 9, 12), (2, 1, 12)                     # embeddings; in each layer attention, its output, the MLP's output
-    full = [whole, *[(2, 2, 9, 9), whole, whole] * 2, (2, 2, 1, 9), one, one]
+    full = [whole, *[(2, 2, 9, 9), whole, whole] * 2, (2, 2, 9, 9), whole, one]           # the last MLP, at one position
     for rate in (0.25, 0):
         dropped.clear()
         model.train(rate > 0)(tokens, at)
@@ -610,16 +616,6 @@ def test_explained_variance_of_a_known_spectrum():
     assert explained_variance(hidden, top=3)[0] == pytest.approx((30 + 29 + 28) / 465, abs=1e-6)
 
 
-def test_all_is_measured_on_a_device_without_float64(tmp_path, short_lm, no_float64_on_device):
-    text = tmp_path / "text.txt"
-    text.write_text("one two three. " * 3_000)
-    for task in TASKS:
-        size = dict(imitate=["--target-width", 6], lm=["--size", 6, "--text", text]).get(task, ["--size", 6])
-        run = one_run(tmp_path, "--task", task, "--steps", "1", *size)
-        result = train_and_measure(run)
-        assert 0 < result["loss"] < 20 and 0 <= result["accuracy"] <= 1 and len(result["neurons"]) >= 3
-
-
 def test_evaluate_counts_each_answer_once():
     task = TASKS["addition"](2)
 
@@ -657,12 +653,15 @@ def test_circuit_tells_a_pizza_from_a_clock(p):
         def __init__(self, combine):
             super().__init__()
             self.wte = nn.Embedding.from_pretrained(torch.stack([angle.cos(), angle.sin()], 1))
-            self.wpe = nn.Embedding.from_pretrained(torch.zeros(5, 2))
-            self.h, self.ln_f = [lambda x: combine(x[:, 0], x[:, 1])[:, None]], nn.Identity()
+            self.ln_f = nn.Identity()
             self.lm_head = lambda z: z[..., :1] * angle.cos() + z[..., 1:] * angle.sin()
 
+        def hidden_states(self, tokens):
+            x = self.wte(tokens).requires_grad_()
+            return [x, combine(x[:, 0], x[:, 1])[:, None]]
+
         def forward(self, tokens):
-            return self.lm_head(self.h[0](self.wte(tokens)))
+            return self.lm_head(self.hidden_states(tokens)[-1])
 
     def pizza(a, b):
         s = a + b                                                                # angle (a + b) / 2, length |cos((a - b) / 2)|
@@ -725,50 +724,53 @@ def test_tinystories_is_downloaded_whole_and_checked(tmp_path, monkeypatch):
 
 # ---- The command ------------------------------------------------------------------------------------------------------
 
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    out = cut_and_continued(SCRIPT, tmp_path, [*TINY, "--task", "needle", "--dropout", "0.1"], "step 10:", "step 20:")
-    assert "embeddings 16" in out and "Tables 4, 5" in out
-
-
 def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, capsys, short_lm):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
     text.write_text("one two three. " * 3_000)
     flags = [*TINY, "--steps", "2", "--task", *TASKS, "--size", "5", "--text", text, "--out-dir", tmp_path / "out", "--plot"]
-    results = call_main(random_transformer, *flags)
+    results = random_transformer.main(flags)
     out = capsys.readouterr().out
     assert len(results) == len(TASKS)
-    for wanted in ("imitate 16", "Prose", "query to value", "symmetricity", "Entropy"):
+    for wanted in ("imitate 16", "Prose", "query to value", "symmetricity", "entropy"):
         assert wanted in out, wanted
-    assert max(len(line) for line in out.splitlines() if "figure: " not in line and "text=" not in line) <= 100
-    figures = {path.name.partition(",")[0] for path in (tmp_path / "out" / "random_transformer").glob("*.png")}
-    assert figures == {"width", "circle of embeddings 16", "attention of embeddings 16"}
-    call_main(random_transformer, *flags[:-1])                                   # all finished: the table alone
-    out = capsys.readouterr().out
-    assert "step 2" not in out and out.count("finished on") == len(TASKS) and "figure" not in out
+    out = out[out.index("\nAccuracy"):out.index("figure: ")]
+    assert max(map(len, out.splitlines())) <= 100
+    figures = {(path.parent.name.split(",")[1], path.name) for path in (tmp_path / "out" / "random_transformer").glob("*/*.png")}
+    assert figures == {("task=needle", "attention.png"), ("task=modadd", "circle.png")}
+    assert (tmp_path / "out" / "random_transformer" / "width.png").exists()
+    for found in results:
+        assert 0 < found["loss"] < 20 and 0 <= found["accuracy"] <= 1 and len(found["neurons"]) >= 3
+    random_transformer.main(flags[:-1])                                          # all finished: the table alone
+    assert capsys.readouterr().out == out
 
 
 def fake_complete(runs, train, measure, show):
     """In place of training: all accuracies are 0.5."""
-    results = [dict(accuracy=0.5, loss=1.0, n_trained=1) for _ in runs]
-    show(runs, results)
+    for run in runs:
+        run.results = dict(accuracy=0.5, loss=1.0, n_trained=1, trivial=0.25)
+    show(runs)
     return runs
 
 
 def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "complete", fake_complete)
-    flags = ["--preset", "paper", "--table1", "--device", "cpu", "--seed", "0", "1", "--out-dir", tmp_path]
-    asked = call_main(random_transformer, *flags)
-    assert len(asked) == 4 * 5 * 2 and asked[-1].number == "40/40"
-    assert len({run.folder for run in asked}) == 40 and not any("table1" in run.name for run in asked)
+    monkeypatch.setattr(random_transformer, "build", lambda args: None)          # takes seconds
+    flags = ["--preset", "table1", "--device", "cpu", "--seed", "0", "1", "--out-dir", tmp_path]
+    asked = random_transformer.main([*flags])
+    assert len(asked) == len({run.folder for run in asked}) == 4 * 5 * 2
     modadd = next(run.args for run in asked if run.args.task == "modadd")
     n_batches = math.ceil(len(TASKS["modadd"]().train_rows) / modadd.batch_size)
     assert modadd.steps == 5_000 * n_batches == 50_000                           # 5,000 epochs (App. D.3)
     lstm = next(run.args for run in asked if run.args.model == "lstm" and run.args.task == "needle")
     assert (lstm.train, lstm.n_embd, lstm.batch_size, lstm.steps, lstm.lr) == ("full", 1024, 1_000, 10_000, 5e-3)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["paper", "1.000", "0.075", "1.000", "0.120", "0.995"] in lines       # needle, in the order of the columns
-    assert ["paper", "1.000", "0.873", "0.923", "1.000", "1.000"] in lines
+    lines = capsys.readouterr().out.splitlines()
+    paper = {" ".join(line.split()[:-2]): line.split()[-1] for line in lines if "width" in line and " 0.500 " in line}
+    columns = ["random, width 1024", "random, width 16", "fully trained, width 1024", "fully trained, width 16",
+               "lstm, fully trained, width 1024"]
+    assert len(paper) == 20
+    assert [paper[f"needle: {column}"] for column in columns] == ["1.000", "0.075", "1.000", "0.120", "0.995"]
+    assert [paper[f"parens: {column}"] for column in columns] == ["1.000", "0.873", "0.923", "1.000", "1.000"]
 
 
 def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_path, monkeypatch):
@@ -778,22 +780,21 @@ def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **settings: figures.append(self))
 
     def complete(runs, train, measure, show):
-        results = []
         for run in runs:
-            results.append(dict(accuracy=scores[run.args.n_embd][run.args.seed], loss=1.0, n_trained=1))
-        show(runs, results)
+            run.results = dict(accuracy=scores[run.args.n_embd][run.args.seed], loss=1.0, n_trained=1, trivial=0.198)
+        show(runs)
     monkeypatch.setattr(common, "complete", complete)
     flags = ["--preset", "paper", "--task", "parens", "addition", "--train", "embeddings", "--seed", "0", "1", "2", "--plot"]
-    call_main(random_transformer, *flags, "--device", "cpu", "--out-dir", tmp_path)
+    random_transformer.main([*flags, "--device", "cpu", "--out-dir", tmp_path])
     figure, = figures
     parens, addition = figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in addition.lines}
-    assert lines["random, embeddings trained"] == [[16, 0.2], [1024, 0.8]]
-    assert sorted(lines["published"]) == [[16, 0.266], [1024, 1.0]]
-    assert lines["trivial: one answer at each position"][0][1] == pytest.approx(0.198, abs=0.001)
+    assert lines["random"] == [[4, 0.2], [10, 0.8]] and [label.get_text() for label in addition.get_xticklabels()] == ["16", "1024"]
+    assert lines["published: random"] == [[4, 0.266], [10, 1.0]]
+    assert lines["trivial: one answer at each position"] == [[4, 0.198], [10, 0.198]]
     band = addition.collections[0].get_paths()[0].vertices
-    assert {(x, round(y, 6)) for x, y in band} >= {(16, 0.1), (16, 0.9), (1024, 0.7), (1024, 1.0)}
-    assert parens.get_xlabel() == "width" and parens.get_ylabel() == "test accuracy" and parens.get_xscale() == "log"
+    assert {(x, round(y, 6)) for x, y in band} >= {(4, 0.1), (4, 0.9), (10, 0.7), (10, 1.0)}
+    assert parens.get_xlabel() == "width" and parens.get_ylabel() == "test accuracy"
 
 
 @pytest.mark.parametrize("flags, shown", [([], True), (["--n-layer", "3"], False), (["--size", "20"], False),
@@ -801,17 +802,18 @@ def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_
 def test_a_published_number_stands_beside_the_published_setting_alone(tmp_path, monkeypatch, capsys, flags, shown):
     monkeypatch.setattr(common, "complete", fake_complete)
     command = ["--preset", "paper", "--task", "parens", "--train", "embeddings", "--n-embd", "16", *flags]
-    call_main(random_transformer, *command, "--device", "cpu", "--out-dir", tmp_path)
+    random_transformer.main([*command, "--device", "cpu", "--out-dir", tmp_path])
     out = capsys.readouterr().out
-    assert ("0.873" in out) == shown and "A trivial answer to parens: even lengths are balanced, 0.6" in out
+    assert ("0.873" in out) == shown and "trivial answer: even lengths are balanced" in out
 
 
 def test_parameters_are_counted_without_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--task", "parens", "--train", "embeddings", "--n-embd", "16"]
-    count, = call_main(random_transformer, *flags, "--params")
-    assert capsys.readouterr().out.splitlines()[1].split() == [
-        "parens", "transformer", "16", "embeddings", "64", "1,280", "64", "8,000", "1,408"]
+    count, = random_transformer.main([*flags, "--preset", "params"])
+    header, row = capsys.readouterr().out.splitlines()[2:4]
+    assert header.split() == ["wte", "wpe", "h", "ln_f", "lm_head", "all", "trained"]
+    assert row.split()[4:] == ["64", "1,280", "6,560", "32", "64", "8,000", "1,408"]
     assert (count["wpe"], count["all"], count["trained"]) == (1_280, 8_000, 1_408)
     assert not list(tmp_path.iterdir())
 
@@ -821,10 +823,27 @@ def test_without_a_network_lm_names_text(tmp_path, capsys, monkeypatch):
         raise OSError("no route to host")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(SystemExit) as stop:
-        call_main(random_transformer, "--device", "cpu", "--task", "lm", "--out-dir", tmp_path / "out")
-    line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "no route to host" in line and "--text" in line and not (tmp_path / "out").exists()
+    with pytest.raises(common.UsageError, match="no TinyStories, give --text FILE: .*no route to host"):
+        random_transformer.main(["--device", "cpu", "--task", "lm", "--out-dir", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--n-embd 16 18", "18 is not divisible by n_head 4"),
+    ("--size 40", "parens: 40 is not in range"),
+    ("--task modadd parens --size 41", "parens: 41 is not in"),
+    ("--task imitate --target-width 5", "imitate: 5 is not in"),
+    ("--task lm --text no_such_file", "no_such_file"),
+    ("--task lm --text SHORT", "too few"),
+    ("--task imitate --size 5", "--size has no effect"),
+    ("--model lstm --n-layer 3", "--n-layer has no effect"),
+])
+def test_what_cannot_be_is_one_line_before_anything_is_written(flags, message, tmp_path):
+    (tmp_path / "short").write_text("too few words")
+    flags = flags.replace("SHORT", str(tmp_path / "short")).split()
+    with pytest.raises(common.UsageError, match=message):
+        random_transformer.main([*flags, "--device", "cpu", "--out-dir", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
 
 
 def docstring_commands():
@@ -836,142 +855,75 @@ def docstring_commands():
             yield command.split()[2:]
 
 
-def test_every_command_of_the_docstring_is_parsed_and_no_two_trainings_share_a_folder(tmp_path, monkeypatch):
+def test_every_command_of_the_docstring_is_parsed_and_no_two_trainings_share_a_folder(tmp_path):
     """Where two commands meet in a folder, they train the same."""
     trained = {}
-
-    def complete(runs, train, measure, show):
-        for run in runs:
-            assert trained.setdefault(run.folder, run.config["settings"]) == run.config["settings"]
-    monkeypatch.setattr(common, "complete", complete)
-    monkeypatch.setattr(random_transformer, "tinystories", lambda split: tmp_path / "text.txt")
-    (tmp_path / "text.txt").write_text("one two three. " * 4_000)
     commands = list(docstring_commands())
     assert len(commands) == 12 and [*"full embeddings token_unembed embed unembed".split()] == commands[3][-5:]
     for flags in commands:
         flags = [word for word in flags if word != "--plot"]                     # trains the same, and wants matplotlib
-        call_main(random_transformer, *flags, *([] if "--params" in flags else ["--out-dir", tmp_path]))
+        args = random_transformer.parse_args([*flags, "--device", "cpu", "--out-dir", tmp_path])
+        for run in common.sweep(args, random_transformer.SWEEP, lambda args: None, random_transformer.resolve):
+            assert trained.setdefault(run.folder, run.settings) == run.settings
     assert len(trained) > 50
 
 
 def test_settings_without_effect_make_no_second_run(tmp_path):
     def names(*flags):
-        args = random_transformer.parse_args([*TINY, "--out-dir", str(tmp_path), *flags])
-        runs = common.sweep(args, random_transformer.SWEEP, random_transformer.resolve)
-        return [run.name for run in runs]
+        return [run.folder.name for run in sweep(random_transformer.parse_args([*TINY, "--out-dir", str(tmp_path), *flags]))]
     assert len(names("--task", "parens", "imitate", "--target-width", "4", "8")) == 3
     assert len(names("--model", "lstm", "--train", "embeddings", "token_unembed", "full")) == 2
-    # the task's own values, given as flags, are the same run
-    assert names("--task", "needle") == names("--task", "needle", "--size", "4", "--lr", "1e-3", "--n-head", "4")
     assert names("--task", "needle") != names("--task", "needle", "--lr", "5e-3")
 
 
-def test_runs_share_a_task_until_its_text_changes(tmp_path, short_lm):
-    text = tmp_path / "text.txt"
-    text.write_text("one two three. " * 3_000)
-    run = one_run(tmp_path, "--task", "lm", "--size", 6, "--text", text)
-    first = random_transformer.make_task(run.args)
-    assert random_transformer.make_task(run.args) is first and "two" in first.words
-    read = argparse.Namespace(**{**vars(run.args), "text": str(text)})           # as load has it from config.json
-    assert random_transformer.make_task(read) is first
-    text.write_text("four five six. " * 3_000)
-    os.utime(text, ns=(1, 1))
-    assert "five" in random_transformer.make_task(run.args).words
-    parens = random_transformer.make_task(one_run(tmp_path).args)
-    again = one_run(tmp_path, "--train", "full").args
-    assert random_transformer.make_task(again) is parens and random_transformer.build(again)[0] is parens
+def test_runs_share_a_task(tmp_path):
+    parens = random_transformer.build(one_run(tmp_path).args)[0]
+    assert random_transformer.build(one_run(tmp_path, "--train", "full").args)[0] is parens
 
 
 def test_a_trained_model_is_loaded_and_shows_its_attention(tmp_path):
-    result, = call_main(random_transformer, *TINY, "--task", "needle", "--size", "3", "--steps", "2", "--out-dir", tmp_path)
+    result, = random_transformer.main([*TINY, "--task", "needle", "--size", "3", "--steps", "2", "--out-dir", tmp_path])
     task, model = random_transformer.load(result["folder"])
     tokens, scored = task.sample(1, generator())
     prompt = tokens[:, :-1]
-    logits, attns = model(prompt, return_attn=True)
-    attn = attns[1][0]                                                           # layer 2: (H, T, T)
+    attn = model.attention(prompt)[1][0]                                         # layer 2: (H, T, T)
     assert attn.shape == (4, prompt.shape[1], prompt.shape[1]) and not model.training
     torch.testing.assert_close(attn.sum(-1), torch.ones(attn.shape[:2]))
     assert random_transformer.evaluate(model, task, *task.test_set)["accuracy"] == result["accuracy"]
 
 
-TOY = '''
-class Copy(Task):
-    """A token and its copy."""
-    sizes = range(2, 50)
-    vocab_size = None
-    block_size = 2
-    published = {}
-    quick = dict(size=7, steps=5, batch_size=4, lr=1e-3)
-    paper = quick
-
-    def __init__(self, n=7, device="cpu"):
-        super().__init__(n, device)
-        self.vocab_size = n
-
-    def sample(self, batch, generator):
-        draw = dict(generator=generator, device=self.device)
-        token = torch.randint(self.vocab_size, (batch, 1), **draw)
-        return self.scored_from(token.expand(-1, 2), 1)
-
-TASKS = {
-    "copy": Copy,
-'''
-
-
-def test_a_new_task_is_one_class(tmp_path, capsys):
-    """In a copy of the script, under another name: it trains, draws, and has none of the others' numbers."""
-    pytest.importorskip("matplotlib")
+def imported(path, block):
+    """A copy of the script with a block pasted below SETTINGS, as a module."""
     source = SCRIPT.read_text()
-    assert source.count("TASKS = {\n") == 1
-
-    def imported(name, toy):
-        (tmp_path / f"{name}.py").write_text(source.replace("TASKS = {\n", toy.lstrip()))
-        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    toy = imported("with_a_toy", TOY)
-    flags = ["--device", "cpu", "--preset", "paper", "--task", "copy", "--train", "full", "--n-embd", "16", "--out-dir", tmp_path]
-    result, = call_main(toy, *flags, "--plot")
-    out = capsys.readouterr().out
-    assert 0 <= result["accuracy"] <= 1 and "copy" in out and "paper " not in out.partition("\nAcc")[2]
-    assert (tmp_path / "with_a_toy").is_dir() and list((tmp_path / "with_a_toy").glob("width,*.png"))
-    for line, missing in [("    published = {}\n", "task copy does not state published"),
-                          ("    vocab_size = None\n", "task copy does not state vocab_size"),
-                          (", lr=1e-3", "task copy, preset quick: no lr")]:
-        assert line in TOY
-        with pytest.raises(TypeError, match=missing):
-            imported("incomplete", TOY.replace(line, ""))
+    assert source.count("\nSWEEP = ") == 1
+    path.write_text(source.replace("\nSWEEP = ", f"\n{block}\nSWEEP = "))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys):
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys, preset):
+    """In a copy of the script, under another name: it trains, and has none of the others' numbers."""
     readme = (SCRIPT.parent / "README.md").read_text()
-    block = re.search(r"```python\n(class Reverse.*?)```", readme, re.DOTALL)[1]
-    flags = ["--device", "cpu", "--task", "reverse", "--train", "full", "--n-embd", 16, "--steps", 5, "--out-dir", tmp_path]
-
-    def imported(name, block):
-        source = SCRIPT.read_text().replace("def check_task(", block + "\ndef check_task(")
-        (tmp_path / f"{name}.py").write_text(source)
-        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    module = imported("reverse", block)
-    result, = call_main(module, *flags)
-    assert 0 <= result["accuracy"] <= 1
-    tokens, scored = module.TASKS["reverse"]().sample(3, generator())
+    module = imported(tmp_path / "reverse.py", re.search(r"```python\n(class Reverse.*?)```", readme, re.DOTALL)[1])
+    flags = ["--preset", preset, "--task", "reverse", "--train", "full", "--n-embd", 16, "--steps", 5, "--device", "cpu"]
+    result, = module.main([*flags, "--out-dir", tmp_path])
+    out = capsys.readouterr().out
+    assert 0 <= result["accuracy"] <= 1 and "reverse: fully trained, width 16" in out
+    assert (tmp_path / "reverse").is_dir() and "paper" not in out[out.index("trained\n"):]
+    task = module.TASKS["reverse"](5)
+    tokens, scored = task.sample(3, generator())
+    assert task.n_answers == 5
     for row, answers_here in zip(tokens.tolist(), scored.tolist()):
         assert row[5] == 10 and row[6:] == row[4::-1] and answers_here == [False] * 6 + [True] * 5
-    one_answer = imported("one_answer", block.replace("self.n_answers = self.size", "pass"))
-    with pytest.raises(SystemExit):
-        call_main(one_answer, *flags)
-    assert "a sequence has 5 answers, n_answers 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [10, 11])
 def test_a_wide_random_transformer_balances_what_a_narrow_one_does_not(tmp_path, seed):
-    wide, narrow, *full = call_main(random_transformer, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
+    wide, narrow, *full = random_transformer.main(["--device", "cpu", "--seed", seed, "--out-dir", tmp_path])
     assert wide["accuracy"] >= 0.99 and narrow["accuracy"] <= 0.85 and all(x["accuracy"] >= 0.99 for x in full)
     # all that the narrow one sees is whether the number of brackets, the place of the "?", is even
     task, model = random_transformer.load(narrow["folder"])
@@ -983,7 +935,7 @@ def test_a_wide_random_transformer_balances_what_a_narrow_one_does_not(tmp_path,
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_graph_and_bfloat16(tmp_path):
+def test_compiled_in_bfloat16_on_a_gpu(tmp_path):
     flags = ["--device", "cuda", "--compile", "--dtype", "bfloat16", "--task", "parens", "addition", "needle"]
     command = [sys.executable, str(SCRIPT), *TINY, *flags, "--size", "6", "--out-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -999,13 +951,13 @@ def test_bits_a_parameter_are_nine_for_each_recalled_pair():
 
 
 def test_the_subspace_and_the_attention_of_a_run_are_those_of_its_checkpoint(tmp_path):
-    result, = call_main(random_transformer, *TINY, "--task", "needle", "--size", 3, "--steps", 2, "--out-dir", tmp_path)
+    result, = random_transformer.main([*TINY, "--task", "needle", "--size", 3, "--steps", 2, "--out-dir", tmp_path])
     task, model = random_transformer.load(result["folder"])
     tokens, scored = (x[:20_000 // 8] for x in task.test_set)
     end = scored.int().argmax(1).tolist()                                        # the answer: what follows is padding
     with torch.no_grad():
         states = model.hidden_states(tokens[:, :-1])
-        attns = model(tokens[:, :-1], return_attn=True)[1]
+        attns = model.attention(tokens[:, :-1])
     for i, state in enumerate(states):
         rows = torch.cat([x[:n] for x, n in zip(state, end)])
         assert (result["components"][i], result["neurons"][i]) == pytest.approx(explained_variance(rows))
@@ -1020,7 +972,7 @@ def test_the_logged_loss_is_the_mean_over_the_answers_of_the_batch_of_the_seed(t
     tokens, scored = task.sample(8, generator(3))
     scored = scored & ~task.held_out(tokens)[:, None]
     expected = random_transformer.evaluate(model, task, tokens, scored)["loss"]
-    assert metrics_of(run.folder)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert run.metrics[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_are_clipped_to_a_norm_of_one(tmp_path, monkeypatch):
@@ -1062,30 +1014,32 @@ def test_no_student_begins_as_its_target():
 def test_each_task_is_shown_by_its_own_metric(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "complete", fake_complete)
     flags = ["--task", "parens", "imitate", "--train", "full", "--n-embd", "16", "--device", "cpu", "--out-dir", tmp_path]
-    call_main(random_transformer, *flags)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["parens", "0.500"] in lines and ["imitate", "16", "1.000"] in lines
+    random_transformer.main([*flags])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "parens: fully trained, width 16 0.500" in lines
+    assert "imitate 16: fully trained, width 16 1.000" in lines
 
 
 def test_the_settings_of_the_paper():
-    paper = {name: (task.paper["steps"], task.paper["batch_size"], task.paper["lr"]) for name, task in TASKS.items()}
+    settings = {name: random_transformer.settings_of(name, "paper") for name in TASKS}
+    paper = {name: (own["steps"], own["batch_size"], own["lr"]) for name, own in settings.items()}
     online = (10_000, 1_000, 1e-3)
     assert paper == {"modadd": (50_000, 4_000, 1e-3), "needle": online, "addition": online, "parens": online,
                      "memorize": (168_000, 2**15, 1e-3), "imitate": online, "lm": (230_000, 20, 6e-4)}
-    decay = {name: task.paper.get("weight_decay", task.usual["weight_decay"]) for name, task in TASKS.items()}
+    decay = {name: own["weight_decay"] for name, own in settings.items()}
     assert {name for name in decay if decay[name] != 1e-3} == {"memorize", "lm"}
     assert (decay["memorize"], decay["lm"]) == (1e-4, 0.1)
 
 
 def test_the_published_numbers_that_no_other_test_names():
-    published = {name: list(task.published.values()) for name, task in TASKS.items()}
-    assert published["modadd"] == "1.000 0.013 1.000 0.972 1.000 fails fails".split()
-    assert published["addition"] == "1.000 0.266 1.000 0.675 0.530 fails fails".split()
-    of_memorize = {("transformer", "embeddings", 128): "0.41 bits", ("transformer", "full", 128): "2.88 bits"}
-    assert TASKS["memorize"].published == of_memorize
-    fails = {name: [key[1] for key, x in task.published.items() if x == "fails"] for name, task in TASKS.items()}
-    assert fails == {"modadd": ["unembed", "embed"], "needle": ["unembed"], "addition": ["unembed", "token_unembed"],
-                     "parens": ["unembed"], "memorize": [], "imitate": [], "lm": []}
+    rows = random_transformer.rows_of(random_transformer.PUBLISHED)
+    table1 = {name: " ".join(row[name] for row in rows[:5]) for name in ("modadd", "addition", "memorize")}
+    assert table1 == {"modadd": "1.000 0.013 1.000 0.972 1.000", "addition": "1.000 0.266 1.000 0.675 0.530", "memorize": "- - - - -"}
+    memorize = {(row["model"], row["train"], row["width"]): row["memorize"] for row in rows if row["memorize"] != "-"}
+    assert memorize == {("transformer", "embeddings", "128"): "0.41", ("transformer", "full", "128"): "2.88"}
+    fails = {name: {row["train"] for row in rows if row[name] == "fails"} for name in random_transformer.FOUR}
+    assert fails == {"modadd": {"unembed", "embed"}, "needle": {"unembed"}, "addition": {"unembed", "token_unembed"},
+                     "parens": {"unembed"}}
 
 
 def test_needles_are_found_by_one_head_and_not_by_the_best_of_each_sequence():
