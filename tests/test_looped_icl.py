@@ -17,7 +17,7 @@ import common
 import looped_icl
 from looped_icl import (InContextTransformer, Prompts, Tables, averaging, gd_network, lasso, least_squares,
                         nearest_neighbors, sample_prompts)
-from test_common import call_main, cut_and_continued, metrics_of, numpy_block
+from test_common import numpy_block
 
 SCRIPT = Path(looped_icl.__file__)
 FUNCTIONS = [name for name in looped_icl.TASKS if name != "openml"]
@@ -27,6 +27,28 @@ LOOPED = ["--loops", "4", "--window", "2", "--loops-every", "10"]
 LAYERS = ["--n-layer", "2"]
 TINY = [*SMALL, *LOOPED]                                                         # the looped model alone
 BOTH = [*SMALL, *LOOPED, *LAYERS, "--model", "looped", "standard"]
+
+
+def call_main(*flags):
+    """The results of the command."""
+    return looped_icl.main(["--device", "cpu", *map(str, flags)])
+
+
+def metrics_of(result):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(result["folder"], "metrics.jsonl").read_text().splitlines()]
+
+
+def runs_of(*flags):
+    """The runs that the flags ask for."""
+    args = looped_icl.parse_args(["--device", "cpu", "--out-dir", "nowhere", *flags])
+    return common.sweep(args, looped_icl.SWEEP, looped_icl.build, looped_icl.resolve, looped_icl.MEASURED)
+
+
+def settings(*flags):
+    """The settings of the one run that the flags ask for."""
+    run, = runs_of(*flags)
+    return run.args
 
 
 def generator(seed=0):
@@ -247,9 +269,9 @@ def test_compiled_training_follows_the_curriculum(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend=backend, **options))
     torch._dynamo.reset()
     flags = [*TINY, "--steps", "30", "--loops", "6", "--out-dir", tmp_path]     # 2 .. 6 loops, 4 .. 6 points
-    plain, = call_main(looped_icl, *flags)
-    compiled, = call_main(looped_icl, "--compile", *flags, "--out-dir", tmp_path / "compiled")
-    plain, compiled = metrics_of(Path(plain["folder"])), metrics_of(Path(compiled["folder"]))
+    plain, = call_main(*flags)
+    compiled, = call_main("--compile", *flags, "--out-dir", tmp_path / "compiled")
+    plain, compiled = metrics_of(plain), metrics_of(compiled)
     assert [line["loops"] for line in compiled] == [2, 4, 6]
     for ours, expected in zip(compiled, plain):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -513,47 +535,26 @@ def test_the_probe_against_one_prompt_and_one_prefix_at_a_time(d, n):
             assert found[name + " (control)" * constant] == pytest.approx(expected, rel=1e-4), (name, constant)
 
 
-@pytest.mark.parametrize("task", looped_icl.TASKS)
-def test_the_evaluation_needs_no_float64_on_the_device(tmp_path, request, task):
-    flags = [*TINY, "--task", task, "--n-eval", "10", "--steps", "2", "--out-dir", str(tmp_path / "out")]
-    if task == "openml":
-        for number in range(2):
-            write_table(tmp_path / f"{number}.csv", seed=number)
-        flags += ["--data-dir", str(tmp_path), "--n-dims", "20"]
-    else:
-        flags += ["--ood", "--probe"]
-    args = looped_icl.parse_args(flags)
-    run, = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
-    run.folder.mkdir(parents=True)
-    looped_icl.train(run.args, run)
-    request.getfixturevalue("no_float64_on_device")
-    results = looped_icl.measure(run.args, run)
-    assert ("ood" in results and "probe" in results) == (task != "openml")
-    assert ("2-layer network" in results["baselines"]) == (task == "relu-2nn")
-    assert ("tree on x" in results["baselines"]) == (task == "decision-tree")
-    assert np.isfinite(results["curve"]).all() and np.isfinite(results["by_loops"]).all()
-
-
 def test_errors_by_examples_at_converged_loops(tmp_path, capsys):
-    usual, = call_main(looped_icl, *TINY, "--out-dir", tmp_path)
+    usual, = call_main(*TINY, "--out-dir", tmp_path)
     assert "looped, 4 loops" in capsys.readouterr().out
-    results, = call_main(looped_icl, *TINY, "--eval-loops", "11", "--out-dir", tmp_path)
+    results, = call_main(*TINY, "--eval-loops", "11", "--out-dir", tmp_path)
     out = capsys.readouterr().out
     assert "measured again for eval_loops" in out and "looped, 11 loops" in out  # on the checkpoint
     assert results["curve_loops"] == 11 and usual["curve_loops"] == 4
     assert results["curve"][0][-1] == pytest.approx(results["by_loops"][10], rel=1e-5)
     assert usual["curve"][0][-1] == pytest.approx(usual["by_loops"][3], rel=1e-5)
     assert results["by_loops"] == usual["by_loops"] and results["curve"] != usual["curve"]
-    call_main(looped_icl, *TINY, "--seed", "0", "1", "--out-dir", tmp_path)
+    call_main(*TINY, "--seed", "0", "1", "--out-dir", tmp_path)
     again = looped_icl.main([*TINY, "--seed", "0", "1", "--out-dir", str(tmp_path)])
     assert [run["curve_loops"] for run in again] == [4, 4]                       # without the flag: b again, for each seed
 
 
 def test_a_run_that_ends_within_its_curriculum_says_so(tmp_path, capsys):
-    call_main(looped_icl, *TINY, "--out-dir", tmp_path)
+    call_main(*TINY, "--out-dir", tmp_path)
     said = "ends its curriculum at 2 of 3 dimensions and 4 of 6 points; it is scored on all"
     assert "ends its curriculum" not in capsys.readouterr().out
-    call_main(looped_icl, *TINY, "--n-dims", 3, "--dims-start", 2, "--curriculum-every", 1_000, "--out-dir", tmp_path)
+    call_main(*TINY, "--n-dims", 3, "--dims-start", 2, "--curriculum-every", 1_000, "--out-dir", tmp_path)
     assert said in capsys.readouterr().out
 
 
@@ -645,7 +646,7 @@ def test_bad_tables_are_refused_with_file_place_and_reason(tmp_path, capsys, edi
     write_table(tmp_path / "good.csv")
     write_table(tmp_path / "poor.csv", edit=edit)
     with pytest.raises(SystemExit) as stop:
-        call_main(looped_icl, *TINY, "--task", "openml", "--n-dims", "20", "--data-dir", tmp_path, "--out-dir", tmp_path / "out")
+        call_main(*TINY, "--task", "openml", "--n-dims", "20", "--data-dir", tmp_path, "--out-dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error in line and "poor.csv" in line
@@ -656,17 +657,6 @@ def test_labels_that_differ_in_blanks_are_one_class(tmp_path):
     write_table(tmp_path / "1.csv")
     for ours, expected in zip(looped_icl.read_table(tmp_path / "0.csv"), looped_icl.read_table(tmp_path / "1.csv")):
         np.testing.assert_array_equal(ours, expected)
-
-
-def test_changed_tables_are_told(tmp_path, capsys):
-    for number in range(2):
-        write_table(tmp_path / "tables" / f"{number}.csv", seed=number)
-    flags = [*TINY, "--steps", "2", "--task", "openml", "--n-dims", "20", "--data-dir", tmp_path / "tables", "--out-dir", tmp_path]
-    call_main(looped_icl, *flags)
-    assert "changed" not in capsys.readouterr().out
-    write_table(tmp_path / "tables" / "2.csv", seed=2)
-    call_main(looped_icl, *flags)
-    assert "changed since: data" in capsys.readouterr().out
 
 
 ARFF = """% a comment
@@ -767,9 +757,9 @@ def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
     small = dict(n_embd=16, n_head=2, loops=2, window=1, steps=20, batch_size=8, n_eval=100, n_points=11, points_start=11)
     monkeypatch.setitem(looped_icl.PRESETS, "paper", {**looped_icl.PRESETS["paper"], **small})
     flags = ["--task", "openml", "--data-dir", tmp_path / "tables", "--held-out", "0", "9", "--out-dir", tmp_path / "out"]
-    results = call_main(looped_icl, "--preset", "paper", "--device", "cpu", *flags)
+    results = call_main("--preset", "paper", "--device", "cpu", *flags)
     out = capsys.readouterr().out
-    call_main(looped_icl, "--preset", "paper", "--device", "cpu", *flags, "--lr", 1e-3)
+    call_main("--preset", "paper", "--device", "cpu", *flags, "--lr", 1e-3)
     assert "0.662" not in capsys.readouterr().out                               # no longer the paper's setting
     lines = [line.split() for line in out.splitlines()]
     rows = [line for line in lines if line[:1] == ["looped,"] and len(line) > 4]
@@ -781,13 +771,6 @@ def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
 
 
 # ---- Training and the command -----------------------------------------------------------------------------------------
-
-def settings(*flags):
-    """The settings of the one run that the flags ask for."""
-    args = looped_icl.parse_args(["--device", "cpu", "--out-dir", "nowhere", *flags])
-    run, = common.sweep(args, looped_icl.SWEEP, looped_icl.resolve, looped_icl.MEASURED)
-    return run.args
-
 
 def test_the_curriculum_of_the_paper():
     args = settings("--preset", "paper")
@@ -805,24 +788,13 @@ def test_the_curriculum_of_the_paper():
     assert args.curriculum_every == 700 and at(0) == (1, 6, 6) and at(700) == (2, 6, 20)
 
 
-def test_a_smaller_setting_takes_its_part_along():
-    args = settings("--n-points", "4", "--n-dims", "1", "--loops", "3")
-    assert (args.points_start, args.dims_start, args.window) == (4, 1, 3)
-    args = settings("--n-dims", "7", "--n-points", "9")
-    assert (args.points_start, args.dims_start, args.window) == (6, 2, 6)
-    for part, whole in looped_icl.PART_OF.items():                               # what is given is not changed
-        flags = [f"--{part.replace('_', '-')}", "5", f"--{whole.replace('_', '-')}", "4"]
-        with pytest.raises(SystemExit):
-            looped_icl.parse_args(flags)
-
-
 @pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
                                              (["--schedule", "cosine", "--warmup", "10"], [0.1, 0.5, 0.5, 0.0027])])
 def test_learning_rates(tmp_path, monkeypatch, flags, expected):
     rates = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"]) / 1e-2), step(self))[1])
-    call_main(looped_icl, *TINY, "--lr", "1e-2", "--steps", "30", "--out-dir", tmp_path, *flags)
+    call_main(*TINY, "--lr", "1e-2", "--steps", "30", "--out-dir", tmp_path, *flags)
     assert [rates[0], rates[15], rates[15], rates[29]] == pytest.approx(expected, abs=0.005) and len(rates) == 30
 
 
@@ -832,16 +804,16 @@ def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
              "--dims-start", "1", "--curriculum-every", "100", "--lr", "1e-2", "--out-dir", str(tmp_path)]
     common.seed_everything(0)
     before = looped_icl.build(settings(*flags))[1]
-    results, = call_main(looped_icl, *flags)
+    results, = call_main(*flags)
     after = torch.load(Path(results["folder"]) / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
     assert len(results["curve"][0]) == 6 and ("by_loops" in results) == (model != "standard")
-    metrics = metrics_of(Path(results["folder"]))
+    metrics = metrics_of(results)
     assert metrics[-1]["error"] < metrics[0]["error"]                            # on the same prompts
 
 
 def test_a_loaded_run_predicts_and_shows_its_attention(tmp_path):
-    results, = call_main(looped_icl, *TINY, "--out-dir", tmp_path)
+    results, = call_main(*TINY, "--out-dir", tmp_path)
     task, model = looped_icl.load(results["folder"])
     assert not model.training
     xs, ys = task.sample(2, 6, generator())
@@ -857,15 +829,10 @@ def test_a_loaded_run_predicts_and_shows_its_attention(tmp_path):
     assert ours.tolist() == pytest.approx(results["curve"][0], rel=1e-4)
 
 
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    out = cut_and_continued(SCRIPT, tmp_path, TINY, "step 10:", "step 20:")
-    assert "least squares" in out and "of 12 layers" in out
-
-
 def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     flags = [*BOTH, "--steps", "2", "--task", *FUNCTIONS, "--ood", "--probe", "--plot", "--out-dir", tmp_path]
-    results = call_main(looped_icl, *flags)
+    results = call_main(*flags)
     out = capsys.readouterr().out
     assert len(results) == 10
     for wanted in ("Lasso", "tree on x", "tree on signs", "2-layer network", "skewed covariance", "w (control)",
@@ -876,17 +843,10 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys)
     figure, = (tmp_path / "looped_icl").glob("*.png")
     assert figure.name.startswith("errors,quick,") and figure.stat().st_size > 50_000
     # asked for again, all is read, and prints the same
-    call_main(looped_icl, *flags)
+    call_main(*flags)
     again = capsys.readouterr().out
     assert again.count("finished on") == 10 and "measuring" not in again
     assert tables in again
-
-
-def test_a_preset_has_a_value_for_every_flag():
-    for preset in looped_icl.PRESETS:
-        args = looped_icl.parse_args(["--device", "cpu", "--preset", preset])
-        shared = {"preset", "device", "dtype", "compile", "out_dir", "overwrite", "plot", "seed"}
-        assert set(looped_icl.PRESETS[preset]) == set(vars(args)) - shared - {"given", "usual", "script"}
 
 
 def test_all_models_of_a_preset_have_one_learning_rate():
@@ -896,24 +856,10 @@ def test_all_models_of_a_preset_have_one_learning_rate():
         assert len(runs) == 4 and {run.args.lr for run in runs} == {lr}
 
 
-def test_a_baseline_that_is_not_there_is_named_at_import():
-    source = SCRIPT.read_text().replace('USUAL + ["Lasso"]', 'USUAL + ["Lassoo"]')
-    with pytest.raises(ValueError, match="sparse-linear.*Lassoo"):
-        exec(compile(source, str(SCRIPT), "exec"), {"__name__": "looped_icl"})
-
-
 def test_seeds_are_one_column_with_their_range(tmp_path, capsys):
-    results = call_main(looped_icl, *TINY, "--steps", "10", "--seed", "0", "1", "2", "--out-dir", tmp_path)
+    results = call_main(*TINY, "--steps", "10", "--seed", "0", "1", "2", "--out-dir", tmp_path)
     errors = [result["curve"][0][-1] for result in results]
     assert len(set(errors)) == 3 and common.spread(errors) in capsys.readouterr().out
-
-
-def test_seeds_of_which_one_was_measured_further_share_a_table(tmp_path, capsys):
-    call_main(looped_icl, *TINY, "--steps", "2", "--ood", "--probe", "--out-dir", tmp_path)
-    capsys.readouterr()
-    results = call_main(looped_icl, *TINY, "--steps", "2", "--seed", "0", "1", "--out-dir", tmp_path)
-    out = capsys.readouterr().out
-    assert "ood" in results[0] and "ood" not in results[1] and "other inputs" not in out and "probe" not in out
 
 
 def test_models_without_loops_are_trained_once_whatever_the_injection(tmp_path):
@@ -928,10 +874,10 @@ def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
         return looped_icl.randn(generator, len(xs), 1) * xs[..., 0].square()
     toy = looped_icl.FunctionClass(square, lambda d: 1, False, ["averaging", "Lasso"], loops=2, window=1, n_points=5, points_start=5, steps=6, batch_size=4)
     monkeypatch.setitem(looped_icl.TASKS, "square", toy)
-    results, = call_main(looped_icl, "--device", "cpu", "--preset", "paper", "--task", "square", "--n-embd", "16", "--n-dims", "2",
+    results, = call_main("--device", "cpu", "--preset", "paper", "--task", "square", "--n-embd", "16", "--n-dims", "2",
                          "--dims-start", "1", "--n-eval", "20", "--ood", "--out-dir", tmp_path)
     assert list(results["baselines"]) == ["averaging", "Lasso"] and len(results["by_loops"]) == 20
-    assert metrics_of(Path(results["folder"]))[-1]["step"] == 6
+    assert metrics_of(results)[-1]["step"] == 6
     assert "square: squared error" in capsys.readouterr().out
     with pytest.raises(TypeError, match="baselines"):                            # what is missing is named
         looped_icl.FunctionClass(square, 1, False, loops=2, window=1)
@@ -942,7 +888,7 @@ def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [60, 61])
 def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thread, seed):
-    results, = call_main(looped_icl, "--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
+    results, = call_main("--device", "cpu", "--seed", seed, "--out-dir", tmp_path)
     last = {name: curve[0][-1] for name, curve in results["baselines"].items()}
     b, by_loops = results["curve_loops"], results["by_loops"]
     assert results["curve"][0][-1] <= 0.06 and last["averaging"] > 0.4 and last["3-NN"] > 0.4
@@ -951,7 +897,7 @@ def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thr
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_and_bfloat16(tmp_path):
-    call_main(looped_icl, *BOTH, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--out-dir", tmp_path)
+    call_main(*BOTH, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--out-dir", tmp_path)
 
 
 # ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
@@ -960,7 +906,7 @@ def test_a_table_held_out_is_what_accuracy_is_measured_on(tmp_path):
     for i in range(2):
         write_table(tmp_path / f"{i}.csv", seed=i)
     flags = ["--task", "openml", "--n-dims", "20", "--steps", "2", "--data-dir", tmp_path, "--out-dir", tmp_path / "out"]
-    result, = call_main(looped_icl, *TINY, *flags)
+    result, = call_main(*TINY, *flags)
     task, model = looped_icl.load(result["folder"])
     xs, ys = task.sample(20, 6, generator(20_000), part="test")
     wrong = model(xs, ys, 4)[0].argmax(-1) != ys
@@ -968,7 +914,7 @@ def test_a_table_held_out_is_what_accuracy_is_measured_on(tmp_path):
 
 
 def test_errors_baselines_and_other_inputs_are_means_over_all_prompts_in_units_of_the_variance(tmp_path):
-    result, = call_main(looped_icl, *TINY, "--steps", "2", "--n-eval", "300", "--ood", "--out-dir", tmp_path)
+    result, = call_main(*TINY, "--steps", "2", "--n-eval", "300", "--ood", "--out-dir", tmp_path)
     task, model = looped_icl.load(result["folder"])
     draw = generator(20_000)
     xs, ys = task.sample(300, 6, draw)
@@ -999,7 +945,7 @@ def test_the_curriculum_that_is_logged_is_the_one_that_is_trained_on(tmp_path, m
             seen.append((active_dims, xs.shape[1], loops, window))
         return forward(self, xs, ys, loops, window, **rest)
     monkeypatch.setattr(InContextTransformer, "forward", watched)
-    call_main(looped_icl, *flags, "--out-dir", tmp_path)
+    call_main(*flags, "--out-dir", tmp_path)
     args = settings(*flags)
     assert seen == [(*looped_icl.curriculum(args, step), 2) for step in range(30)]
     assert torch.equal(first[0], Prompts("linear", 3).sample(8, 4, generator(3), 1)[0])          # of the run's own seed
@@ -1062,6 +1008,6 @@ def test_published_curves_have_a_number_for_every_example():
 
 
 def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
-    result, = call_main(looped_icl, *TINY, "--beta2", "0.9", "--steps", "1", "--out-dir", tmp_path)
+    result, = call_main(*TINY, "--beta2", "0.9", "--steps", "1", "--out-dir", tmp_path)
     group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
     assert group["betas"] == (0.9, 0.9)
