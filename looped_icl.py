@@ -203,8 +203,8 @@ class InContextTransformer(nn.Module):
 
         add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1 (0 would hide e),
         z_(i+1) = f(z_i e). With both, the loops before the window run without gradient. none: z_0 =
-        e, z_(i+1) = f(z_i), the gradient goes through all loops: our variant, without a number in the
-        paper. One loop: a usual transformer.
+        e, z_(i+1) = f(z_i), the gradient goes through all loops: our variant, without a number in
+        the paper. One loop: a usual transformer.
         """
         d = xs.shape[2]
         ys = F.pad(ys[..., None], (0, d - 1))                           # (B, n, d)
@@ -268,25 +268,20 @@ def resolve(args):
                 setattr(args, key, value)
     if args.eval_loops is None:
         args.eval_loops = args.loops
-    unused = []
     if args.model == "looped":
-        unused += ["n_layer"]
+        args.n_layer = None
     else:
-        unused += ["inject", "loops", "window", "loops_every", "eval_loops"]
+        args.inject = args.loops = args.window = args.loops_every = args.eval_loops = None
     if args.task == "openml":
-        unused += ["ood", "probe"]
+        args.ood = args.probe = None
     else:
-        unused += ["data_dir", "fetch", "held_out"]
-    if TASKS[args.task].signs_only:                          # all dimensions from the start
-        unused += ["dims_start"]
-    for key in unused:
-        setattr(args, key, None)
-    points_grow = args.points_start < args.n_points
-    dims_grow = args.dims_start is not None and args.dims_start < args.n_dims
-    if not points_grow:
+        args.data_dir = args.fetch = args.held_out = None
+    if TASKS[args.task].signs_only:
+        args.dims_start = None                               # all of them, from the start
+    if args.points_start >= args.n_points:
         args.points_step = None
-    if not points_grow and not dims_grow:
-        args.curriculum_every = None
+        if (args.dims_start or args.n_dims) >= args.n_dims:
+            args.curriculum_every = None
 
 def build(args):
     """The task (its prompts) and the model of a run."""
@@ -707,32 +702,28 @@ def is_number(cell):
 
 def read_table(path, n_dims=20):
     """A CSV with a header, the label in the last column -> features (n, n_dims), standardised and
-    padded with zeros in front, labels (n,) in 0, 1. ValueError, with row or column, where it is not
-    such a table (OpenML's conditions of the paper)."""
-    def check(good, reason):
-        if not good:
-            raise ValueError(f"{path}{reason}")
-
+    padded with zeros in front, labels (n,) in 0, 1. ValueError, with the reason, if it is not such
+    a table (OpenML's conditions of the paper)."""
     try:
         with open(path, newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from None
     n_features = len(header) - 1
-    named = not all(map(is_number, header[:-1]))
-    check(named, ", row 1: a header with the columns' names is missing")
-    fits = 5 <= n_features <= n_dims
-    check(fits, f": {n_features} features, not 5 to --n-dims {n_dims} (the paper's is 20)")
-    check(1_000 <= len(rows) <= 10_000, f": {len(rows)} rows are not in 1000 .. 10000")
+    if all(map(is_number, header[:-1])):
+        raise ValueError(f"{path}, row 1: a header with the columns' names is missing")
+    if not 5 <= n_features <= n_dims:
+        raise ValueError(f"{path}: {n_features} features, not 5 to --n-dims {n_dims} (paper: 20)")
+    if not 1_000 <= len(rows) <= 10_000:
+        raise ValueError(f"{path}: {len(rows)} rows are not in 1000 .. 10000")
     for number, row in enumerate(rows, start=2):
-        check(len(row) == len(header), f", row {number}: {len(row)} values, not {len(header)}")
-        for name, cell in zip(header[:-1], row):
-            check(is_number(cell), f", column {name}, row {number}: {cell!r} is not a number")
+        if len(row) != len(header) or not all(map(is_number, row[:-1])):
+            raise ValueError(f"{path}, row {number}: not {n_features} numbers and a label")
     *columns, labels = zip(*rows)
     classes, labels = np.unique(np.char.strip(labels), return_inverse=True)
-    balanced = len(classes) == 2 and 1 / 3 <= labels.mean() <= 2 / 3
-    check(balanced, f", column {header[-1]}: not two classes of which one has at least half of "
-                    "the other's rows")
+    if len(classes) != 2 or not 1 / 3 <= labels.mean() <= 2 / 3:
+        raise ValueError(f"{path}, column {header[-1]}: not two classes of which one has at least "
+                         "half of the other's rows")
     features = np.array(columns, dtype=float).T                         # (n, features)
     deviation = features.std(0)
     deviation[deviation == 0] = 1
@@ -814,11 +805,11 @@ class Tables:
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
         paths = sorted(Path(folder).glob("*.csv"), key=table_number)
         if held_out >= len(paths) or len(paths) < 2:
-            needed = max(held_out + 1, 2)
-            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), --held-out {held_out} "
-                             f"takes {needed}: give --data-dir FOLDER, or --fetch")
+            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), too few for --held-out "
+                             f"{held_out}: give --data-dir FOLDER, or --fetch")
         self.name = paths[held_out].stem
         self.device = device
+        self.baselines = {}
         rng = np.random.default_rng(0)
         tables = {"train": [], "valid": [], "test": []}
         for number, path in enumerate(paths):
@@ -828,11 +819,9 @@ class Tables:
             if len(valid) < n_points:
                 raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
                                  f"--n-points {n_points}")
-            if number == held_out:
-                tables["test"].append((xs[rows], ys[rows]))
-            else:
-                tables["train"].append((xs[train], ys[train]))
-                tables["valid"].append((xs[valid], ys[valid]))
+            own = {"train": train, "valid": valid}
+            for part, rows in ({"test": rows} if number == held_out else own).items():
+                tables[part].append((xs[rows], ys[rows]))
         # tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths
         self.parts = {}
         for part, pairs in tables.items():
@@ -857,42 +846,38 @@ class Tables:
 
 # The paper's accuracy on each table of OpenML, held out. It numbers them 0 .. 9: the ids in their
 # order are our reading, and that the last is 42192 a guess from its about 5,270 rows.
-PUBLISHED = {
-    "720": {"standard": .627, "looped": .662},
-    "725": {"standard": .511, "looped": .504},
-    "737": {"standard": .656, "looped": .721},
-    "803": {"standard": .395, "looped": .401},
-    "807": {"standard": .406, "looped": .416},
-    "816": {"standard": .463, "looped": .462},
-    "819": {"standard": .483, "looped": .568},
-    "847": {"standard": .668, "looped": .757},
-    "871": {"standard": .533, "looped": .510},
-    "42192": {"standard": .650, "looped": .648},
-}
+ACCURACY = """
+table     720  725  737  803  807  816  819  847  871 42192
+standard .627 .511 .656 .395 .406 .463 .483 .668 .533 .650
+looped   .662 .504 .721 .401 .416 .462 .568 .757 .510 .648
+"""
 
 # Fig. 3, read off the curves that the authors' evaluation prints: the squared error at d = 20 over
 # the variance of y, by number of examples; the loop after 500 loops. The paper has more curves.
-PUBLISHED_CURVES = {
-    "linear": {
-        "examples": [1, 5, 8, 10, 12, 15, 16, 18, 19, 20, 21, 22, 25, 30, 40],
-        "looped": [.921, .771, .616, .519, .428, .248, .212, .116, .060, .0242, .0110, .0057,
-                   .0023, .0011, .0008],
-        "12 layers": [.920, .769, .615, .519, .426, .247, .212, .112, .059, .0204, .0077, .0038,
-                      .0013, .0007, .0005],
-    },
-    "sparse-linear": {
-        "examples": [1, 5, 8, 10, 12, 15, 16, 18, 20, 25, 30, 40],
-        "looped": [.897, .599, .147, .0213, .0063, .0037, .0022, .0017, .0013, .0010, .0007,
-                   .0006],
-        "12 layers": [.887, .584, .221, .0848, .0390, .0153, .0099, .0064, .0048, .0026, .0021,
-                      .0017],
-    },
-    "relu-2nn": {
-        "examples": [1, 5, 10, 20, 30, 40, 60, 80, 100],
-        "looped": [.880, .669, .523, .414, .326, .282, .216, .189, .180],
-        "12 layers": [.875, .672, .521, .411, .320, .280, .208, .183, .170],
-    },
+CURVES = {
+    "linear": """
+examples    1    5    8   10   12   15   16   18   19    20    21    22    25    30    40
+looped   .921 .771 .616 .519 .428 .248 .212 .116 .060 .0242 .0110 .0057 .0023 .0011 .0008
+standard .920 .769 .615 .519 .426 .247 .212 .112 .059 .0204 .0077 .0038 .0013 .0007 .0005
+""",
+    "sparse-linear": """
+examples    1    5    8    10    12    15    16    18    20    25    30    40
+looped   .897 .599 .147 .0213 .0063 .0037 .0022 .0017 .0013 .0010 .0007 .0006
+standard .887 .584 .221 .0848 .0390 .0153 .0099 .0064 .0048 .0026 .0021 .0017
+""",
+    "relu-2nn": """
+examples    1    5   10   20   30   40   60   80  100
+looped   .880 .669 .523 .414 .326 .282 .216 .189 .180
+standard .875 .672 .521 .411 .320 .280 .208 .183 .170
+""",
 }
+
+def published(text):
+    """The numbers in such a text: {"standard": {"720": .627, ...}, "looped": ...}."""
+    header, *rows = [line.split() for line in text.strip().splitlines()]
+    return {name: dict(zip(header[1:], map(float, numbers))) for name, *numbers in rows}
+
+ERROR = ["squared error / variance of y", "fraction of wrong labels"]    # of tables
 
 def is_papers(args):
     """Whether a run's prompts are the paper's."""
@@ -911,14 +896,17 @@ def in_words(run):
 
 def at_loops(run):
     """The same, with the loops at which errors by examples are measured."""
-    loops = f", {run.args.eval_loops} loops" if run.args.model == "looped" else ""
-    return in_words(run) + loops
+    loops = run.args.eval_loops
+    return in_words(run) + (f", {loops} loops" if loops else "")
 
 def print_curves(title, x_name, curves):
     """A table of curves, of about 20 rows and all of the paper's."""
+    if not curves:
+        return
     longest = max([x for _, x, _, _ in curves], key=len)
     step = max(1, len(longest) // 20)
-    rows = {x for x in longest if x % step == 0} | {longest[0], longest[-1]}
+    rows = {longest[0], longest[-1]}
+    rows.update(x for x in longest if x % step == 0)
     for label, xs, _, _ in curves:
         if "paper" in label:
             rows.update(xs)
@@ -926,108 +914,89 @@ def print_curves(title, x_name, curves):
     for row in sorted(rows):
         for label, xs, ys, _ in curves:
             if row in xs:
-                cells.append((f"{row} {x_name}", label, ys[xs.index(row)]))
+                cells.append((f"{x_name} {row}", label, ys[xs.index(row)]))
     common.print_table(title, cells)
 
+def error_cells(row, curves):
+    """Of a mean and its interval's ends, by examples: the last, as cells of a table."""
+    mean, low, high = [curve[-1] for curve in curves]
+    return [(row, "error", mean), (row, "90% interval", f"{low:.3f} to {high:.3f}")]
+
 def show_summary(task, runs):
-    """Errors with all examples, and the size of each model; the paper's accuracy on a table."""
-    measure = "accuracy" if task == "openml" else "error"
+    """Errors with all examples and sizes; on OpenML accuracies beside the paper's."""
     cells = []
     for run in runs:
-        row = at_loops(run)
-        results = run.results
-        mean, low, high = [curve[-1] for curve in results["curve"]]
+        row, results = at_loops(run), run.results
+        cells += error_cells(row, results["curve"])
         if task == "openml":
-            mean, low, high = 1 - mean, 1 - high, 1 - low
-        cells.append((row, measure, mean))
-        cells.append((row, "90% interval", f"{low:.3f} to {high:.3f}"))
-        if task == "openml" and is_papers(run.args):
-            published = PUBLISHED.get(results["table"], {})
-            if run.args.model in published:
-                cells.append((row, "paper", published[run.args.model]))
+            cells.append((row, "accuracy", 1 - results["curve"][0][-1]))
+            theirs = published(ACCURACY).get(run.args.model, {})
+            if is_papers(run.args) and results["table"] in theirs:
+                cells.append((row, "paper", theirs[results["table"]]))
         cells.append((row, "parameters", results["n_params"], ",.0f"))
         cells.append((row, "of 12 layers'", results["n_params"] / results["n_params_12"], ".1%"))
-    for row, curves in runs[0].results["baselines"].items():
-        mean, low, high = [curve[-1] for curve in curves]
-        cells.append((row, measure, mean))
-        cells.append((row, "90% interval", f"{low:.3f} to {high:.3f}"))
+    for name, curves in runs[0].results["baselines"].items():
+        cells += error_cells(name, curves)
     common.print_table(f"""\
-{task}: {measure} with all {runs[0].args.n_points - 1} examples. 90% interval: over test prompts, of the
-first seed; in brackets: the range over seeds (they vary more).""", cells)
+{task}: the {ERROR[task == "openml"]} with all {runs[0].args.n_points - 1} examples.
+In brackets: the range over seeds; 90% interval: over test prompts, of the first seed.""", cells)
 
-def error_of(task):
-    """What an error is, in words."""
-    return "fraction of wrong labels" if task == "openml" else "squared error / variance of y"
-
-def show_examples(task, runs):
-    """Fig. 3: error by the number of examples, beside the paper's and the baselines."""
-    args = runs[0].args
-    xs = range(args.n_points)
-    models = [(at_loops(run), xs, run.results["curve"][0], {}) for run in runs]
-    published = dict(PUBLISHED_CURVES.get(task, {}))
-    examples = published.pop("examples", [])
-    hollow = dict(marker="o", linestyle="none", fillstyle="none")
-    for name, ys in published.items():
-        if is_papers(args):
-            models.append((f"paper, {name}", examples, ys, hollow))
-    print_curves(f"{task}: {error_of(task)} by examples", "examples", models)
+def show_curves(task, runs):
+    """Prints, and returns as panels, error by examples (Fig. 3) and by loops (Fig. 2), probes."""
+    error = ERROR[task == "openml"]
+    models, loops, probes = [], [], {}
+    for run in runs:
+        name, results = in_words(run), run.results
+        curve = results["curve"][0]
+        models.append((at_loops(run), range(len(curve)), curve, {}))
+        if "by_loops" in results:
+            ys = results["by_loops"]
+            b = len(ys) // 10
+            style = dict(marker="o", markevery=[b - 1])
+            loops.append((f"{name}, b = {b}", range(1, len(ys) + 1), ys, style))
+        for target, ys in results.get("probe", {}).items():
+            curves = probes.setdefault(f"{task}, {name}", [])
+            curves.append((target, range(len(ys)), ys, {}))
+    if is_papers(runs[0].args) and task in CURVES:
+        hollow = dict(marker="o", linestyle="none", fillstyle="none")
+        for name, numbers in published(CURVES[task]).items():
+            xs = [int(x) for x in numbers]
+            models.append((f"paper, {name}", xs, list(numbers.values()), hollow))
     baselines = []
     for marker, (name, curves) in zip("ov^s*", runs[0].results["baselines"].items()):
         style = dict(color="gray", linewidth=1, marker=marker, markersize=3)
-        baselines.append((name, xs, curves[0], style))
-    if baselines:
-        print_curves(f"{task}: the same of the baselines", "examples", baselines)
-    axis = dict(xlabel="examples", ylabel=error_of(task), ylim=(0, 2))  # some begin above
-    return {f"{task}, by examples": (axis, models + baselines)}
-
-def show_loops(task, runs):
-    """Fig. 2: error with all examples by the number of loops; a mark at b."""
-    curves = []
-    for run in runs:
-        ys = run.results.get("by_loops", [])
-        b = len(ys) // 10
-        if ys:
-            style = dict(marker="o", markevery=[b - 1])
-            curves.append((f"{in_words(run)}, b = {b}", range(1, 10 * b + 1), ys, style))
-    if not curves:
-        return {}
-    print_curves(f"{task}: {error_of(task)} with all examples, by loops", "loops", curves)
-    axis = dict(xlabel="loops (mark: as trained)", ylabel=error_of(task), yscale="log")
-    return {f"{task}, all examples": (axis, curves)}
-
-def show_probes(task, runs):
-    """Sec. 6: what a probe reads off each model's hidden states."""
-    axis = dict(xlabel="loop or layer", ylabel="relative error of the probe")
-    panels = {}
-    for run in runs:
-        _, curves = panels.setdefault(f"{task}, {in_words(run)}", (axis, []))
-        for target, ys in run.results["probe"].items():
-            curves.append((target, range(len(ys)), ys, {}))
-    for title, (_, curves) in panels.items():
-        print_curves(f"{title}: relative error of the probe", "loops or layers", curves)
+        baselines.append((name, range(len(curves[0])), curves[0], style))
+    print_curves(f"{task}: {error} by examples", "examples", models)
+    print_curves(f"{task}: the same, baselines", "examples", baselines)
+    axis = dict(xlabel="examples", ylabel=error, ylim=(0, 2))           # some begin above
+    panels = {f"{task}, by examples": (axis, models + baselines)}
+    if loops:
+        print_curves(f"{task}: {error} with all examples, by loops", "loops", loops)
+        axis = dict(xlabel="loops (mark: b, as trained)", ylabel=error, yscale="log")
+        panels[f"{task}, all examples"] = axis, loops
+    for title, curves in probes.items():
+        print_curves(f"{title}: relative error of the probe", "loop or layer", curves)
+        panels[title] = dict(xlabel="loop or layer", ylabel="relative error of the probe"), curves
     return panels
 
 def show_ood(task, runs):
-    """App.: errors on other inputs than trained on."""
+    """App.: errors on out-of-distribution inputs."""
     cells = []
     for run in runs:
         for name, error in run.results["ood"].items():
             cells.append((name, at_loops(run), error))
     for name, error in runs[0].results["ood of least squares"].items():
         cells.append((name, "least squares", error))
-    common.print_table(f"{task}: {error_of(task)} on other inputs, with all examples", cells)
+    common.print_table(f"{task}: {ERROR[0]} with all examples, on other inputs", cells)
 
 def show(runs):
-    """Prints the tables of each task, and draws its figures side by side."""
+    """Prints the tables of each task, and draws the panels of all in one figure."""
     panels = {}
     for task in dict.fromkeys(run.args.task for run in runs):
         of_task = [run for run in runs if run.args.task == task]
         show_summary(task, of_task)
-        panels |= show_examples(task, of_task)
-        panels |= show_loops(task, of_task)
-        if of_task[0].args.probe:
-            panels |= show_probes(task, of_task)
-        if of_task[0].args.ood:
+        panels |= show_curves(task, of_task)
+        if "ood" in of_task[0].results:
             show_ood(task, of_task)
     if runs[0].args.plot:
         common.plot(runs[0].folder.parent / "errors.png", panels)
@@ -1085,7 +1054,7 @@ def main(argv=None):
     """The command: trains what the flags ask for, prints the tables, returns the results."""
     args = parse_args(argv)
     if args.fetch is not None and "openml" in args.task:
-        fetch_missing(args.fetch or PUBLISHED, args.data_dir)
+        fetch_missing(args.fetch or published(ACCURACY)["looped"], args.data_dir)
         args.fetch = None                                    # no run depends on it
     runs = common.sweep(args, SWEEP, build, resolve, MEASURED)
     return common.complete(runs, train, measure, show)
