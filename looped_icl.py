@@ -6,7 +6,7 @@ One transformer block, looped b times with the prompt injected anew at every loo
 12-layer transformer at in-context regression with less than a tenth of its parameters. It keeps its
 answer when looped far past b: it has learned an iterative algorithm with a fixed point. The quick
 preset shows the fixed point: in the first table the loop's error with all examples comes near that
-of least squares, 0, and in the second it stays flat from b loops on. It does not show that the loop
+of least squares, 0, and in the last it stays flat from b loops on. It does not show that the loop
 matches 12 layers: there it is the worst of the four models at b. --preset medium is for that.
 
     python looped_icl.py                                two dimensions, in minutes
@@ -36,9 +36,9 @@ above it in its section; a baseline needs torch, and from here sum_before or bes
 """
 import csv
 import http.client
+import io
 import json
 import math
-import os
 import re
 import urllib.request
 import warnings
@@ -448,7 +448,8 @@ def probe_targets(xs, ys):
     targets = []
     for i in range(1, ys.shape[1]):
         X, Y = x[:, :i], y[:, :i, None]
-        targets.append(torch.cat([X.mT @ Y / i, torch.linalg.pinv(X) @ Y], 1)[..., 0])
+        w = torch.linalg.pinv(X) @ Y                                    # (B, d, 1)
+        targets.append(torch.cat([X.mT @ Y / i, w], 1)[..., 0])
     return torch.stack(targets)
 
 @torch.no_grad()
@@ -738,8 +739,8 @@ def download(url):
 
 def fetch(number, folder):
     """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, without the
-    row's number and what OpenML says to ignore, then its target. OSError where that fails,
-    ValueError where it is no dense table with a target."""
+    row's number and what OpenML says to ignore, then its target. OSError if that fails,
+    ValueError if it is no dense table with a target."""
     answer = json.loads(download(f"https://www.openml.org/api/v1/json/data/{number}"))
     about = answer.get("data_set_description")
     if about is None:
@@ -767,12 +768,10 @@ def fetch(number, folder):
     if len(classes) > 1:                                                # label 0 is the first
         for row in rows:
             row[keep[-1]] = classes.index(row[keep[-1]].strip())
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(folder) / f"{number}.{os.getpid()}.part"        # several processes may fetch it
-    with open(part, "w", newline="") as file:
-        for row in [names, *rows]:
-            csv.writer(file).writerow([row[i] for i in keep])
-    part.replace(Path(folder) / f"{number}.csv")
+    file = io.StringIO()
+    for row in [names, *rows]:
+        csv.writer(file).writerow([row[i] for i in keep])
+    common.write(Path(folder, f"{number}.csv"), file.getvalue().encode())
 
 def fetch_missing(numbers, folder):
     """Downloads the tables that are not there. UsageError if that fails."""
@@ -784,26 +783,22 @@ def fetch_missing(numbers, folder):
                 reason = str(error) or type(error).__name__
                 raise common.UsageError(f"--fetch {number}: {reason}") from error
 
-def table_number(path):
-    """What tables are ordered by: 720.csv before 1462.csv, both before names without number."""
-    name = path.stem
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
 class Tables:
     """Prompts from real tables, all but the one held out: rows of one table, in random order,
     without repetition. ValueError where the tables do not serve.
 
     The paper's protocol: each of ten tables is held out in turn; the model is trained on prompts
     from 95% of the rows of the others (5% are kept for validation) and tested on prompts from it.
-    `held_out` counts the folder's tables in the order of their numbers. The paper tests on 5% of
-    the rows of that table, and we on all.
+    `held_out` counts the folder's tables in the order of their numbers (shorter names first). The
+    paper tests on 5% of the rows of that table, and we on all.
     """
 
     scale = 1
     n_out = 2                                                           # two logits
 
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
-        paths = sorted(Path(folder).glob("*.csv"), key=table_number)
+        paths = list(Path(folder).glob("*.csv"))
+        paths.sort(key=lambda path: (len(path.stem), path.stem))        # 720 before 1462
         if held_out >= len(paths) or len(paths) < 2:
             raise ValueError(f"{folder} has {len(paths)} tables (*.csv), too few for --held-out "
                              f"{held_out}: give --data-dir FOLDER, or --fetch")
@@ -819,8 +814,8 @@ class Tables:
             if len(valid) < n_points:
                 raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
                                  f"--n-points {n_points}")
-            own = {"train": train, "valid": valid}
-            for part, rows in ({"test": rows} if number == held_out else own).items():
+            own = {"test": rows} if number == held_out else {"train": train, "valid": valid}
+            for part, rows in own.items():
                 tables[part].append((xs[rows], ys[rows]))
         # tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths
         self.parts = {}
@@ -875,9 +870,14 @@ standard .875 .672 .521 .411 .320 .280 .208 .183 .170
 def published(text):
     """The numbers in such a text: {"standard": {"720": .627, ...}, "looped": ...}."""
     header, *rows = [line.split() for line in text.strip().splitlines()]
-    return {name: dict(zip(header[1:], map(float, numbers))) for name, *numbers in rows}
+    found = {}
+    for name, *numbers in rows:
+        found[name] = dict(zip(header[1:], map(float, numbers)))
+    return found
 
-ERROR = ["squared error / variance of y", "fraction of wrong labels"]    # of tables
+def error_of(task):
+    """What an error is, in words."""
+    return "fraction of wrong labels" if task == "openml" else "squared error / variance of y"
 
 def is_papers(args):
     """Whether a run's prompts are the paper's."""
@@ -918,7 +918,7 @@ def print_curves(title, x_name, curves):
     common.print_table(title, cells)
 
 def error_cells(row, curves):
-    """Of a mean and its interval's ends, by examples: the last, as cells of a table."""
+    """The mean error with all examples and its interval, as cells. curves: see bootstrap."""
     mean, low, high = [curve[-1] for curve in curves]
     return [(row, "error", mean), (row, "90% interval", f"{low:.3f} to {high:.3f}")]
 
@@ -938,12 +938,13 @@ def show_summary(task, runs):
     for name, curves in runs[0].results["baselines"].items():
         cells += error_cells(name, curves)
     common.print_table(f"""\
-{task}: the {ERROR[task == "openml"]} with all {runs[0].args.n_points - 1} examples.
+{task}: the {error_of(task)} with all {runs[0].args.n_points - 1} examples.
 In brackets: the range over seeds; 90% interval: over test prompts, of the first seed.""", cells)
 
 def show_curves(task, runs):
-    """Prints, and returns as panels, error by examples (Fig. 3) and by loops (Fig. 2), probes."""
-    error = ERROR[task == "openml"]
+    """Prints errors by examples (Fig. 3) and by loops (Fig. 2), and what probes find (Sec. 6).
+    Returns the same as panels of the figure, {title: (axis, curves)}."""
+    error = error_of(task)
     models, loops, probes = [], [], {}
     for run in runs:
         name, results = in_words(run), run.results
@@ -963,9 +964,10 @@ def show_curves(task, runs):
             xs = [int(x) for x in numbers]
             models.append((f"paper, {name}", xs, list(numbers.values()), hollow))
     baselines = []
-    for marker, (name, curves) in zip("ov^s*", runs[0].results["baselines"].items()):
+    for name, (curve, _, _) in runs[0].results["baselines"].items():
+        marker = "ov^s*"[len(baselines)]
         style = dict(color="gray", linewidth=1, marker=marker, markersize=3)
-        baselines.append((name, range(len(curves[0])), curves[0], style))
+        baselines.append((name, range(len(curve)), curve, style))
     print_curves(f"{task}: {error} by examples", "examples", models)
     print_curves(f"{task}: the same, baselines", "examples", baselines)
     axis = dict(xlabel="examples", ylabel=error, ylim=(0, 2))           # some begin above
@@ -987,7 +989,7 @@ def show_ood(task, runs):
             cells.append((name, at_loops(run), error))
     for name, error in runs[0].results["ood of least squares"].items():
         cells.append((name, "least squares", error))
-    common.print_table(f"{task}: {ERROR[0]} with all examples, on other inputs", cells)
+    common.print_table(f"{task}: {error_of(task)} with all examples, on other inputs", cells)
 
 def show(runs):
     """Prints the tables of each task, and draws the panels of all in one figure."""
