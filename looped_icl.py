@@ -6,7 +6,7 @@ One transformer block, looped b times with the prompt injected anew at every loo
 12-layer transformer at in-context regression with less than a tenth of its parameters. It keeps its
 answer when looped far past b: it has learned an iterative algorithm with a fixed point. The quick
 preset shows the fixed point: in the first table the loop's error with all examples comes near that
-of least squares, 0, and in the second it stays flat from b loops on. It does not show that the loop
+of least squares, 0, and in the last it stays flat from b loops on. It does not show that the loop
 matches 12 layers: there it is the worst of the four models at b. --preset medium is for that.
 
     python looped_icl.py                                two dimensions, in minutes
@@ -31,18 +31,15 @@ Tables of OpenML, downloaded by id (the paper's, as we read it: 720 725 737 803 
 
 What the paper preset leaves open (points, loops, window, steps, batch) is the task's: see TASKS.
 
-To lift: InContextTransformer needs common's Block and gpt2_init_; sample_prompts needs all that is
+To reuse: InContextTransformer needs common's Block and gpt2_init_; sample_prompts needs all that is
 above it in its section; a baseline needs torch, and from here sum_before or best_split.
 """
-import copy
 import csv
 import http.client
-import itertools
+import io
 import json
 import math
-import os
 import re
-import urllib.error
 import urllib.request
 import warnings
 from dataclasses import dataclass
@@ -105,41 +102,37 @@ def relu_2nn(xs, generator):
 
 @dataclass
 class FunctionClass:
-    """A function class with all that depends on it. One that lacks an entry fails here, by name."""
+    """A row of TASKS. A new function class is a function and a row."""
     f: Callable | None          # (xs, generator) -> ys; None: real tables
     variance: Callable          # of y, without noise, by d
-    signs_only: bool            # whether f looks at the signs of x alone; --ood: else y grows as x
     baselines: list             # names, see BASELINES
-    # the paper's setting, for the flags of these names, where preset and command line say none
-    loops: int                  # b
-    window: int                 # T
-    n_points: int = 41
-    points_start: int = 11
-    points_step: int = 2
-    steps: int = 500_000
-    batch_size: int = 64
-    converged: int | None = None    # --eval-loops of the paper preset: Fig. 3's, where it is not b
+    settings: dict              # the paper's, of --preset paper
+    signs_only: bool = False    # f looks at the signs of x alone: y does not grow as x does
 
-USUAL = ["least squares", "averaging", "3-NN"]
-LONG = {"n_points": 101, "points_start": 26, "points_step": 5}
+DEFAULTS = ["least squares", "averaging", "3-NN"]
+SHORT = dict(
+    n_points=41, points_start=11, points_step=2, steps=500_000, batch_size=64, eval_loops=500,
+)
+LONG = dict(SHORT, n_points=101, points_start=26, points_step=5)
 
 TASKS = {
     "linear": FunctionClass(
-        linear, lambda d: d, False, USUAL, loops=20, window=15, converged=500),
+        linear, lambda d: d, DEFAULTS, dict(SHORT, loops=20, window=15)),
     "noisy-linear": FunctionClass(
-        noisy_linear, lambda d: d, False, USUAL, loops=20, window=15, converged=500),
+        noisy_linear, lambda d: d, DEFAULTS, dict(SHORT, loops=20, window=15)),
     "sparse-linear": FunctionClass(
-        sparse_linear, lambda d: min(d, 3), False, USUAL + ["Lasso"],
-        loops=20, window=10, converged=500),
+        sparse_linear, lambda d: min(d, 3), DEFAULTS + ["Lasso"],
+        dict(SHORT, loops=20, window=10)),
     "decision-tree": FunctionClass(
-        decision_tree, lambda d: 1, True, USUAL + ["tree on x", "tree on signs"],
-        loops=70, window=15, converged=200, **LONG),
+        decision_tree, lambda d: 1, DEFAULTS + ["tree on x", "tree on signs"],
+        dict(LONG, loops=70, window=15, eval_loops=200), signs_only=True),
     "relu-2nn": FunctionClass(
-        relu_2nn, lambda d: d, False, USUAL + ["2-layer network"],
-        loops=12, window=5, converged=500, **LONG),
+        relu_2nn, lambda d: d, DEFAULTS + ["2-layer network"],
+        dict(LONG, loops=12, window=5)),
     "openml": FunctionClass(
-        None, lambda d: 1, True, [], loops=30, window=15,
-        points_start=41, steps=100_000, batch_size=40),
+        None, lambda d: 1, [],
+        dict(SHORT, points_start=41, steps=100_000, batch_size=40,
+             loops=30, window=15, eval_loops=None), signs_only=True),
 }
 
 def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
@@ -165,6 +158,7 @@ class Prompts:
         self.n_dims = n_dims
         self.device = device
         self.scale = TASKS[name].variance(n_dims)
+        self.baselines = {key: BASELINES[key] for key in TASKS[name].baselines}
 
     def sample(self, batch, n_points, generator, active_dims=None, part="train"):
         """xs (B, n, d), ys (B, n). `part` has no meaning here: every prompt is a new one."""
@@ -190,12 +184,6 @@ class InContextTransformer(nn.Module):
         nn.init.normal_(self.wpe.weight, std=0.02)                      # read_in, read_out: torch's
         self.read_out = nn.Linear(n_embd, n_out)
 
-    def compile(self, **options):
-        """torch.compile for one pass through the trunk. The loop stays in Python: its length
-        changes in training, and its first passes run without gradient. Called at every stage, it
-        takes the class's trunk, which is not compiled yet."""
-        self.trunk = torch.compile(type(self).trunk.__get__(self), **options)
-
     def trunk(self, x, return_attn=False):
         """f: positions, blocks, final norm; x (B, T, C) -> the same, or also attention by layer."""
         x = x + self.wpe.weight[:x.shape[1]]
@@ -215,8 +203,8 @@ class InContextTransformer(nn.Module):
 
         add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1 (0 would hide e),
         z_(i+1) = f(z_i e). With both, the loops before the window run without gradient. none: z_0 =
-        e, z_(i+1) = f(z_i), the gradient goes through all loops: our variant, without a number in the
-        paper. One loop: a usual transformer.
+        e, z_(i+1) = f(z_i), the gradient goes through all loops: our variant, without a number in
+        the paper. One loop: a usual transformer.
         """
         d = xs.shape[2]
         ys = F.pad(ys[..., None], (0, d - 1))                           # (B, n, d)
@@ -254,85 +242,46 @@ MODELS = {
 
 # ---- Training (Sec. 5) --------------------------------------------------------------------------
 
+# What differs from the defaults of the flags, which are those of "quick". None: the task's own
+MEDIUM = dict(
+    model=["looped", "standard", "tied"], inject=["add", "none"],
+    n_dims=5, dims_start=1, n_points=11, points_start=11,
+    window=8, loops_every=200,
+    steps=6_000, batch_size=64, lr=2e-3, beta2=0.999, warmup=200, eval_every=500,
+)
+PAPER = dict(
+    n_head=8, n_embd=256,
+    n_dims=20, dims_start=5, n_points=None, points_start=None, points_step=None,
+    curriculum_every=5_000, loops=None, window=None, loops_every=500,
+    steps=None, batch_size=None, lr=1e-4, beta2=0.999, warmup=0, schedule="constant",
+    eval_every=2_500,
+)
+PRESETS = {"quick": {}, "medium": MEDIUM, "paper": PAPER}
 SWEEP = ["task", "model", "inject", "held_out", "seed"]
 MEASURED = ["n_eval", "eval_loops", "ood", "probe"]             # training does not depend on them
 
-# None: the task's own, see TASKS
-QUICK = {
-    "task": ["linear"], "model": ["looped"],
-    "inject": ["add"], "held_out": [0],
-    "n_layer": 12,
-    "n_head": 4, "n_embd": 64,
-    "n_dims": 2, "n_points": 6,
-    "loops": 20, "window": 6, "loops_every": 60,
-    "dims_start": 2, "points_start": 6,
-    "points_step": 2, "curriculum_every": 700,
-    "steps": 1_100, "batch_size": 256,
-    "lr": 8e-3, "beta2": 0.98,
-    "warmup": 100, "schedule": "cosine",
-    "eval_every": 100, "n_eval": 1_280, "eval_loops": None,
-    "ood": False, "probe": False,
-    "data_dir": None, "fetch": None,
-}
-MEDIUM = {
-    **QUICK,
-    "model": ["looped", "standard", "tied"], "inject": ["add", "none"],
-    "n_dims": 5,
-    "n_points": 11, "points_start": 11,
-    "loops": 20, "window": 8, "loops_every": 200,
-    "dims_start": 1,
-    "steps": 6_000, "batch_size": 64,
-    "lr": 2e-3, "beta2": 0.999,
-    "warmup": 200, "eval_every": 500,
-}
-PAPER = {
-    **QUICK,
-    "n_head": 8, "n_embd": 256,
-    "n_dims": 20, "n_points": None,
-    "loops": None, "window": None, "loops_every": 500,
-    "dims_start": 5, "points_start": None,
-    "points_step": None, "curriculum_every": 5_000,
-    "steps": None, "batch_size": None,
-    "lr": 1e-4, "beta2": 0.999,
-    "warmup": 0, "schedule": "constant",
-    "eval_every": 2_500,
-}
-PRESETS = {"quick": QUICK, "medium": MEDIUM, "paper": PAPER}
-
-# What is a part of another setting is at most as large, where it is not given
-PART_OF = {"points_start": "n_points", "dims_start": "n_dims", "window": "loops"}
-
 def resolve(args):
-    """Completes a run's settings: None becomes the task's own, what has no effect becomes None."""
-    function_class = TASKS[args.task]
-    for name, value in vars(function_class).items():
-        if name in args and getattr(args, name) is None:
-            setattr(args, name, value)
-    given = getattr(args, "given", [])                       # a preset's own settings have none
-    for name, whole in PART_OF.items():
-        if name not in given and getattr(args, name) is not None:
-            setattr(args, name, min(getattr(args, name), getattr(args, whole)))
-    if args.model == "looped" and args.eval_loops is None:
-        converged = function_class.converged if args.preset == "paper" else None
-        args.eval_loops = converged or args.loops
-    if args.task == "openml" and args.data_dir is None:
-        args.data_dir = Path("tables")
-    dims_grow = not function_class.signs_only and args.dims_start < args.n_dims
-    points_grow = args.points_start < args.n_points
-    without_effect = [
-        (args.model == "looped", ["n_layer"]),
-        (args.model != "looped", ["inject", "loops", "window", "loops_every", "eval_loops"]),
-        (args.task == "openml", ["ood", "probe"]),
-        (args.task != "openml", ["data_dir", "fetch", "held_out"]),
-        (function_class.signs_only, ["dims_start"]),
-        (not points_grow, ["points_step"]),
-        (not dims_grow and not points_grow, ["curriculum_every"]),
-        (args.loops == args.window, ["loops_every"]),
-    ]
-    for unused, names in without_effect:
-        if unused:
-            for name in names:
-                setattr(args, name, None)
+    """Completes a run's flags: the task's own settings; unused ones become None."""
+    if args.preset == "paper":
+        for key, value in TASKS[args.task].settings.items():
+            if getattr(args, key) is None:
+                setattr(args, key, value)
+    if args.eval_loops is None:
+        args.eval_loops = args.loops
+    if args.model == "looped":
+        args.n_layer = None
+    else:
+        args.inject = args.loops = args.window = args.loops_every = args.eval_loops = None
+    if args.task == "openml":
+        args.ood = args.probe = None
+    else:
+        args.data_dir = args.fetch = args.held_out = None
+    if TASKS[args.task].signs_only:
+        args.dims_start = None                               # all of them, from the start
+    if args.points_start >= args.n_points:
+        args.points_step = None
+        if (args.dims_start or args.n_dims) >= args.n_dims:
+            args.curriculum_every = None
 
 def build(args):
     """The task (its prompts) and the model of a run."""
@@ -350,11 +299,11 @@ def load(folder, device="cpu"):
 
 def curriculum(args, step):
     """Active dimensions, points and loops at a step: each grows at intervals to its full size."""
-    stage = step // args.curriculum_every if args.curriculum_every else 0
+    stage = step // (args.curriculum_every or args.steps)
     active_dims = min(args.n_dims, (args.dims_start or args.n_dims) + stage)
     n_points = min(args.n_points, args.points_start + (args.points_step or 0) * stage)
     _, loops, _ = MODELS[args.model](args)
-    if args.loops_every:
+    if args.model == "looped":
         loops = min(loops, args.window + 2 * (step // args.loops_every))
     return active_dims, n_points, loops
 
@@ -363,13 +312,13 @@ def learning_rate(step, args):
     rate = args.lr * min(1, (step + 1) / max(1, args.warmup))
     if args.schedule == "cosine":
         rate *= (1 + math.cos(math.pi * (step / args.steps))) / 2
-    return rate
+    return float(np.float32(rate))                           # as RESULTS.md was measured
 
 def autocast(args):
     """--dtype. Without the cache of weights: a cast made in a loop without gradient would be used
     again by those with one (torch 2.9), and the block would get no gradient."""
-    bfloat16 = args.dtype == "bfloat16"
     device = torch.device(args.device).type
+    bfloat16 = args.dtype == "bfloat16"
     return torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
 
 def loss_of(predictions, ys):
@@ -382,60 +331,209 @@ def loss_of(predictions, ys):
     return -log_p.gather(-1, labels[..., None]).mean()
 
 def train(args, run):
-    """One run of the sweep; goes on from its checkpoint where there is one."""
+    """Trains one run, or what is left of it, and leaves its checkpoint."""
     task, model = build(args)
-    lr = torch.tensor(0.0, device=args.device)                  # a CUDA graph sees a tensor change
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=lr, betas=(0.9, args.beta2),
-        fused=True, capturable=lr.is_cuda,
-    )
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
     data = torch.Generator(args.device).manual_seed(args.seed)          # training prompts alone
-    start = run.restore(model=model, optimizer=optimizer, data=data)
-    optimizer.param_groups[0]["lr"] = lr                        # the checkpoint has brought its own
+    start = run.restore(model, optimizer, data)
     _, passes, _ = MODELS[args.model](args)
-    window = args.window or 1
-    *sizes, _ = curriculum(args, args.steps - 1)
-    if sizes != [args.n_dims, args.n_points]:
-        print(f"{run.number} ends its curriculum at {sizes[0]} of {args.n_dims} dimensions and "
-              f"{sizes[1]} of {args.n_points} points; it is scored on all")
-    stage = None
-
-    def training_step():
-        active_dims, n_points, loops = stage
-        xs, ys = task.sample(args.batch_size, n_points, data, active_dims)              # (B, n, d)
+    dims, points, _ = curriculum(args, args.steps - 1)
+    if (dims, points) != (args.n_dims, args.n_points):
+        common.say(f"{run.folder.name} ends its curriculum at {dims} of {args.n_dims} dimensions "
+                   f"and {points} of {args.n_points} points; it is scored on all")
+    if args.compile:                                         # one pass: the number of loops changes
+        model.trunk = torch.compile(model.trunk)
+    for step in run.steps(start, args.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        dims, points, loops = curriculum(args, step)
+        xs, ys = task.sample(args.batch_size, points, data, dims)       # (B, n, d), (B, n)
         with autocast(args):
-            predictions = model(xs, ys, loops, window)                                  # (T, B, n)
+            predictions = model(xs, ys, loops, args.window or 1)        # (T, B, n)
         loss = loss_of(predictions.float(), ys)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    for step in run.steps(start, args.steps):
-        new_stage = curriculum(args, step)
-        if new_stage != stage:                                  # new shapes: a new CUDA graph
-            stage = new_stage                                   # training_step reads it
-            step_once = training_step
-            if args.compile:
-                step_once = common.compile_step(training_step, model, data)
-        lr.fill_(learning_rate(step, args))
-        loss = step_once()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            draw = torch.Generator(args.device).manual_seed(10_000)
-            xs, ys = task.sample(256, args.n_points, draw, part="valid")
-            error = errors(model, task, xs, ys, passes)[0, :, -1].mean()
-            active_dims, n_points, loops = stage
-            sizes = {"dims": active_dims, "points": n_points, "loops": loops}
-            run.log(step + 1, loss=loss.item(), error=error.item(), **sizes)
-            run.save(step + 1)
+            fresh = torch.Generator(args.device).manual_seed(10_000)
+            xs, ys = task.sample(256, args.n_points, fresh, part="valid")
+            error = errors(model, task, xs, ys, passes)[0, :, -1].mean().item()
+            run.log(step + 1, loss=loss.item(), error=error, dims=dims, points=points, loops=loops)
 
-# ---- Measurement: the baselines -----------------------------------------------------------------
+# ---- Measurement --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def errors(model, task, xs, ys, loops=1, window=1):
+    """For each of the last `window` loops, each prompt and each point, (window, B, n): the squared
+    error over the variance of y; with two logits 1 where the more likely label is wrong, else 0."""
+    parts = []
+    for x, y in zip(xs.split(256), ys.split(256)):                      # what fits into memory
+        predictions = model(x, y, loops, window).float()
+        if predictions.dim() == 4:
+            parts.append((predictions.argmax(-1) != y).float())
+        else:
+            parts.append((predictions - y).square() / task.scale)
+    return torch.cat(parts, 1)
+
+def bootstrap(values, n=1_000, level=0.9):
+    """Of values (N, n_points) the mean over N and its bootstrap interval's ends: three lists."""
+    values = values.double()
+    N = len(values)
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(N, (n, N), generator=draw)
+    times_drawn = torch.zeros_like(rows).scatter_add(1, rows, torch.ones_like(rows))
+    means = times_drawn.to(values) @ values / N                         # (n, n_points)
+    low = means.quantile((1 - level) / 2, 0)
+    high = means.quantile((1 + level) / 2, 0)
+    return torch.stack([values.mean(0), low, high]).tolist()
+
+def shifted_prompts(task, n, n_points, generator):
+    """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of y, by which
+    squared errors are divided: to answer 0 scores 1 on each."""
+    d = task.n_dims
+    function_class = TASKS[task.name]
+    f = function_class.f
+    degree = 0 if function_class.signs_only else 2                      # E y^2 ~ |x|^degree
+
+    def prompts(name, xs, growth=1, factor=1):
+        """growth: of E y^2, through x; factor: of y itself."""
+        return name, xs, factor * f(xs, generator), task.scale * growth * factor**2
+
+    xs, _ = task.sample(n, n_points, generator)
+    yield prompts("as trained", xs)
+
+    basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # (B, d, d)
+    deviation = 1 / torch.arange(1, d + 1, device=task.device)          # eigenvalues 1 / i^2
+    deviation = deviation / deviation.square().mean().sqrt()            # of trace d
+    yield prompts("skewed covariance", (xs * deviation) @ basis.mT)
+
+    split = xs.clone()
+    split[:, :-1, d // 2:] = 0                                          # half of the space
+    split[:, -1, :d // 2] = 0                                           # the query: the other half
+    size = math.sqrt((d - d // 2) / d)                                  # of the query's |x|
+    yield prompts("query orthogonal to prompt", split @ basis.mT, size**degree)
+
+    for factor in (0.5, 2, 3):
+        yield prompts(f"x times {factor}", factor * xs, factor**degree)
+    for factor in (0.5, 2, 3):
+        yield prompts(f"y times {factor}", xs, factor=factor)
+
+    name, xs, ys, variance = prompts("label noise of variance 1", xs)
+    noise = randn(generator, *ys.shape)
+    noise[:, -1] = 0                                                    # scored without noise
+    yield name, xs, ys + noise, variance
+
+def hidden_states(model, xs, ys, loops):
+    """What a probe reads of each prefix of i = 1 .. n - 1 pairs, after the read-in (layer 0) and
+    after each pass through a block: the state at y_i, the mean over the prefix's tokens, and a 1
+    for its bias. (layers, n - 1, B, 2C + 1), float64, on the CPU."""
+    found = []
+
+    def keep(module, inputs, z):                                        # (B, 2n-1, C)
+        z = z.double()
+        n_tokens = torch.arange(1, z.shape[1] + 1)[:, None]
+        mean = z.cumsum(1) / n_tokens                                   # over tokens up to each
+        read = torch.cat([z, mean], 2)[:, 1::2]                         # at y_1 .. y_(n-1)
+        found.append(F.pad(read, (0, 1), value=1.0).transpose(0, 1))
+
+    hooks = [part.register_forward_hook(keep) for part in [model.read_in, *model.h]]
+    model(xs, ys, loops)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+def probe_targets(xs, ys):
+    """Of each prefix of i = 1 .. n - 1 pairs: X^T y / i and the least-squares w (of minimum norm),
+    side by side, (n - 1, B, 2 d), float64, on the CPU."""
+    x, y = xs.double(), ys.double()
+    targets = []
+    for i in range(1, ys.shape[1]):
+        X, Y = x[:, :i], y[:, :i, None]
+        w = torch.linalg.pinv(X) @ Y                                    # (B, d, 1)
+        targets.append(torch.cat([X.mT @ Y / i, w], 1)[..., 0])
+    return torch.stack(targets)
+
+@torch.no_grad()
+def probe(model, task, n_points, loops, n=1_000):
+    """Sec. 6: what a linear probe reads off the hidden states, at layer 0 and after each loop or
+    layer, of a prefix of i pairs: X^T y / i and the least-squares w. {name: a list by layer}: the
+    squared error over the target's mean square, on n prompts of "linear", averaged over prefixes,
+    for X^T y of 1 to n_points - 1 pairs, for w of 1 to d. Each prefix has a probe of its own,
+    fitted in closed form (ridge) on 8 other prompts for each of its numbers, and on n at least.
+
+    The paper's probe pools all tokens by a learned softmax, and has 64 hidden units, trained by
+    gradient descent. There the standard model has 20 layers, X^T y goes up to n_points pairs, and
+    errors are not relative to the target.
+
+    The control is fitted on prompts that all have w = (1, .., 1), and tested on the same n."""
+    d = task.n_dims
+    n_fit = max(n, 8 * (2 * model.read_in.out_features + 1))
+
+    def batches(n, seed, constant=False):
+        """Of n prompts, some at a time: states and targets."""
+        draw = torch.Generator(task.device).manual_seed(seed)
+        xs, ys = sample_prompts("linear", n, n_points, d, draw, device=task.device)
+        if constant:
+            ys = xs.sum(2)
+        for x, y in zip(xs.split(100), ys.split(100)):
+            yield hidden_states(model, x, y, loops), probe_targets(x, y)
+
+    found = {}
+    for suffix, constant in [("", False), (" (control)", True)]:
+        squares = products = missed = wanted = 0
+        for states, targets in batches(n_fit, 40_001, constant):
+            squares = squares + states.mT @ states
+            products = products + states.mT @ targets
+        W = torch.linalg.solve(squares + torch.eye(squares.shape[-1]).to(squares), products)
+        for states, targets in batches(n, 40_000):
+            missed = missed + (states @ W - targets).square().sum(2)    # (layers, n - 1, 2 d)
+            wanted = wanted + targets.square().sum(1)
+        for name, of, prefixes in ("X^T y", slice(d), n_points), ("w", slice(d, None), d):
+            relative = missed[..., of].sum(2) / wanted[..., of].sum(1)  # (layers, n - 1)
+            found[name + suffix] = relative[:, :prefixes].mean(1).tolist()
+    return found
+
+def measure(args, run):
+    """Error by examples and by loops, the baselines, and what --ood and --probe ask for."""
+    task, model = load(run.folder, args.device)
+    _, passes, _ = MODELS[args.model](args)
+    loops = args.eval_loops or passes
+    fresh = torch.Generator(args.device).manual_seed(20_000)
+    xs, ys = task.sample(args.n_eval, args.n_points, fresh, part="test")
+    n_params = sum(p.numel() for p in model.parameters())
+    n_block = sum(p.numel() for p in model.h[0].parameters())
+    results = {
+        "n_params": n_params,
+        "n_params_12": n_params + (12 - len(model.h)) * n_block,        # with 12 layers
+        "curve": bootstrap(errors(model, task, xs, ys, loops)[0]),      # mean, low, high
+        "curve_loops": loops,
+        "baselines": {},
+    }
+    for name, baseline in task.baselines.items():
+        squares = (baseline(xs, ys) - ys).square()                      # (B, n)
+        results["baselines"][name] = bootstrap(squares / task.scale)
+    if passes > 1:
+        by_loops = errors(model, task, xs, ys, 10 * passes, 10 * passes)
+        results["by_loops"] = by_loops[..., -1].mean(1).tolist()
+    if args.task == "openml":
+        results["table"] = task.name
+    if args.ood:
+        results |= {"ood": {}, "ood of least squares": {}}
+        for name, xs, ys, variance in shifted_prompts(task, args.n_eval, args.n_points, fresh):
+            ours = errors(model, task, xs, ys, loops)[0, :, -1] * task.scale
+            theirs = (least_squares(xs, ys) - ys)[:, -1].square()
+            results["ood"][name] = (ours.mean() / variance).item()
+            results["ood of least squares"][name] = (theirs.mean() / variance).item()
+    if args.probe:
+        results["probe"] = probe(model, task, args.n_points, passes)
+    return results
+
+# ---- Baselines ----------------------------------------------------------------------------------
 
 # Each says what the examples before x_i tell of y_i, for all i: xs (B, n, d), ys (B, n) -> (B, n)
 
 def least_squares(xs, ys):
     """Minimum-norm least squares on the pairs before each x."""
-    x, y = xs.cpu().double(), ys.cpu().double()                         # float64, which mps has not
+    x, y = xs.double(), ys.double()
     out = torch.zeros_like(y)
     for i in range(1, ys.shape[1]):
         # rtol: rotated in float32, inputs of a subspace leave it by 1e-8, which is not to be fitted
@@ -474,10 +572,10 @@ def lasso(xs, ys, alpha=0.01):
     coordinates in use correlate with the residual as much as `level` says; one joins them where its
     correlation reaches it, and leaves where its weight passes 0.
     """
-    x, y = xs.cpu().double(), ys.cpu().double()                         # float64, which mps has not
+    x, y = xs.double(), ys.double()
     B, n, d = x.shape
     # means over the i pairs before each of the N x's: X^T X / i and X^T y / i
-    i = torch.arange(n).clamp_min(1).view(-1, 1, 1)
+    i = torch.arange(n, device=xs.device).clamp_min(1).view(-1, 1, 1)
     gram = sum_before(x[..., None] * x[..., None, :]) / i
     target = sum_before(x * y[..., None])[..., None] / i
     gram, target = gram.flatten(0, 1), target.flatten(0, 1)             # (N, d, d), (N, d, 1)
@@ -594,180 +692,6 @@ BASELINES = {
     "2-layer network": gd_network,
 }
 
-for name, function_class in TASKS.items():
-    unknown = set(function_class.baselines) - set(BASELINES)
-    if unknown:
-        raise ValueError(f"TASKS[{name!r}]: {unknown} not in BASELINES")
-del name, function_class, unknown
-
-# ---- Measurement: the models --------------------------------------------------------------------
-
-@torch.no_grad()
-def errors(model, task, xs, ys, loops=1, window=1):
-    """For each of the last `window` loops, each prompt and each point, (window, B, n): the squared
-    error over the variance of y; with two logits 1 where the more likely label is wrong, else 0."""
-    parts = []
-    for x, y in zip(xs.split(256), ys.split(256)):                      # what fits into memory
-        predictions = model(x, y, loops, window).float()
-        if predictions.dim() == 4:
-            parts.append((predictions.argmax(-1) != y).float())
-        else:
-            parts.append((predictions - y).square() / task.scale)
-    return torch.cat(parts, 1)
-
-def bootstrap(values, n=1_000, level=0.9):
-    """Of values (N, n_points) the mean over N and its bootstrap interval's ends: three lists."""
-    values = values.cpu().double()
-    N = len(values)
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randint(N, (n, N), generator=draw)
-    times_drawn = torch.zeros_like(rows).scatter_add(1, rows, torch.ones_like(rows))
-    means = times_drawn.to(values) @ values / N                         # (n, n_points)
-    low = means.quantile((1 - level) / 2, 0)
-    high = means.quantile((1 + level) / 2, 0)
-    return torch.stack([values.mean(0), low, high]).tolist()
-
-def shifted_prompts(task, n, n_points, generator):
-    """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of y, by which
-    squared errors are divided: to answer 0 scores 1 on each."""
-    d = task.n_dims
-    function_class = TASKS[task.name]
-    f = function_class.f
-    degree = 0 if function_class.signs_only else 2                      # E y^2 ~ |x|^degree
-
-    def prompts(name, xs, growth=1, factor=1):
-        """growth: of E y^2, through x; factor: of y itself."""
-        return name, xs, factor * f(xs, generator), task.scale * growth * factor**2
-
-    xs, _ = task.sample(n, n_points, generator)
-    yield prompts("as trained", xs)
-
-    basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # (B, d, d)
-    deviation = 1 / torch.arange(1, d + 1, device=task.device)          # eigenvalues 1 / i^2
-    deviation = deviation / deviation.square().mean().sqrt()            # of trace d
-    yield prompts("skewed covariance", (xs * deviation) @ basis.mT)
-
-    split = xs.clone()
-    split[:, :-1, d // 2:] = 0                                          # half of the space
-    split[:, -1, :d // 2] = 0                                           # the query: the other half
-    size = math.sqrt((d - d // 2) / d)                                  # of the query's |x|
-    yield prompts("query orthogonal to prompt", split @ basis.mT, size**degree)
-
-    for factor in (0.5, 2, 3):
-        yield prompts(f"x times {factor}", factor * xs, factor**degree)
-    for factor in (0.5, 2, 3):
-        yield prompts(f"y times {factor}", xs, factor=factor)
-
-    name, xs, ys, variance = prompts("label noise of variance 1", xs)
-    noise = randn(generator, *ys.shape)
-    noise[:, -1] = 0                                                    # scored without noise
-    yield name, xs, ys + noise, variance
-
-def hidden_states(model, xs, ys, loops):
-    """What a probe reads of each prefix of i = 1 .. n - 1 pairs, after the read-in (layer 0) and
-    after each pass through a block: the state at y_i, the mean over the prefix's tokens, and a 1
-    for its bias. (layers, n - 1, B, 2C + 1), float64, on the CPU."""
-    found = []
-
-    def keep(module, inputs, z):                                        # (B, 2n-1, C)
-        z = z.cpu().double()
-        n_tokens = torch.arange(1, z.shape[1] + 1)[:, None]
-        mean = z.cumsum(1) / n_tokens                                   # over tokens up to each
-        read = torch.cat([z, mean], 2)[:, 1::2]                         # at y_1 .. y_(n-1)
-        found.append(F.pad(read, (0, 1), value=1.0).transpose(0, 1))
-
-    hooks = [part.register_forward_hook(keep) for part in [model.read_in, *model.h]]
-    model(xs, ys, loops)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found)
-
-def probe_targets(xs, ys):
-    """Of each prefix of i = 1 .. n - 1 pairs: X^T y / i and the least-squares w (of minimum norm),
-    side by side, (n - 1, B, 2 d), float64, on the CPU."""
-    x, y = xs.cpu().double(), ys.cpu().double()
-    targets = []
-    for i in range(1, ys.shape[1]):
-        X, Y = x[:, :i], y[:, :i, None]
-        targets.append(torch.cat([X.mT @ Y / i, torch.linalg.pinv(X) @ Y], 1)[..., 0])
-    return torch.stack(targets)
-
-@torch.no_grad()
-def probe(model, task, n_points, loops, n=1_000):
-    """Sec. 6: what a linear probe reads off the hidden states, at layer 0 and after each loop or
-    layer, of a prefix of i pairs: X^T y / i and the least-squares w. {name: a list by layer}: the
-    squared error over the target's mean square, on n prompts of "linear", averaged over prefixes,
-    for X^T y of 1 to n_points - 1 pairs, for w of 1 to d. Each prefix has a probe of its own,
-    fitted in closed form (ridge) on 8 other prompts for each of its numbers, and on n at least.
-
-    The paper's probe pools all tokens by a learned softmax, and has 64 hidden units, trained by
-    gradient descent. There the standard model has 20 layers, X^T y goes up to n_points pairs, and
-    errors are not relative to the target.
-
-    The control is fitted on prompts that all have w = (1, .., 1), and tested on the same n."""
-    d = task.n_dims
-    n_fit = max(n, 8 * (2 * model.read_in.out_features + 1))
-
-    def batches(n, seed, constant=False):
-        """Of n prompts, some at a time: states and targets."""
-        draw = torch.Generator(task.device).manual_seed(seed)
-        xs, ys = sample_prompts("linear", n, n_points, d, draw, device=task.device)
-        if constant:
-            ys = xs.sum(2)
-        for x, y in zip(xs.split(100), ys.split(100)):
-            yield hidden_states(model, x, y, loops), probe_targets(x, y)
-
-    found = {}
-    for suffix, constant in [("", False), (" (control)", True)]:
-        squares = products = missed = wanted = 0
-        for states, targets in batches(n_fit, 40_001, constant):
-            squares = squares + states.mT @ states
-            products = products + states.mT @ targets
-        W = torch.linalg.solve(squares + torch.eye(squares.shape[-1]).to(squares), products)
-        for states, targets in batches(n, 40_000):
-            missed = missed + (states @ W - targets).square().sum(2)    # (layers, n - 1, 2 d)
-            wanted = wanted + targets.square().sum(1)
-        for name, of, prefixes in ("X^T y", slice(d), n_points), ("w", slice(d, None), d):
-            relative = missed[..., of].sum(2) / wanted[..., of].sum(1)  # (layers, n - 1)
-            found[name + suffix] = relative[:, :prefixes].mean(1).tolist()
-    return found
-
-def measure(args, run):
-    """Of a run's checkpoint: error by examples and by loops, the baselines, and what --ood and
-    --probe ask for; all as plain numbers."""
-    task, model = load(run.folder, args.device)
-    _, passes, _ = MODELS[args.model](args)
-    loops = args.eval_loops or passes
-    draw = torch.Generator(args.device).manual_seed(20_000)
-    xs, ys = task.sample(args.n_eval, args.n_points, draw, part="test")
-    n_params = sum(p.numel() for p in model.parameters())
-    n_block = sum(p.numel() for p in model.h[0].parameters())
-    results = {
-        "n_params": n_params,
-        "n_params_12": n_params + (12 - len(model.h)) * n_block,        # with 12 layers
-        "curve": bootstrap(errors(model, task, xs, ys, loops)[0]),      # mean, low, high
-        "curve_loops": loops,
-        "baselines": {},
-    }
-    for name in TASKS[args.task].baselines:
-        squares = (BASELINES[name](xs, ys) - ys).square()               # (B, n)
-        results["baselines"][name] = bootstrap(squares / task.scale)
-    if passes > 1:
-        by_loops = errors(model, task, xs, ys, 10 * passes, 10 * passes)
-        results["by_loops"] = by_loops[..., -1].mean(1).tolist()
-    if args.task == "openml":
-        results["table"] = task.name
-    if args.ood:
-        results |= {"ood": {}, "ood of least squares": {}}
-        for name, xs, ys, variance in shifted_prompts(task, args.n_eval, args.n_points, draw):
-            ours = errors(model, task, xs, ys, loops)[0, :, -1] * task.scale
-            theirs = (least_squares(xs, ys) - ys)[:, -1].square()
-            results["ood"][name] = (ours.mean() / variance).item()
-            results["ood of least squares"][name] = (theirs.mean() / variance).item()
-    if args.probe:
-        results["probe"] = probe(model, task, args.n_points, passes)
-    return results
-
 # ---- The same on real tables (OpenML, App.) -----------------------------------------------------
 
 def is_number(cell):
@@ -779,32 +703,28 @@ def is_number(cell):
 
 def read_table(path, n_dims=20):
     """A CSV with a header, the label in the last column -> features (n, n_dims), standardised and
-    padded with zeros in front, labels (n,) in 0, 1. ValueError, with row or column, where it is not
-    such a table (OpenML's conditions of the paper)."""
-    def check(good, reason):
-        if not good:
-            raise ValueError(f"{path}{reason}")
-
+    padded with zeros in front, labels (n,) in 0, 1. ValueError, with the reason, if it is not such
+    a table (OpenML's conditions of the paper)."""
     try:
         with open(path, newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from None
     n_features = len(header) - 1
-    named = not all(map(is_number, header[:-1]))
-    check(named, ", row 1: a header with the columns' names is missing")
-    fits = 5 <= n_features <= n_dims
-    check(fits, f": {n_features} features, not 5 to --n-dims {n_dims} (the paper's is 20)")
-    check(1_000 <= len(rows) <= 10_000, f": {len(rows)} rows are not in 1000 .. 10000")
+    if all(map(is_number, header[:-1])):
+        raise ValueError(f"{path}, row 1: a header with the columns' names is missing")
+    if not 5 <= n_features <= n_dims:
+        raise ValueError(f"{path}: {n_features} features, not 5 to --n-dims {n_dims} (paper: 20)")
+    if not 1_000 <= len(rows) <= 10_000:
+        raise ValueError(f"{path}: {len(rows)} rows are not in 1000 .. 10000")
     for number, row in enumerate(rows, start=2):
-        check(len(row) == len(header), f", row {number}: {len(row)} values, not {len(header)}")
-        for name, cell in zip(header[:-1], row):
-            check(is_number(cell), f", column {name}, row {number}: {cell!r} is not a number")
+        if len(row) != len(header) or not all(map(is_number, row[:-1])):
+            raise ValueError(f"{path}, row {number}: not {n_features} numbers and a label")
     *columns, labels = zip(*rows)
     classes, labels = np.unique(np.char.strip(labels), return_inverse=True)
-    balanced = len(classes) == 2 and 1 / 3 <= labels.mean() <= 2 / 3
-    check(balanced, f", column {header[-1]}: not two classes of which one has at least half of "
-                    "the other's rows")
+    if len(classes) != 2 or not 1 / 3 <= labels.mean() <= 2 / 3:
+        raise ValueError(f"{path}, column {header[-1]}: not two classes of which one has at least "
+                         "half of the other's rows")
     features = np.array(columns, dtype=float).T                         # (n, features)
     deviation = features.std(0)
     deviation[deviation == 0] = 1
@@ -819,8 +739,8 @@ def download(url):
 
 def fetch(number, folder):
     """Downloads the OpenML data set of that id as folder/<id>.csv: its numeric columns, without the
-    row's number and what OpenML says to ignore, then its target. OSError where that fails,
-    ValueError where it is no dense table with a target."""
+    row's number and what OpenML says to ignore, then its target. OSError if that fails,
+    ValueError if it is no dense table with a target."""
     answer = json.loads(download(f"https://www.openml.org/api/v1/json/data/{number}"))
     about = answer.get("data_set_description")
     if about is None:
@@ -848,17 +768,20 @@ def fetch(number, folder):
     if len(classes) > 1:                                                # label 0 is the first
         for row in rows:
             row[keep[-1]] = classes.index(row[keep[-1]].strip())
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(folder) / f"{number}.{os.getpid()}.part"        # several processes may fetch it
-    with open(part, "w", newline="") as file:
-        for row in [names, *rows]:
-            csv.writer(file).writerow([row[i] for i in keep])
-    part.replace(Path(folder) / f"{number}.csv")
+    file = io.StringIO()
+    for row in [names, *rows]:
+        csv.writer(file).writerow([row[i] for i in keep])
+    common.write(Path(folder, f"{number}.csv"), file.getvalue().encode())
 
-def table_number(path):
-    """What tables are ordered by: 720.csv before 1462.csv, both before names without number."""
-    name = path.stem
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+def fetch_missing(numbers, folder):
+    """Downloads the tables that are not there. UsageError if that fails."""
+    for number in numbers:
+        if not Path(folder, f"{number}.csv").exists():
+            try:
+                fetch(number, folder)
+            except (OSError, ValueError, csv.Error, http.client.HTTPException) as error:
+                reason = str(error) or type(error).__name__
+                raise common.UsageError(f"--fetch {number}: {reason}") from error
 
 class Tables:
     """Prompts from real tables, all but the one held out: rows of one table, in random order,
@@ -866,21 +789,22 @@ class Tables:
 
     The paper's protocol: each of ten tables is held out in turn; the model is trained on prompts
     from 95% of the rows of the others (5% are kept for validation) and tested on prompts from it.
-    `held_out` counts the folder's tables in the order of their numbers. The paper tests on 5% of
-    the rows of that table, and we on all.
+    `held_out` counts the folder's tables in the order of their numbers (shorter names first). The
+    paper tests on 5% of the rows of that table, and we on all.
     """
 
     scale = 1
     n_out = 2                                                           # two logits
 
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
-        paths = sorted(Path(folder).glob("*.csv"), key=table_number)
+        paths = list(Path(folder).glob("*.csv"))
+        paths.sort(key=lambda path: (len(path.stem), path.stem))        # 720 before 1462
         if held_out >= len(paths) or len(paths) < 2:
-            needed = max(held_out + 1, 2)
-            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), --held-out {held_out} "
-                             f"takes {needed}: give --data-dir FOLDER, or --fetch")
+            raise ValueError(f"{folder} has {len(paths)} tables (*.csv), too few for --held-out "
+                             f"{held_out}: give --data-dir FOLDER, or --fetch")
         self.name = paths[held_out].stem
         self.device = device
+        self.baselines = {}
         rng = np.random.default_rng(0)
         tables = {"train": [], "valid": [], "test": []}
         for number, path in enumerate(paths):
@@ -890,11 +814,9 @@ class Tables:
             if len(valid) < n_points:
                 raise ValueError(f"{path}: {len(valid)} rows to validate on (5%) are fewer than "
                                  f"--n-points {n_points}")
-            if number == held_out:
-                tables["test"].append((xs[rows], ys[rows]))
-            else:
-                tables["train"].append((xs[train], ys[train]))
-                tables["valid"].append((xs[valid], ys[valid]))
+            own = {"test": rows} if number == held_out else {"train": train, "valid": valid}
+            for part, rows in own.items():
+                tables[part].append((xs[rows], ys[rows]))
         # tables of different lengths as one: xs (tables, rows, d), ys (tables, rows), lengths
         self.parts = {}
         for part, pairs in tables.items():
@@ -919,274 +841,224 @@ class Tables:
 
 # The paper's accuracy on each table of OpenML, held out. It numbers them 0 .. 9: the ids in their
 # order are our reading, and that the last is 42192 a guess from its about 5,270 rows.
-PUBLISHED = {
-    "720": {"standard": .627, "looped": .662},
-    "725": {"standard": .511, "looped": .504},
-    "737": {"standard": .656, "looped": .721},
-    "803": {"standard": .395, "looped": .401},
-    "807": {"standard": .406, "looped": .416},
-    "816": {"standard": .463, "looped": .462},
-    "819": {"standard": .483, "looped": .568},
-    "847": {"standard": .668, "looped": .757},
-    "871": {"standard": .533, "looped": .510},
-    "42192": {"standard": .650, "looped": .648},
-}
+ACCURACY = """
+table     720  725  737  803  807  816  819  847  871 42192
+standard .627 .511 .656 .395 .406 .463 .483 .668 .533 .650
+looped   .662 .504 .721 .401 .416 .462 .568 .757 .510 .648
+"""
 
 # Fig. 3, read off the curves that the authors' evaluation prints: the squared error at d = 20 over
 # the variance of y, by number of examples; the loop after 500 loops. The paper has more curves.
-PUBLISHED_CURVES = {
-    "linear": {
-        "examples": [1, 5, 8, 10, 12, 15, 16, 18, 19, 20, 21, 22, 25, 30, 40],
-        "looped": [.921, .771, .616, .519, .428, .248, .212, .116, .060, .0242, .0110, .0057,
-                   .0023, .0011, .0008],
-        "12 layers": [.920, .769, .615, .519, .426, .247, .212, .112, .059, .0204, .0077, .0038,
-                      .0013, .0007, .0005],
-    },
-    "sparse-linear": {
-        "examples": [1, 5, 8, 10, 12, 15, 16, 18, 20, 25, 30, 40],
-        "looped": [.897, .599, .147, .0213, .0063, .0037, .0022, .0017, .0013, .0010, .0007,
-                   .0006],
-        "12 layers": [.887, .584, .221, .0848, .0390, .0153, .0099, .0064, .0048, .0026, .0021,
-                      .0017],
-    },
-    "relu-2nn": {
-        "examples": [1, 5, 10, 20, 30, 40, 60, 80, 100],
-        "looped": [.880, .669, .523, .414, .326, .282, .216, .189, .180],
-        "12 layers": [.875, .672, .521, .411, .320, .280, .208, .183, .170],
-    },
+CURVES = {
+    "linear": """
+examples    1    5    8   10   12   15   16   18   19    20    21    22    25    30    40
+looped   .921 .771 .616 .519 .428 .248 .212 .116 .060 .0242 .0110 .0057 .0023 .0011 .0008
+standard .920 .769 .615 .519 .426 .247 .212 .112 .059 .0204 .0077 .0038 .0013 .0007 .0005
+""",
+    "sparse-linear": """
+examples    1    5    8    10    12    15    16    18    20    25    30    40
+looped   .897 .599 .147 .0213 .0063 .0037 .0022 .0017 .0013 .0010 .0007 .0006
+standard .887 .584 .221 .0848 .0390 .0153 .0099 .0064 .0048 .0026 .0021 .0017
+""",
+    "relu-2nn": """
+examples    1    5   10   20   30   40   60   80  100
+looped   .880 .669 .523 .414 .326 .282 .216 .189 .180
+standard .875 .672 .521 .411 .320 .280 .208 .183 .170
+""",
 }
 
-def published_curves(task, n_points):
-    """{"the paper's <model>": curves} of a task, nan where it has no number."""
+def published(text):
+    """The numbers in such a text: {"standard": {"720": .627, ...}, "looped": ...}."""
+    header, *rows = [line.split() for line in text.strip().splitlines()]
     found = {}
-    numbers = PUBLISHED_CURVES.get(task, {})
-    for name in numbers.keys() - {"examples"}:
-        curve = [math.nan] * n_points
-        for x, y in zip(numbers["examples"], numbers[name]):
-            curve[x] = y
-        found[f"the paper's {name}"] = [curve]
+    for name, *numbers in rows:
+        found[name] = dict(zip(header[1:], map(float, numbers)))
     return found
 
-# --preset paper with these flags is still the paper's setting
-NOT_THE_MODEL = {"task", "model", "held_out", "data_dir", "fetch", "seed", "compile"}
-NOT_THE_MODEL.update(MEASURED, common.NOT_TRAINED)
+def error_of(task):
+    """What an error is, in words."""
+    return "fraction of wrong labels" if task == "openml" else "squared error / variance of y"
 
-def describe(args, results):
-    """A run's model in words: what legends and tables call it."""
-    name = "looped" if args.model == "looped" else f"{args.n_layer} layers"
-    name += ", tied" if args.model == "tied" else ""
-    name += {"none": ", no injection", "multiply": ", multiplied"}.get(args.inject, "")
-    name += f", table {results[0]['table']}" if args.task == "openml" else ""
-    return name
+def is_papers(args):
+    """Whether a run's prompts are the paper's."""
+    return args.n_dims == 20 and args.n_points == TASKS[args.task].settings["n_points"]
 
-def panels(task, groups):
-    """What is shown of a task, a list: subject, measure, what x is, its values, {name: curves}. The
-    curves are of all seeds; of one seed by examples and of a baseline: mean, 90% interval. They
-    have nan where no number is known."""
-    by_examples, by_loops, by_input, probes = {}, {}, {}, []
-    longest = 0
-    for name, (args, results) in groups.items():
-        first = results[0]
-        curves = [run["curve"][0] for run in results]
-        curves = curves if len(results) > 1 else first["curve"]
-        if args.model == "looped":
-            by_examples[f"{name}, {first['curve_loops']} loops"] = curves
-        else:
-            by_examples[name] = curves
-        if "by_loops" in first:
-            _, passes, _ = MODELS[args.model](args)
-            by_loops[f"{name}, b = {passes}"] = [list(run["by_loops"]) for run in results]
-            longest = max(longest, 10 * passes)
-        if all("probe" in run for run in results):
-            columns = {}
-            for target, curve in first["probe"].items():
-                columns[target] = [run["probe"][target] for run in results]
-            passes = range(len(curve))                                  # 0: the read-in
-            subject = f"{task}, {name}"
-            measure = "relative error of the probe"
-            probes.append((subject, measure, "loop or layer", passes, columns))
-        if all("ood" in run for run in results):
-            by_input[name] = [list(run["ood"].values()) for run in results]
-            others = first["ood of least squares"]
-        baselines = first["baselines"]                                  # the same for all
-    by_examples |= baselines
-    if args.n_dims == 20 and args.n_points == TASKS[task].n_points:     # the paper's prompts
-        by_examples |= published_curves(task, args.n_points)
-    measure = "share of wrong labels" if task == "openml" else "squared error / variance of y"
-    found = [(task, measure, "examples", range(args.n_points), by_examples)]
-    if by_loops:
-        loops = range(1, longest + 1)
-        for curves in by_loops.values():
-            for curve in curves:
-                curve += [math.nan] * (longest - len(curve))
-        found.append((f"{task}, all examples", measure, "loops", loops, by_loops))
-    found += probes
-    if by_input:
-        by_input["least squares"] = [list(others.values())]
-        found.append((task, measure, "other inputs", list(others), by_input))
-    return found
+def in_words(run):
+    """A run's model, as legends and tables call it."""
+    args = run.args
+    words = "looped" if args.model == "looped" else f"{args.n_layer} layers"
+    if args.model == "tied":
+        words += ", tied"
+    words += {"none": ", no injection", "multiply": ", multiplied"}.get(args.inject, "")
+    if args.task == "openml":
+        words += f", table {run.results['table']}"
+    return words
 
-def print_panels(task, groups):
-    """A table for each panel, of about 20 rows. A cell has the median and the range."""
-    for subject, measure, x_name, xs, columns in panels(task, groups):
-        step = len(xs) // 20                                            # 0 where x is a name: few
-        papers = [curves[0] for name, curves in columns.items() if "paper" in name]
-        rows = []
-        for i, x in enumerate(xs):
-            published = any(math.isfinite(curve[i]) for curve in papers)
-            if step < 2 or x % step == 0 or i in (0, len(xs) - 1) or published:
-                row = [str(x)]
-                for curves in columns.values():
-                    known = [curve[i] for curve in curves if math.isfinite(curve[i])]
-                    row.append(common.spread(known) if known else "-")
-                rows.append(row)
-        print(f"\n{subject}: {measure}")
-        common.print_table([x_name, *columns], rows)
+def at_loops(run):
+    """The same, with the loops at which errors by examples are measured."""
+    loops = run.args.eval_loops
+    return in_words(run) + (f", {loops} loops" if loops else "")
 
-def print_summary(task, groups):
-    """Parameters of each model; on tables the accuracy with all examples, beside the paper's."""
-    header = ["model", "parameters", "of 12 layers'"]
-    header += ["accuracy", "paper"] if task == "openml" else []
-    rows = []
-    for name, (args, results) in groups.items():
-        first = results[0]
-        share = first["n_params"] / first["n_params_12"]
-        row = [name, f"{first['n_params']:,}", f"{share:.1%}"]
+def print_curves(title, x_name, curves):
+    """A table of curves, of about 20 rows and all of the paper's."""
+    if not curves:
+        return
+    longest = max([x for _, x, _, _ in curves], key=len)
+    step = max(1, len(longest) // 20)
+    rows = {longest[0], longest[-1]}
+    rows.update(x for x in longest if x % step == 0)
+    for label, xs, _, _ in curves:
+        if "paper" in label:
+            rows.update(xs)
+    cells = []
+    for row in sorted(rows):
+        for label, xs, ys, _ in curves:
+            if row in xs:
+                cells.append((f"{x_name} {row}", label, ys[xs.index(row)]))
+    common.print_table(title, cells)
+
+def error_cells(row, curves):
+    """The mean error with all examples and its interval, as cells. curves: see bootstrap."""
+    mean, low, high = [curve[-1] for curve in curves]
+    return [(row, "error", mean), (row, "90% interval", f"{low:.3f} to {high:.3f}")]
+
+def show_summary(task, runs):
+    """Errors with all examples and sizes; on OpenML accuracies beside the paper's."""
+    cells = []
+    for run in runs:
+        row, results = at_loops(run), run.results
+        cells += error_cells(row, results["curve"])
         if task == "openml":
-            accuracies = [1 - result["curve"][0][-1] for result in results]
-            published = "-"
-            if args.preset == "paper" and NOT_THE_MODEL.issuperset(args.given):
-                published = PUBLISHED.get(first["table"], {}).get(args.model, "-")
-            row += [common.spread(accuracies), str(published)]
-        rows.append(row)
-    print()
-    common.print_table(header, rows)
+            cells.append((row, "accuracy", 1 - results["curve"][0][-1]))
+            theirs = published(ACCURACY).get(run.args.model, {})
+            if is_papers(run.args) and results["table"] in theirs:
+                cells.append((row, "paper", theirs[results["table"]]))
+        cells.append((row, "parameters", results["n_params"], ",.0f"))
+        cells.append((row, "of 12 layers'", results["n_params"] / results["n_params_12"], ".1%"))
+    for name, curves in runs[0].results["baselines"].items():
+        cells += error_cells(name, curves)
+    common.print_table(f"""\
+{task}: the {error_of(task)} with all {runs[0].args.n_points - 1} examples.
+In brackets: the range over seeds; 90% interval: over test prompts, of the first seed.""", cells)
 
-STYLES = ["-", "--", "-.", ":", "o-", "s--", "^-.", "v:"]               # readable in grey, too
+def show_curves(task, runs):
+    """Prints errors by examples (Fig. 3) and by loops (Fig. 2), and what probes find (Sec. 6).
+    Returns the same as panels of the figure, {title: (axis, curves)}."""
+    error = error_of(task)
+    models, loops, probes = [], [], {}
+    for run in runs:
+        name, results = in_words(run), run.results
+        curve = results["curve"][0]
+        models.append((at_loops(run), range(len(curve)), curve, {}))
+        if "by_loops" in results:
+            ys = results["by_loops"]
+            b = len(ys) // 10
+            style = dict(marker="o", markevery=[b - 1])
+            loops.append((f"{name}, b = {b}", range(1, len(ys) + 1), ys, style))
+        for target, ys in results.get("probe", {}).items():
+            curves = probes.setdefault(f"{task}, {name}", [])
+            curves.append((target, range(len(ys)), ys, {}))
+    if is_papers(runs[0].args) and task in CURVES:
+        hollow = dict(marker="o", linestyle="none", fillstyle="none")
+        for name, numbers in published(CURVES[task]).items():
+            xs = [int(x) for x in numbers]
+            models.append((f"paper, {name}", xs, list(numbers.values()), hollow))
+    baselines = []
+    for name, (curve, _, _) in runs[0].results["baselines"].items():
+        marker = "ov^s*"[len(baselines)]
+        style = dict(color="gray", linewidth=1, marker=marker, markersize=3)
+        baselines.append((name, range(len(curve)), curve, style))
+    print_curves(f"{task}: {error} by examples", "examples", models)
+    print_curves(f"{task}: the same, baselines", "examples", baselines)
+    axis = dict(xlabel="examples", ylabel=error, ylim=(0, 2))           # some begin above
+    panels = {f"{task}, by examples": (axis, models + baselines)}
+    if loops:
+        print_curves(f"{task}: {error} with all examples, by loops", "loops", loops)
+        axis = dict(xlabel="loops (mark: b, as trained)", ylabel=error, yscale="log")
+        panels[f"{task}, all examples"] = axis, loops
+    for title, curves in probes.items():
+        print_curves(f"{title}: relative error of the probe", "loop or layer", curves)
+        panels[title] = dict(xlabel="loop or layer", ylabel="relative error of the probe"), curves
+    return panels
 
-def plot(runs, by_task):
-    """Fig. 3, error by examples, Fig. 2, error by loops, and the probes, a row for each task. Bands
-    are the range of a panel's curves."""
-    found = []
-    for task, groups in by_task.items():
-        found.append([panel for panel in panels(task, groups) if panel[2] != "other inputs"])
-    figure, axes = common.new_figure(len(found), max(map(len, found)))
-    for row, of_task in zip(axes, found):
-        for axis in row[len(of_task):]:                                 # another task has more
-            axis.remove()
-        for axis, (subject, measure, x_name, xs, lines) in zip(row, of_task):
-            for style, (name, curves) in zip(itertools.cycle(STYLES), lines.items()):
-                middle = np.median(curves, 0)
-                style = "o" if "paper" in name else style
-                line, = axis.plot(xs, middle, style, label=name, markersize=4)
-                if "paper" in name:
-                    line.set(markerfacecolor="none")
-                if name in BASELINES:
-                    line.set(color="gray", linewidth=1, markersize=3)
-                    continue
-                low, high = np.min(curves, 0), np.max(curves, 0)
-                axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
-            axis.set(title=subject, xlabel=x_name, ylabel=measure)
-            if x_name == "examples":
-                axis.set_ylim(0, 2)                                     # some baselines begin above
-                axis.xaxis.get_major_locator().set_params(integer=True)
-            if x_name == "loops":
-                axis.set_yscale("log")
-                axis.axvline(xs[-1] / 10, color="gray", lw=1, label="loops trained with")
-            axis.legend(fontsize=7)
-    common.save_figure(figure, runs, "errors")
+def show_ood(task, runs):
+    """App.: errors on out-of-distribution inputs."""
+    cells = []
+    for run in runs:
+        for name, error in run.results["ood"].items():
+            cells.append((name, at_loops(run), error))
+    for name, error in runs[0].results["ood of least squares"].items():
+        cells.append((name, "least squares", error))
+    common.print_table(f"{task}: {error_of(task)} with all examples, on other inputs", cells)
 
-def show(runs, results):
-    """Prints the tables of each task, and draws the figure that --plot asks for."""
-    by_task = {}
-    for args, group in common.by_setting(runs, results):
-        by_task.setdefault(args.task, {})[describe(args, group)] = args, group
-    print("\nIn brackets: the range over seeds; of baselines, and of one seed by examples, the 90%")
-    print("interval over test prompts alone (training seeds vary more)")
-    for task, groups in by_task.items():
-        print_panels(task, groups)
-        print_summary(task, groups)
+def show(runs):
+    """Prints the tables of each task, and draws the panels of all in one figure."""
+    panels = {}
+    for task in dict.fromkeys(run.args.task for run in runs):
+        of_task = [run for run in runs if run.args.task == task]
+        show_summary(task, of_task)
+        panels |= show_curves(task, of_task)
+        if "ood" in of_task[0].results:
+            show_ood(task, of_task)
     if runs[0].args.plot:
-        plot(runs, by_task)
+        common.plot(runs[0].folder.parent / "errors.png", panels)
 
 # ---- The command --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """The command line. What cannot be run ends here, before anything is written."""
-    parser = common.make_parser(main)
+    """The command line."""
+    parser = common.Parser(description=__doc__, formatter_class=common.Help)
     add = parser.add_argument
     count = common.positive_int
-    several = common.number(int, 2, 10_000)
-    add("--task", nargs="+", choices=list(TASKS), help="function classes")
-    add("--model", nargs="+", choices=list(MODELS), help="one layer looped; layers; one shared")
-    add("--inject", nargs="+", choices=["add", "multiply", "none"],
+    add("--task", nargs="+", choices=list(TASKS), default=["linear"], help="function classes")
+    add("--model", nargs="+", choices=list(MODELS), default=["looped"],
+        help="one layer looped; layers; one shared")
+    add("--inject", nargs="+", choices=["add", "multiply", "none"], default=["add"],
         help="looped: the prompt, at every loop")
-    add("--n-layer", type=count, help="layers of standard and tied")
-    add("--n-head", type=count, help="heads a layer")
-    add("--n-embd", type=count, help="width")
-    add("--n-dims", type=count, help="dimensions d of x")
-    add("--n-points", type=several, help="pairs in a prompt; the last is predicted from the others")
-    add("--loops", type=count, help="looped: loops b, at the end of the curriculum")
-    add("--window", type=count, help="looped: last loops T, on which the loss is taken")
-    add("--loops-every", type=count, help="looped: steps until two loops are added, T up to b")
-    add("--dims-start", type=count, help="dimensions at first; one more at every stage")
-    add("--points-start", type=count, help="points at first")
-    add("--points-step", type=count, help="points added at every stage")
-    add("--curriculum-every", type=count, help="steps of a stage")
-    add("--steps", type=count, help="training steps")
-    add("--batch-size", type=count, help="prompts a step")
-    add("--lr", type=common.positive_float, help="peak learning rate of Adam")
-    add("--beta2", type=common.number(float, 0, 0.99999),
+    add("--n-layer", type=count, default=12, help="layers of standard and tied")
+    add("--n-head", type=count, default=4, help="heads a layer")
+    add("--n-embd", type=count, default=64, help="width")
+    add("--n-dims", type=count, default=2, help="dimensions d of x")
+    add("--dims-start", type=count, default=2, help="dimensions at first; one more every stage")
+    add("--n-points", type=common.number(int, 2, 10_000), default=6,
+        help="pairs in a prompt; the last is predicted from the others")
+    add("--points-start", type=count, default=6, help="points at first")
+    add("--points-step", type=count, default=2, help="points added at every stage")
+    add("--curriculum-every", type=count, default=700, help="steps of a stage")
+    add("--loops", type=count, default=20, help="looped: loops b, at the end of the curriculum")
+    add("--window", type=count, default=6, help="looped: last loops T, on which the loss is taken")
+    add("--loops-every", type=count, default=60,
+        help="looped: steps until two loops are added, from T up to b")
+    add("--steps", type=count, default=1_100, help="training steps")
+    add("--batch-size", type=count, default=256, help="prompts a step")
+    add("--lr", type=common.positive_float, default=8e-3, help="peak learning rate of Adam")
+    add("--beta2", type=common.number(float, 0, 0.99999), default=0.98,
         help="of Adam: how slowly it forgets squared gradients")
-    add("--warmup", type=common.number(int, 0, 10**9), help="steps of linear warm-up")
-    add("--schedule", choices=["constant", "cosine"], help="cosine: times half a cosine, to 0")
-    add("--n-eval", type=count, help="prompts of each measurement")
+    add("--warmup", type=common.number(int, 0, 10**9), default=100, help="steps of linear warm-up")
+    add("--schedule", choices=["constant", "cosine"], default="cosine",
+        help="cosine: times half a cosine, to 0")
+    add("--eval-every", type=count, default=100, help="steps between evaluations")
+    add("--n-eval", type=count, default=1_280, help="prompts of each measurement")
     add("--eval-loops", type=count,
-        help="looped: loops of errors by examples and of --ood (paper preset: 500, trees 200)")
+        help="looped: loops of errors by examples and of --ood (default: b; paper: 500, trees 200)")
     add("--ood", action="store_true", help="measure on other inputs than trained on")
     add("--probe", action="store_true", help="probe the hidden states for X^T y and w")
-    add("--data-dir", type=Path, help="openml: folder of CSVs, label (two classes) last; ./tables")
+    add("--data-dir", default="tables", help="openml: folder of CSVs, label (two classes) last")
     add("--fetch", nargs="*", type=count, help="openml: ids to download there first (the paper's)")
-    add("--held-out", nargs="+", type=common.number(int, 0, 10**6),
+    add("--held-out", nargs="+", type=common.number(int, 0, 10**6), default=[0],
         help="openml: the table to test on, 0 the first of the folder in the order of ids")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="of weights and prompts")
-    args = common.parse_args(parser, PRESETS, argv)
-    if args.n_embd % args.n_head:
-        parser.error(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
-    for task in args.task:
-        check_task(parser, args, task)
-    return args
-
-def check_task(parser, args, task):
-    """Ends in parser.error where a task cannot be run with these settings."""
-    own = copy.copy(args)
-    own.task, own.model, own.inject = task, "looped", "add"
-    resolve(own)
-    if own.window > own.loops:
-        parser.error(f"--window {own.window} is larger than --loops {own.loops}")
-    if own.points_start > own.n_points:
-        parser.error(f"--points-start {own.points_start} is above --n-points {own.n_points}")
-    if own.dims_start and own.dims_start > own.n_dims:
-        parser.error(f"--dims-start {own.dims_start} is above --n-dims {own.n_dims}")
-    if task != "openml":
-        return
-    try:
-        if args.fetch is not None:
-            for number in args.fetch or map(int, PUBLISHED):
-                if not (own.data_dir / f"{number}.csv").exists():
-                    fetch(number, own.data_dir)
-            args.fetch = None                                   # done: no run depends on it
-            args.given.remove("fetch")
-        Tables(own.data_dir, max(args.held_out), own.n_dims, own.n_points)
-    except urllib.error.URLError as error:
-        parser.error(f"--fetch: OpenML did not answer: {error}; give --data-dir a folder of CSVs")
-    except (OSError, ValueError, csv.Error, http.client.HTTPException) as error:
-        parser.error(str(error) or type(error).__name__)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    add("--compile", action="store_true", help="torch.compile")
+    return common.parse_args(parser, PRESETS, argv)
 
 def main(argv=None):
     """The command: trains what the flags ask for, prints the tables, returns the results."""
     args = parse_args(argv)
-    runs = common.sweep(args, SWEEP, resolve, MEASURED)
+    if args.fetch is not None and "openml" in args.task:
+        fetch_missing(args.fetch or published(ACCURACY)["looped"], args.data_dir)
+        args.fetch = None                                    # no run depends on it
+    runs = common.sweep(args, SWEEP, build, resolve, MEASURED)
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
