@@ -137,12 +137,6 @@ def keep_freed_memory():
 class UsageError(ValueError):
     """What was asked for cannot be: a command ends with this one line."""
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is an exception, so that main(argv) can be called from Python."""
-
-    def error(self, message):
-        raise UsageError(message)
-
 class Help(argparse.RawDescriptionHelpFormatter):
     """--help shows the docstring as it stands, and the defaults as they would be typed."""
 
@@ -152,6 +146,15 @@ class Help(argparse.RawDescriptionHelpFormatter):
             return action.help
         values = default if isinstance(default, list) else [default]
         return f"{action.help} (default: {' '.join(map(str, values))})"
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is an exception, so that main(argv) can be called from Python."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message):
+        raise UsageError(message)
 
 def number(cast, low, high):
     """An argparse type: an int or a float from low to high."""
@@ -485,7 +488,8 @@ def plot(path, panels, columns=3):
         for label, (x, ys, style) in found.items():
             ys = np.array(ys, dtype=float)                   # (seeds, len(x))
             line, = axis.plot(x, np.median(ys, 0), label=label, **style)
-            axis.fill_between(x, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.2)
+            if len(ys) > 1:
+                axis.fill_between(x, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.2)
         axis.set(**settings)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)

@@ -750,7 +750,7 @@ SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that trai
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.Parser(description=__doc__, formatter_class=common.Help)
+    parser = common.Parser(description=__doc__)
     add = parser.add_argument
     count = common.positive_int
     add("--arch", nargs="+", choices=list(ARCHS), default=["transformer"],

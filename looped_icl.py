@@ -1007,7 +1007,7 @@ def show(runs):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.Parser(description=__doc__, formatter_class=common.Help)
+    parser = common.Parser(description=__doc__)
     add = parser.add_argument
     count = common.positive_int
     add("--task", nargs="+", choices=list(TASKS), default=["linear"], help="function classes")

@@ -738,7 +738,7 @@ def show(runs):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.Parser(description=__doc__, formatter_class=common.Help)
+    parser = common.Parser(description=__doc__)
     add = parser.add_argument
     count = common.positive_int
     switch = argparse.BooleanOptionalAction

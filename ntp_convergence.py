@@ -708,7 +708,7 @@ def plot(runs):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.Parser(description=__doc__, formatter_class=common.Help)
+    parser = common.Parser(description=__doc__)
     add = parser.add_argument
     tokens, steps = common.number(int, 2, 200), common.positive_int
     own = "in units of 1/sqrt(d) (default: the optimizer's own)"

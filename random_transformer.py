@@ -1039,7 +1039,7 @@ def plot_circle(run):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = common.Parser(description=__doc__, formatter_class=common.Help)
+    parser = common.Parser(description=__doc__)
     add = parser.add_argument
     count, own = common.positive_int, "(default: the task's own)"
     add("--task", nargs="+", choices=TASKS, default=["parens"],

@@ -35,8 +35,6 @@ SETTINGS = {"random_transformer": [*NEEDLE, "--eval-every", "1000000"],
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
-    if device.type == "mps":
-        torch.mps.synchronize()
 
 
 def seconds(function, device, least=1.0):
@@ -60,7 +58,7 @@ def matrix_product(device, n=4096):
 
 class Stopwatch(common.Run):
     """A run that keeps nothing, and times each step of the script's own training loop."""
-    def restore(self, **objects):
+    def restore(self, model, optimizer, data):
         self.metrics, self.times, self.flops = [], [], 0
         return 0
 
@@ -92,8 +90,8 @@ def bench(name, device, steps, dtype):
         dtype_flags = [] if name == "ntp_convergence" else ["--dtype", dtype]
         flags = ["--device", str(device), "--steps", str(steps), "--out-dir", folder, *dtype_flags, *SETTINGS[name]]
         args = script.parse_args(flags)
-        first = common.sweep(args, script.SWEEP, script.resolve)[0]
-        run = Stopwatch(first.args, first.folder, first.sweep, [])
+        first = common.sweep(args, script.SWEEP, script.build, script.resolve)[0]
+        run = Stopwatch(first.args, first.folder)
         before = matrix_product(device)
         script.train(run.args, run)
         after = matrix_product(device)
@@ -104,27 +102,32 @@ def bench(name, device, steps, dtype):
         sampling = seconds(lambda: task.sample(run.args.batch_size, data), device) if hasattr(task, "sample") else 0
     product = (before + after) / 2
     kind = dtype if dtype_flags else "float64"
-    return [name, " ".join(SETTINGS[name]), kind, f"{1e3 * step:.1f}", f"{100 * sampling / step:.1f}%", f"{1e-9 * run.flops:.1f}",
-            f"{1e-9 * run.flops / step:.0f}", f"{product:.0f}", f"{100e-9 * run.flops / step / product:.0f}%"], step
+    return {"setting": " ".join(SETTINGS[name]), "dtype": kind, "ms a step": f"{1e3 * step:.1f}", "sampling": f"{100 * sampling / step:.1f}%",
+            "GFLOP a step": f"{1e-9 * run.flops:.1f}", "GFLOP/s": f"{1e-9 * run.flops / step:.0f}", "matrix product": f"{product:.0f}",
+            "fraction": f"{100e-9 * run.flops / step / product:.0f}%"}, step
 
 
 def bench_all(names, device, steps, dtypes):
-    """The rows of all scripts, each in all dtypes (ntp_convergence in its own), with the ratio of a step's time to the first's."""
-    rows = []
+    """Prints what each script's step costs, in each dtype (ntp_convergence in its own), and a step's time over that in the first."""
+    cells = []
     for name in names:
         first = None
         for dtype in dtypes[:1] if name == "ntp_convergence" else dtypes:
             row, step = bench(name, device, steps, dtype)
             first = first or step
-            rows.append([*row, f"{step / first:.2f}"])
-    return rows
+            for column, text in {**row, "times": f"{step / first:.2f}"}.items():
+                if column == "setting":
+                    print(f"{name}: {text}", flush=True)
+                else:
+                    cells.append((f"{name}, {row['dtype']}", column, text))
+    common.print_table("a step", cells)
 
 
 def savings(device):
     """What random_transformer leaves out of a step of NEEDLE, and what each omission buys; rows of a table."""
     script = __import__("random_transformer")
     args = script.parse_args(["--device", str(device), *NEEDLE])
-    task, model = script.build(common.sweep(args, script.SWEEP, script.resolve)[0].args)
+    task, model = script.build(common.sweep(args, script.SWEEP, script.build, script.resolve)[0].args)
     trained, data = script.train_only(model, "embeddings"), torch.Generator(device).manual_seed(0)
 
     def step(gradients, everywhere, padding):
@@ -143,7 +146,9 @@ def savings(device):
              "or the last block everywhere": (False, True, 0), "or padding to all positions": (False, False, pad),
              "all three": (True, True, pad)}
     times = {name: seconds(lambda: step(*case), device) for name, case in cases.items()}
-    return [[name, f"{1e3 * time:.0f}", f"{time / times['as it is']:.2f}"] for name, time in times.items()]
+    for name, time in times.items():
+        yield name, "ms", f"{1e3 * time:.0f}"
+        yield name, "times", f"{time / times['as it is']:.2f}"
 
 
 if __name__ == "__main__":
@@ -163,8 +168,7 @@ if __name__ == "__main__":
     if unknown:
         parser.error(f"no script: {', '.join(sorted(unknown))}; names are without .py")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
-    common.print_table(["script", "setting", "dtype", "ms a step", "sampling", "GFLOP a step", "GFLOP/s", "matrix product", "share", "times"],
-                       bench_all(names, device, flags.steps, flags.dtype))
+    bench_all(names, device, flags.steps, flags.dtype)
     if "random_transformer" in flags.script:
-        print("\nrandom_transformer, the same setting: forward and backward with what the script leaves out")
-        common.print_table(["step", "ms", "times"], savings(device))
+        title = "random_transformer, the same setting: forward and backward with what the script leaves out"
+        common.print_table(title, savings(device))

@@ -40,7 +40,7 @@ def test_there_are_commands():
 def test_a_documented_command_parses(document, name, flags, tmp_path, monkeypatch):
     script = importlib.import_module(name)
     data = tmp_path / "data.txt"
-    data.write_text("0 1 2 1\n" * 3 if name == "ntp_convergence" else "one two three. " * 2_000)
+    data.write_text("1 2 0\n0 1 2 1\n" if name == "ntp_convergence" else "one two three. " * 2_000)
     if "openml" in flags:
         pytest.skip("needs the tables")
     if "--plot" in flags:
@@ -49,11 +49,11 @@ def test_a_documented_command_parses(document, name, flags, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     try:
         args = script.parse_args(words)
-    except SystemExit as stop:
-        assert stop.code == 0, f"{document}: {name}.py {flags}"
+    except SystemExit as stop:                               # --help
+        assert stop.code == 0
         return
-    modes = [mode for mode in ("construct", "mpc", "three_steps", "params") if getattr(args, mode, False)]
-    assert modes or common.sweep(args, script.SWEEP, script.resolve)
+    trains_nothing = args.preset in ("construct", "mpc", "three-steps") or getattr(args, "params", False)
+    assert trains_nothing or common.sweep(args, script.SWEEP, lambda args: None, script.resolve)
 
 
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
@@ -64,7 +64,3 @@ def test_links_and_pictures_are_there(document):
         assert path.exists(), path
         assert path.suffix != ".png" or path.stat().st_size <= 200_000
     assert max(map(len, text.splitlines())) <= (120 if document == "README.md" else 300)
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 200

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from test_common import results_of
-
 ROOT = Path(__file__).parent.parent
 SWEEPS = {
     "random_transformer": ["--task", "parens", "needle", "--train", "embeddings", "--n-embd", "32", "--size", "6", "--batch-size", "32",
@@ -26,7 +24,7 @@ SWEEPS = {
 
 def results(folder):
     """What each run of a folder found, by its name."""
-    return {path.parent.name: results_of(path.parent) for path in folder.glob("*/*/results.json")}
+    return {path.parent.name: path.read_text() for path in folder.glob("*/*/results.json")}
 
 
 def disturbed_sweep(name, folder, n_kills=20):
@@ -43,7 +41,7 @@ def disturbed_sweep(name, folder, n_kills=20):
         if rng.random() < 0.2:                                                   # anywhere, perhaps before it trains
             time.sleep(5 * rng.random())
         else:                                                                    # somewhere after its next evaluation
-            while " step " not in process.stdout.readline() and process.poll() is None:
+            while ", step " not in process.stdout.readline() and process.poll() is None:
                 pass
             time.sleep(0.4 * rng.random())
         process.send_signal(signal.SIGKILL)

@@ -61,7 +61,7 @@ def measure(args, run):
 
 
 def parse_args(argv=None):
-    parser = common.Parser(description=__doc__, formatter_class=common.Help)
+    parser = common.Parser(description=__doc__)
     add = parser.add_argument
     add("--model", nargs="+", choices=["linear", "mlp"], default=["linear"], help="models")
     add("--width", nargs="+", type=common.positive_int, default=[4], help="width of the mlp")
