@@ -626,12 +626,14 @@ def show_errors(runs):
         look = dict(color=color, marker="o")
         cells += [(f"k={k}", label, found["errors"][k]) for k in hops]
         curves.append((label, hops, found["errors"], look))
-        for state, errors in published(run.args).items():
+        paper = published(run.args)
+        for state, errors in paper.items():
             cells += [(f"k={k}, paper, {state}", label, error) for k, error in errors.items()]
-            marker = {"on": "v", "off": "o"}[state]
-            hollow = dict(look, marker=marker, linestyle="none", fillstyle="none")
-            name = f"{label}, paper, dropout {state}"
-            curves.append((name, list(errors), list(errors.values()), hollow))
+        if paper:
+            errors = paper.get("off") or paper["on"]
+            hollow = dict(look, linestyle="none", fillstyle="none", markersize=9)
+            # a label that starts with _ is not in the legend
+            curves.append((f"_{label}, paper", list(errors), list(errors.values()), hollow))
         cells.append(("solved", label, solved(found["errors"]), ".0f"))
         cells.append(("undefined", label, found["undefined"], ".0%"))
         cells.append(("parameters", label, found["n_params"], ",.0f"))
@@ -645,7 +647,8 @@ guess, {guess:.2f}. Paper: the authors' models, dropout on (as published) or off
 these). An LSTM has two layers, and the size of the transformer named.""", cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
-        common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
+        title = "Fig. 2 (hollow: paper, dropout off if known)"
+        common.plot(runs[0].folder.parent / "errors.png", {title: (axis, curves)})
 
 def show_heads(args, runs=()):
     """Figs. 3 and 4 as numbers: the find^j that each layer looks at, by the hops asked for."""
