@@ -179,8 +179,9 @@ PRESETS = {
     "quick": {},
     "medium": dict(seq_len=64, n_embd=128, steps=6_000, warmup=500, lr=2e-3, eval_every=500),
     "paper": dict(
-        seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1, batch_size=32,
-        steps=100_000, warmup=1_000, lr=1e-4, beta2=0.999, eval_every=2_000,
+        seq_len=100, max_hops=16, n_layer=[2, 3, 4, 5, 6], n_embd=128, dropout=0.1,
+        batch_size=32, steps=100_000, eval_every=2_000,
+        warmup=1_000, lr=1e-4, beta2=0.999,
     ),
     "construct": dict(seq_len=100, max_hops=16),
     "mpc": dict(seq_len=1_000, max_hops=16),
@@ -219,7 +220,8 @@ def train(args, run):
     """Trains one run, or what is left of it, and leaves its checkpoint."""
     task, model = build(args)
     optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True,
+        model.parameters(), fused=True,
+        betas=(0.9, args.beta2), weight_decay=args.weight_decay,
     )
     data = torch.Generator(args.device).manual_seed(args.seed)
     if args.n_train:                                         # fixed batches, in a fixed order
@@ -378,10 +380,11 @@ class Construction(nn.Module):
         # f_l, c_l; k_l, bit l of k at the k token; b_l, the same everywhere (layer 1 writes it);
         # new_l, the character c_l at f_l(i). Layer l + 2 reads level l and writes new_l, f_(l+1)
         # and c_(l+1).
-        by_level = [n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
-        sizes = [1, 1, 1, 1, T] + by_level
+        sizes = [1, 1, 1, 1, T]
+        sizes += [n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
         d = self.n_embd = sum(sizes)
-        one, pos, pos2, is_k, itself, k, b, f, c, new = torch.eye(d).split(sizes)
+        features = torch.eye(d).split(sizes)
+        one, pos, pos2, is_k, itself, k, b, f, c, new = features
         f = f.split(1)                                       # f[l] is f_l, (1, d)
         c = c.split(C)                                       # (C, d)
         new = new.split(C)
@@ -398,8 +401,10 @@ class Construction(nn.Module):
         # than recency (j), the position itself scores lowest, and the k token ranks between matches
         # and the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
         # back j + 1, or 0.
-        find_QK = 4 * T * c[0].T @ c[0] + one.T @ (pos + 2 * T * is_k)
-        find_QK -= 8 * T * itself.T @ itself
+        same = 4 * T
+        find_QK = same * c[0].T @ c[0] + one.T @ pos
+        find_QK += same / 2 * one.T @ is_k
+        find_QK -= same * 2 * itself.T @ itself
         find_OV = copy(pos + one - is_k, to=f[0])
         # Layer 1, head 2: everybody learns the bits of k from the k token
         QK = torch.stack([find_QK, one.T @ is_k])            # (H, d, d)
@@ -621,26 +626,29 @@ def show_errors(runs):
         look = dict(color=color, marker="o")
         cells += [(f"k={k}", label, found["errors"][k]) for k in hops]
         curves.append((label, hops, found["errors"], look))
-        for state, errors in published(run.args).items():
+        paper = published(run.args)
+        for state, errors in paper.items():
             cells += [(f"k={k}, paper, {state}", label, error) for k, error in errors.items()]
-            marker = {"on": "v", "off": "o"}[state]
-            hollow = dict(look, marker=marker, linestyle="none", fillstyle="none")
-            name = f"{label}, paper, dropout {state}"
-            curves.append((name, list(errors), list(errors.values()), hollow))
+        if paper:
+            errors = paper.get("off") or paper["on"]
+            hollow = dict(look, linestyle="none", fillstyle="none", markersize=9)
+            # a label that starts with _ is not in the legend
+            curves.append((f"_{label}, paper", list(errors), list(errors.values()), hollow))
         cells.append(("solved", label, solved(found["errors"]), ".0f"))
         cells.append(("undefined", label, found["undefined"], ".0%"))
         cells.append(("parameters", label, found["n_params"], ",.0f"))
     se = max(x or 0 for run in runs for x in run.results["se"])
     common.print_table(f"""\
-Error by number of hops k where there is a k-th hop, on {args.n_eval} sequences for each k (standard
-errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%; by Theorem 4.2
-depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with {args.max_hops} hops
-at which the model says that there are fewer, and so errs more than a guess, {guess:.2f}.
-Paper: the authors' models, dropout on (as published) or off (by us; compare these). An LSTM has
-two layers, and the size of the transformer named.""", cells)
+Error by number of hops k where there is a k-th hop, on {args.n_eval} sequences for each k
+(standard errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%; by
+Theorem 4.2 depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with
+{args.max_hops} hops at which the model says that there are fewer, and so errs more than a
+guess, {guess:.2f}. Paper: the authors' models, dropout on (as published) or off (by us; compare
+these). An LSTM has two layers, and the size of the transformer named.""", cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
-        common.plot(runs[0].folder.parent / "errors.png", {"Fig. 2": (axis, curves)})
+        title = "Fig. 2 (hollow: paper, dropout off if known)"
+        common.plot(runs[0].folder.parent / "errors.png", {title: (axis, curves)})
 
 def show_heads(args, runs=()):
     """Figs. 3 and 4 as numbers: the find^j that each layer looks at, by the hops asked for."""
@@ -681,7 +689,8 @@ def plot_attention(runs):
     hops = range(args.max_hops + 1)
     panels = {"cosine with find^j": (np.concatenate(alignment), heads, hops, axis, [])}
     task, model = load(run.folder)
-    tokens, _ = task.sample(1, torch.Generator().manual_seed(0), hops=args.max_hops)
+    data = torch.Generator().manual_seed(0)
+    tokens, _ = task.sample(1, data, hops=args.max_hops)
     _, attns = model(tokens, return_attn=True)
     ticks = [i if i % 10 == 0 else "" for i in range(task.block_size)]
     axis = dict(xlabel="position looked at", ylabel="position")
@@ -724,17 +733,18 @@ The theorem's depth; its one head, and a width that does not grow with N, are no
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args):
-    """--preset mpc: rounds, memory and load for k = 1, 2, 4, ...; answers are checked against find.
-    """
+    """--preset mpc: rounds, memory and load for k = 1, 2, 4, ..., a dict for each k; answers are
+    checked against find."""
     task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
     data = torch.Generator().manual_seed(args.seed[0])
     tokens, _ = task.sample(1, data)
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
+    X = chars[0].tolist()
     results = []
     cells = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
-        hops, cluster = mpc_hops(chars[0].tolist(), k, args.machines, args.words, args.n_chars)
+        hops, cluster = mpc_hops(X, k, args.machines, args.words, args.n_chars)
         right = hops == follow(chars, find(chars, k))[0].tolist()
         results.append(dict(
             k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load,
