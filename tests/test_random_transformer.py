@@ -653,12 +653,12 @@ def test_circuit_tells_a_pizza_from_a_clock(p):
         def __init__(self, combine):
             super().__init__()
             self.wte = nn.Embedding.from_pretrained(torch.stack([angle.cos(), angle.sin()], 1))
-            self.ln_f = nn.Identity()
+            self.combine, self.ln_f = combine, nn.Identity()
             self.lm_head = lambda z: z[..., :1] * angle.cos() + z[..., 1:] * angle.sin()
 
         def hidden_states(self, tokens):
             x = self.wte(tokens).requires_grad_()
-            return [x, combine(x[:, 0], x[:, 1])[:, None]]
+            return [x, self.combine(x[:, 0], x[:, 1])[:, None]]
 
         def forward(self, tokens):
             return self.lm_head(self.hidden_states(tokens)[-1])
