@@ -349,7 +349,7 @@ stray  ->  stray
 --text no-such-file
 --text EMPTY
 --text LOOPS
---triggers sometimes
+--triggers sometimes  ->  triggers are random, fixed or fixed:OFFSET, not sometimes
 --outputs none
 --loss some
 --model big
