@@ -617,7 +617,8 @@ PRESETS = {                                                  # what differs from
     "quick": {},
     "medium": dict(task=FOUR, train=["embeddings"], n_embd=[16, 32, 64, 128, 256, 512],
         eval_every=500),
-    "paper": dict(task=FOUR, n_embd=[1024, 16], target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
+    "paper": dict(task=FOUR, n_embd=[1024, 16],
+        target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
         init="paper", warmup=500, eval_every=500),
 }
 PRESETS["table1"] = dict(PRESETS["paper"], model=["transformer", "lstm"])
