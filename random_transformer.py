@@ -1019,7 +1019,7 @@ def plot_attention(run):
     longest = torch.where(query <= 16, query, 0).argmax()    # of those whose tokens can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
     names = prompt.tolist()
-    axis = dict(xlabel="looks at", ylabel="value, marker (from 128), query (marker + 30)")
+    axis = dict(xlabel="looks at", ylabel="marker (128 ..), value, query")
     panels = {}
     for layer, attn in enumerate(model.attention(prompt[None]), 1):
         for head, weights in enumerate(attn[0], 1):
