@@ -80,7 +80,7 @@ class Task:
 
     @functools.cached_property
     def n_answers(self):
-        """The most answers that a sequence of the test set has."""
+        """The most answers that a sequence can have: those of the test set."""
         return self.test_set[1].sum(1).max().item()
 
     def held_out(self, tokens):
@@ -617,7 +617,8 @@ PRESETS = {                                                  # what differs from
     "quick": {},
     "medium": dict(task=FOUR, train=["embeddings"], n_embd=[16, 32, 64, 128, 256, 512],
         eval_every=500),
-    "paper": dict(task=FOUR, n_embd=[1024, 16], target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
+    "paper": dict(task=FOUR, n_embd=[1024, 16],
+        target_width=[4, 8, 12, 16, 32, 64, 128, 256, 512],
         init="paper", warmup=500, eval_every=500),
 }
 PRESETS["table1"] = dict(PRESETS["paper"], model=["transformer", "lstm"])
@@ -999,12 +1000,13 @@ def plot_widths(runs):
         for label, score in found.items():
             line = lines.setdefault((args.task, label, args.seed), {})
             line[args.target_width or args.n_embd] = score
-    panels = {}
+    panels, colors = {}, {}
     for (name, label, _), line in lines.items():
         widths, scores = zip(*sorted(line.items()))
         ticks = np.log2(widths)
         axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=ticks, xticklabels=widths)
-        look = LOOKS.get(label.partition(":")[0], dict(marker="o"))
+        color = colors.setdefault(label.removeprefix("published: "), f"C{len(colors)}")
+        look = dict(color=color) | LOOKS.get(label.partition(":")[0], dict(marker="o"))
         panels.setdefault(name, (axis, []))[1].append((label, ticks, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
@@ -1017,11 +1019,11 @@ def plot_attention(run):
     longest = torch.where(query <= 16, query, 0).argmax()    # of those whose tokens can be read
     prompt = tokens[longest, :query[longest] + 1]            # (T,)
     names = prompt.tolist()
-    axis = dict(xlabel="looks at", ylabel="value, marker (from 128), query (marker + 30)")
+    axis = dict(xlabel="looks at", ylabel="marker (128 ..), value, query")
     panels = {}
     for layer, attn in enumerate(model.attention(prompt[None]), 1):
         for head, weights in enumerate(attn[0], 1):
-            panels[f"layer {layer}, head {head}"] = weights, names, names, axis, []
+            panels[f"layer {layer}, head {head}"] = weights.numpy(), names, names, axis, []
     common.plot_matrices(run.folder / "attention.png", panels, columns=4)
 
 @torch.no_grad()
@@ -1030,7 +1032,7 @@ def plot_circle(run):
     weight = load(run.folder)[1].wte.weight
     points = weight - weight.mean(0)                         # (p, C)
     components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
-    x, y = components @ points.T                             # (p,) each
+    x, y = (components @ points.T).numpy()                   # (p,) each
     axis = dict(xlabel="principal component 1", ylabel="principal component 2")
     curve = "0, 1, 2, ..", x, y, dict(marker="o", linewidth=0.3)
     common.plot(run.folder / "circle.png", {row_of(run.args): (axis, [curve])})
