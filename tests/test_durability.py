@@ -27,6 +27,11 @@ def results(folder):
     return {path.parent.name: path.read_text() for path in folder.glob("*/*/results.json")}
 
 
+def n_evaluations(folder):
+    """How many evaluations the runs of a folder keep."""
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/*/metrics.jsonl"))
+
+
 def disturbed_sweep(name, folder, n_kills=20):
     """Runs the sweep undisturbed, and killed n_kills times; returns both results, and how many of the kills hit a run."""
     rng = random.Random(name)
@@ -37,15 +42,16 @@ def disturbed_sweep(name, folder, n_kills=20):
     done = subprocess.run(command("whole"), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for _ in range(n_kills):
-        process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        before = n_evaluations(folder / "killed")
+        process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if rng.random() < 0.2:                                                   # anywhere, perhaps before it trains
             time.sleep(5 * rng.random())
         else:                                                                    # somewhere after its next evaluation
-            while ", step " not in process.stdout.readline() and process.poll() is None:
-                pass
+            while n_evaluations(folder / "killed") == before and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(0.4 * rng.random())
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
         assert process.returncode == -signal.SIGKILL, f"{name} ended before it was killed {n_kills} times"
     unfinished = len(results(folder / "killed")) < len(results(folder / "whole"))
     done = subprocess.run(command("killed"), env=environment, capture_output=True, text=True)
