@@ -8,6 +8,7 @@ a kill at any moment leaves the old file or the new one. So recovery is one thin
 command. To start anew, delete the folder.
 """
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import io
@@ -263,8 +264,9 @@ class Run:
         self.modules = {"model": model, "optimizer": optimizer}          # what has a state_dict
         self.generators = {"data": data, "dropout": dropout}
         for old in self.folder.glob("*.tmp"):                # of a killed process
-            if time.time() - old.stat().st_mtime > 60:
-                old.unlink()
+            with contextlib.suppress(FileNotFoundError):     # another process has moved it
+                if time.time() - old.stat().st_mtime > 60:
+                    old.unlink()
         path = self.folder / "ckpt.pt"
         if path.exists():
             ckpt = read_checkpoint(path)

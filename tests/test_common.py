@@ -366,6 +366,15 @@ def test_edited_code_measures_again_and_says_so_under_the_table(tmp_path, capsys
         "ckpt.pt", "metrics.jsonl", "results.json"]
 
 
+def test_a_temporary_file_that_another_process_moves_meanwhile_is_no_error(tmp_path):
+    args = toy.parse_args(["--out-dir", str(tmp_path)])
+    run, = common.sweep(args, toy.SWEEP, toy.build, toy.resolve)
+    run.folder.mkdir(parents=True)
+    (run.folder / "ckpt.pt.123.tmp").symlink_to(run.folder / "gone")             # listed, but not there
+    _, model = toy.build(run.args)
+    assert run.restore(model, torch.optim.SGD(model.parameters()), torch.Generator()) == 0
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     undisturbed = toy.main(["--out-dir", str(tmp_path / "whole")])
     real = os.fsync
