@@ -1,10 +1,11 @@
 """
 Speed of each script's training step: python tests/bench.py [--device cpu|cuda] [--threads N] [script ...]
 What --dtype bfloat16 buys on this machine: python tests/bench.py --dtype float32 bfloat16
+What --compile buys on it: python tests/bench.py --compile
 
 Prints milliseconds a step, the share of it that goes into sampling, and the GFLOP/s that the step achieves beside those of
-a large float32 matrix product, measured in the same run before and after it; "times" is a step's time over that in the first
-dtype. Operations are those of the matrix products that the step executes (torch's FlopCounterMode): attention that is written
+a large float32 matrix product, measured in the same run before and after it; "times" is a step's time over that of the
+script's first row. Operations are those of the matrix products that the step executes (torch's FlopCounterMode): attention that is written
 out counts its whole T x T square, torch's fused attention on a CPU and elementwise work count nothing.
 """
 import argparse
@@ -72,7 +73,7 @@ class Stopwatch(common.Run):
         for step in range(start, stop):                                          # the last step evaluates as well
             synchronize(torch.device(self.args.device))
             begin = time.perf_counter()
-            if step == 6:                # looped_icl has all its loops by then, and ntp_convergence does not evaluate here
+            if step == 6 and not getattr(self.args, "compile", False):   # all loops of looped_icl; ntp_convergence does not evaluate
                 with FlopCounterMode(display=False) as counter:
                     yield step
                 self.flops = counter.get_total_flops()
@@ -83,15 +84,16 @@ class Stopwatch(common.Run):
         self.times = self.times[7:-1]
 
 
-def bench(name, device, steps, dtype):
-    """Times one script; returns a row of the table, and the seconds of a step."""
+def bench(name, device, steps, dtype, compiled):
+    """Times one script; returns a row of the table, and the seconds of a step. Operations are not counted if it is compiled."""
     script = __import__(name.split()[0])
     with tempfile.TemporaryDirectory() as folder:
-        dtype_flags = [] if name == "ntp_convergence" else ["--dtype", dtype]
-        flags = ["--device", str(device), "--steps", str(steps), "--out-dir", folder, *dtype_flags, *SETTINGS[name]]
+        own = [] if name == "ntp_convergence" else ["--dtype", dtype] + ["--compile"] * compiled
+        flags = ["--device", str(device), "--steps", str(steps), "--out-dir", folder, *own, *SETTINGS[name]]
         args = script.parse_args(flags)
         first = common.sweep(args, script.SWEEP, script.build, script.resolve)[0]
         run = Stopwatch(first.args, first.folder)
+        torch.compiler.reset()
         before = matrix_product(device)
         script.train(run.args, run)
         after = matrix_product(device)
@@ -101,25 +103,25 @@ def bench(name, device, steps, dtype):
     else:                                                                        # ntp_convergence: the dataset is the batch
         sampling = seconds(lambda: task.sample(run.args.batch_size, data), device) if hasattr(task, "sample") else 0
     product = (before + after) / 2
-    kind = dtype if dtype_flags else "float64"
-    return {"setting": " ".join(SETTINGS[name]), "dtype": kind, "ms a step": f"{1e3 * step:.1f}", "sampling": f"{100 * sampling / step:.1f}%",
-            "GFLOP a step": f"{1e-9 * run.flops:.1f}", "GFLOP/s": f"{1e-9 * run.flops / step:.0f}", "matrix product": f"{product:.0f}",
-            "fraction": f"{100e-9 * run.flops / step / product:.0f}%"}, step
+    kind = (dtype if own else "float64") + ", compiled" * compiled
+    cells = {"setting": " ".join(SETTINGS[name]), "kind": kind, "ms a step": f"{1e3 * step:.1f}", "sampling": f"{100 * sampling / step:.1f}%"}
+    if not compiled:
+        cells.update({"GFLOP a step": f"{1e-9 * run.flops:.1f}", "GFLOP/s": f"{1e-9 * run.flops / step:.0f}",
+                      "matrix product": f"{product:.0f}", "fraction": f"{100e-9 * run.flops / step / product:.0f}%"})
+    return cells, step
 
 
-def bench_all(names, device, steps, dtypes):
-    """Prints what each script's step costs, in each dtype (ntp_convergence in its own), and a step's time over that in the first."""
+def bench_all(names, device, steps, kinds):
+    """Prints what each script's step costs for each kind (dtype, compiled), and a step's time over that of the first kind."""
     cells = []
     for name in names:
         first = None
-        for dtype in dtypes[:1] if name == "ntp_convergence" else dtypes:
-            row, step = bench(name, device, steps, dtype)
+        for dtype, compiled in kinds[:1] if name == "ntp_convergence" else kinds:
+            row, step = bench(name, device, steps, dtype, compiled)
             first = first or step
-            for column, text in {**row, "times": f"{step / first:.2f}"}.items():
-                if column == "setting":
-                    print(f"{name}: {text}", flush=True)
-                else:
-                    cells.append((f"{name}, {row['dtype']}", column, text))
+            print(f"{name}: {row.pop('setting')}", flush=True)
+            title = f"{name}, {row.pop('kind')}"
+            cells += [(title, column, text) for column, text in {**row, "times": f"{step / first:.2f}"}.items()]
     common.print_table("a step", cells)
 
 
@@ -158,6 +160,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=common.number(int, 9, 10**6), default=14,
                         help="steps; the first seven warm up and the last one evaluates")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="as the scripts' flag")
+    parser.add_argument("--compile", action="store_true", help="compiled as well")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     flags = parser.parse_args()
     if flags.threads:
@@ -168,7 +171,8 @@ if __name__ == "__main__":
     if unknown:
         parser.error(f"no script: {', '.join(sorted(unknown))}; names are without .py")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
-    bench_all(names, device, flags.steps, flags.dtype)
+    kinds = [(dtype, compiled) for dtype in flags.dtype for compiled in [False, True][:1 + flags.compile]]
+    bench_all(names, device, flags.steps, kinds)
     if "random_transformer" in flags.script:
         title = "random_transformer, the same setting: forward and backward with what the script leaves out"
         common.print_table(title, savings(device))
