@@ -1,6 +1,17 @@
-"""A fixture that the tests of several scripts share."""
+"""Fixtures that the tests of several scripts share."""
 import pytest
 import torch
+
+import common
+
+
+@pytest.fixture(autouse=True)
+def auto_is_the_cpu(monkeypatch):
+    """Tests compare with numbers that were computed on the CPU: --device auto is the CPU in them, also beside a GPU."""
+    pick = common.pick_device
+    monkeypatch.setattr(common, "pick_device", lambda name: pick("cpu" if name == "auto" else name))
+    yield
+    torch.set_float32_matmul_precision("highest")                                # cuda sets another
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import common
+from common import pick_device
 import toy
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent)}
 
 
 def toy_command(*flags, **settings):
@@ -105,19 +106,19 @@ def test_gpt2_initialisation():
 
 
 def test_pick_device():
-    assert common.pick_device("cpu") == torch.device("cpu")
-    assert common.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("tpu", "cuda:x", "cuda:", "cuda:99", "cpu:1", "mps"):
         with pytest.raises(ValueError, match=name):
-            common.pick_device(name)
+            pick_device(name)
 
 
 def test_under_torchrun_cuda_is_the_processs_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
     monkeypatch.setenv("LOCAL_RANK", "6")
-    assert common.pick_device("auto") == torch.device("cuda", 2)
-    assert common.pick_device("cuda:1") == torch.device("cuda", 1)
+    assert pick_device("auto") == torch.device("cuda", 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
     torch.set_float32_matmul_precision("highest")
 
 

@@ -496,7 +496,7 @@ def test_three_steps_print_the_theorem_beside_what_breaks_it(capsys):
 # ---- The command ------------------------------------------------------------------------------------------------------
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_killed_command_goes_on_bit_for_bit(tmp_path):

@@ -496,7 +496,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, capsys):
     flags = [*TINY, "--optimizer", "adam", "--steps", "8000"]
     call_main(*flags, "--out-dir", tmp_path / "whole")
     command = [sys.executable, SCRIPT, *flags, "--out-dir", tmp_path / "cut"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for shown in ("step 1:", "step 2,"):                                         # in stage 1, in stage 2
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
         while shown not in process.stdout.readline():
