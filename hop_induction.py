@@ -230,7 +230,7 @@ def train(args, run):
         batches = torch.stack(sequences).split(args.batch_size, dim=1)           # (2, B, T) each
     start = run.restore(model, optimizer, data)
     if args.compile:
-        model.compile(mode="reduce-overhead")                 # on CUDA, a graph of all kernels
+        model.compile()
     for step in run.steps(start, args.steps):
         rate = np.float32(learning_rate(step, args))         # as the runs of RESULTS.md had it
         optimizer.param_groups[0]["lr"] = float(rate)

@@ -372,7 +372,7 @@ def train(args, run):
     data = torch.Generator(args.device).manual_seed(args.seed)                   # training batches
     start = run.restore(model, optimizer, data)
     if args.compile:
-        model.compile(mode="reduce-overhead")                 # on CUDA, a graph of all kernels
+        model.compile()
     chunk = chunk_size(task)
     bfloat16 = args.dtype == "bfloat16"
     frozen_until = parse_freeze(args.freeze)

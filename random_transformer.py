@@ -752,7 +752,7 @@ def train(args, run):
     data = torch.Generator(args.device).manual_seed(args.seed)
     start = run.restore(model, optimizer, data)
     if args.compile:
-        model.compile(mode="reduce-overhead")                 # on CUDA, a graph of all kernels
+        model.compile()
     for step in run.steps(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = float(np.float32(learning_rate(step, args)))           # as in RESULTS.md
