@@ -479,15 +479,15 @@ def new_axes(titles, columns):
 def plot(path, panels, columns=3):
     """Draws panels {title: (settings of the axis, curves)}, a curve being label, x, y, style.
 
-    Curves with the same label are those of several seeds: their median, in a band from the lowest
-    to the highest. style: a dict for matplotlib.
+    Curves with the same label and x are those of several seeds: their median, in a band from the
+    lowest to the highest. style: a dict for matplotlib.
     """
     figure, axes = new_axes(panels, columns)
     for axis, (settings, curves) in zip(axes, panels.values()):
         found = {}
         for label, x, y, style in curves:
-            found.setdefault(label, (x, [], style))[1].append(y)
-        for label, (x, ys, style) in found.items():
+            found.setdefault((label, tuple(x)), ([], style))[0].append(y)
+        for (label, x), (ys, style) in found.items():
             ys = np.array(ys, dtype=float)                   # (seeds, len(x))
             line, = axis.plot(x, np.median(ys, 0), label=label, **style)
             if len(ys) > 1:

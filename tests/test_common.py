@@ -144,9 +144,11 @@ def test_curves_of_one_label_are_a_median_in_a_band(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda figure, *rest, **settings: figures.append(figure))
     curves = [("model", [1, 10], [y, 2 * y], dict(marker="o")) for y in (0.1, 0.2, 0.6)] + [("paper", [1, 10], [0, 1], {})]
+    curves.append(("model", [1, 5, 10], [0, 0, 0], {}))                          # a seed evaluated at other steps
     common.plot(tmp_path / "curves.png", {"first": (dict(xscale="log", xlabel="steps"), curves), "second": ({}, curves[:1])})
     first, second = figures[0].axes
-    assert {line.get_label(): line.get_ydata().tolist() for line in first.lines} == {"model": [0.2, 0.4], "paper": [0, 1]}
+    drawn = [(line.get_label(), list(line.get_ydata())) for line in first.lines]
+    assert drawn == [("model", [0.2, 0.4]), ("paper", [0, 1]), ("model", [0, 0, 0])]
     band = first.collections[0].get_paths()[0].vertices
     assert {(x, round(y, 6)) for x, y in band} >= {(1, 0.1), (1, 0.6), (10, 0.2), (10, 1.2)}
     assert first.get_xscale() == "log" and first.get_title() == "first" and second.get_title() == "second"
