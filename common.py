@@ -512,3 +512,6 @@ def plot_matrices(path, panels, columns=3):
         axis.set(**settings)
     figure.savefig(path, dpi=130)
     say(f"figure: {path}")
+
+if __name__ == "__main__":
+    sys.exit("common.py is not a script: run one of the five that import it")
