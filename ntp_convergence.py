@@ -147,7 +147,7 @@ def make_dataset(vocab_size, n_sentences, length, seed, order="total"):
     return draw_dataset(vocab_size, n_sentences, length, seed, order)[:4]
 
 def said_orders(sentences, optimal, vocab_size):
-    """What the sentences say: (V, V, V) bool, [q, a, b]: in one with query q and b, a is optimal."""
+    """What the sentences say: (V, V, V) bool, [q, a, b]: with query q, a is optimal beside b."""
     said = np.zeros((vocab_size,) * 3, dtype=bool)
     said[sentences[:, -1:], optimal[:, None], sentences] = True
     return said & ~np.eye(vocab_size, dtype=bool)            # no token is above itself
@@ -730,7 +730,8 @@ def plot(runs):
                 slope, _, t, line = fit(curve, panel)
                 if slope is not None:
                     drawn.append((f"{label}: fit", t, line, dict(color="k", ls="--", lw=1)))
-            axis = dict(xlabel=f"steps of {matrix}", ylabel=what, xscale=x_scale, yscale=y_scale)
+            axis = dict(xlabel=f"training steps of {matrix}", ylabel=what)
+            axis.update(xscale=x_scale, yscale=y_scale)
             if x_scale == "linear":
                 axis["xticks"] = np.linspace(0, curve["t"][-1], 5)       # else they may overlap
             panels[f"{matrix}: {panel}"] = axis, drawn
