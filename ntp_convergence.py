@@ -452,7 +452,7 @@ def train(args, run):
             now = panels(model, task, best)
             name = "kq" if train_kq else "ov"
             if now[f"gradient_{name}"] < 1e-150:
-                raise common.RunError(f"the gradient underflows at step {step + 1}: take fewer")
+                raise common.RunError(f"gradient underflows at step {step + 1}: take fewer steps")
             now["stage"] = 0 if joint else STAGE[name]
             now["t"] = step + 1 - steps_ov if train_kq else step + 1
             run.log(step + 1, loss=now[f"loss_{name}"], cosine=now[f"cosine_{name}"], **now)
