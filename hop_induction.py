@@ -36,6 +36,7 @@ gpt2_init_. hop_errors takes any model in eval mode, head_alignment one that ret
 """
 import collections
 import math
+import re
 
 import numpy as np
 import torch
@@ -51,26 +52,22 @@ def follow(f, positions, undefined=-1):
     found = f.gather(1, positions.clamp_min(0))
     return torch.where(positions < 0, undefined, found)
 
-def find(chars, k, max_hops=None):
+def find(chars, k):
     """Positions find^k of every position, (B, length), -1 if undefined.
 
     chars (B, length); k, the number of hops, is an int or (B,).
     find^1(i) = 1 + max{j < i : X_j = X_i}, the position after the last occurrence of the same
     character before i; find^k is find^1 of find^(k-1), find^0(i) = i (Sec. 4). Found by doubling,
-    as the transformer does: f, f f, ... A bound max_hops on k saves doublings; a k above it comes
-    out wrong, without an error.
+    as the transformer does: f, f f, ...
     """
     length = chars.shape[1]
-    # find^1: a stable sort puts equal characters side by side, in the order of their positions:
-    # for a b a a, the positions 0 2 3 | 1. Each learns of the one before it: f[2] = 1, f[3] = 3.
-    ordered, order = chars.sort(dim=1, stable=True)
-    same = ordered[:, 1:] == ordered[:, :-1]
-    before = torch.where(same, order[:, :-1] + 1, -1)
-    f = torch.full_like(order, -1).scatter(1, order[:, 1:], before)
+    here = torch.arange(length, device=chars.device)
+    earlier = (chars[:, :, None] == chars[:, None, :]).tril(-1)      # (B, i, j): X_i = X_j, j < i
+    f = torch.where(earlier, here + 1, -1).amax(dim=2)       # find^1
     # find^1(i) <= i, so after `length` hops every position is undefined or stays, whatever k
     k = torch.as_tensor(k, device=chars.device).view(-1, 1).clamp_max(length)    # (B, 1) or (1, 1)
-    positions = torch.arange(length, device=chars.device).expand_as(chars)
-    for bit in range((max_hops or length).bit_length()):     # here f is find^(2^bit)
+    positions = here.expand_as(chars)
+    for bit in range(length.bit_length()):                   # here f is find^(2^bit)
         is_one = (k >> bit & 1).bool()
         positions = torch.where(is_one, follow(f, positions), positions)
         f = follow(f, f)
@@ -115,7 +112,7 @@ class HopTask:
         steps = torch.randint(1, self.n_chars, (batch, self.seq_len - 2), **on)
         steps[:, 0] = torch.randint(self.n_chars, (batch,), **on)
         chars = self.char + steps.cumsum(1) % self.n_chars   # (B, N-2)
-        targets = follow(chars, find(chars, hops, self.max_hops), self.undefined)
+        targets = follow(chars, find(chars, hops), self.undefined)
         tokens = torch.cat([hops[:, None], chars], dim=1)
         return tokens, F.pad(targets, (1, 0), value=self.blank)
 
@@ -187,13 +184,12 @@ PRESETS = {
     "mpc": dict(seq_len=1_000, max_hops=16),
 }
 SWEEP = {                                                    # flags with several values, in words
-    "arch": "{}", "n_layer": "{} layers", "n_head": "{} heads",
+    "arch": "{}", "n_layer": "", "n_head": "{} heads",
     "n_train": "{} fixed sequences", "seed": "",
 }
 
 def resolve(args):
     """Completes a run's flags: unused ones become None."""
-    args.machines = args.words = None                        # of --preset mpc alone
     if args.arch != "transformer":
         args.n_head = None
 
@@ -281,22 +277,6 @@ def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
     se = excess.square().sum(1).sqrt() / total
     return (errors, se) if return_se else errors
 
-def have_hop(task, n=1_000):
-    """Fraction of the characters that have a k-th hop, by k, (max_hops + 1,), on n sequences."""
-    data = torch.Generator(task.device).manual_seed(40_000)
-    targets = [task.sample(n, data, hops=k)[1] for k in range(task.max_hops + 1)]
-    have = torch.stack(targets)[:, :, 1:] != task.undefined  # (max_hops + 1, n, N - 2)
-    return have.float().mean(dim=(1, 2))
-
-@torch.no_grad()
-def says_undefined(model, task, generator, n=256):
-    """Of the characters that have a max_hops-th hop, the fraction at which the model says
-    `undefined`; 0 if there is none. model: in eval mode."""
-    tokens, targets = task.sample(n, generator, hops=task.max_hops)
-    has_hop = (targets >= task.char) & (targets < task.undefined)
-    said = model(tokens).argmax(-1) == task.undefined
-    return ((said & has_hop).sum() / has_hop.sum().clamp_min(1)).item()
-
 @torch.no_grad()
 def head_alignment(model, task, k, n=10):
     """How much each head looks at find^j, j = 0 .. max_hops, if k hops are asked for: for each
@@ -337,9 +317,7 @@ def measure(args, run):
     task, model = load(run.folder, args.device)
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
-    undefined = says_undefined(model, task, fresh)
-    results = dict(errors=plain(errors), se=plain(se), undefined=undefined)
-    results["n_params"] = sum(p.numel() for p in model.parameters())
+    results = dict(errors=plain(errors), se=plain(se))
     if args.arch == "transformer":                           # by k, layer, head and j
         hops = range(task.max_hops + 1)
         results["alignment"] = [head_alignment(model, task, k) for k in hops]
@@ -360,17 +338,12 @@ class Construction(nn.Module):
     own, so that nothing is ever erased. Heads are given by two bilinear forms: the score of looking
     from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
     positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of
-    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. ValueError if seq_len is
-    above `longest`: scores up to 30 seq_len^2 have to be exact in float32. For the same reason it
-    needs torch.set_float32_matmul_precision("highest") on CUDA: TF32 is not exact.
+    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. In float64, since scores up
+    to 30 seq_len^2 have to be exact.
     """
-
-    longest = 500
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
         super().__init__()
-        if seq_len > self.longest:
-            raise ValueError(f"seq_len {seq_len} is above {self.longest}: float32 is not exact")
         task = HopTask(seq_len, n_chars, max_hops)
         T = task.block_size
         C = n_chars + 1                                      # a character, or `undefined`
@@ -429,7 +402,7 @@ class Construction(nn.Module):
         lm_head[task.char:task.blank] = c[-1]
         lm_head[task.blank] = 2 * is_k
         self.lm_head = nn.Parameter(lm_head)
-        self.requires_grad_(False)
+        self.double().requires_grad_(False)
 
     def forward(self, tokens, return_attn=False):
         """tokens (B, T) -> logits (B, T, V), with return_attn also a list by layer (B, H, T, T)."""
@@ -455,28 +428,29 @@ class Cluster:
     """q machines of s words; in a round each computes, then sends and receives s words at most."""
 
     def __init__(self, q, s):
-        self.q = q
         self.s = s
         self.rounds = 0
         self.memory = self.load = 0                          # the most words held; sent or received
         self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
 
     def exchange(self, messages):
-        """One round of messages (sender, receiver, list of words): a list of (receiver, words).
-        ValueError if a machine sends, receives or holds more than s words."""
-        sent = [0] * self.q
-        received = [0] * self.q
+        """One round of messages (sender, receiver, list of words): for each machine, the lists that
+        it receives. ValueError if a machine sends, receives or holds more than s words."""
+        sent = [0] * len(self.words)
+        inboxes = [[] for _ in self.words]
         for sender, receiver, words in messages:
             sent[sender] += len(words)
-            received[receiver] += len(words)
-        held = [n + sum(map(len, own.values())) for n, own in zip(received, self.words)]
+            inboxes[receiver].append(words)
         self.rounds += 1
-        self.memory = max(self.memory, *held)
-        self.load = max(self.load, *sent, *received)
+        for own, inbox, n_sent in zip(self.words, inboxes, sent):
+            received = sum(map(len, inbox))
+            held = received + sum(map(len, own.values()))
+            self.memory = max(self.memory, held)
+            self.load = max(self.load, received, n_sent)
         most = max(self.memory, self.load)
         if most > self.s:
             raise ValueError(f"round {self.rounds} takes {most} words, a machine has {self.s}")
-        return [(receiver, words) for _, receiver, words in messages]
+        return inboxes
 
 def mpc_hops(X, k, q, s, n_chars=4):
     """hop_k of a list of characters X by q machines of s words: that list, -1 if undefined, and
@@ -501,49 +475,47 @@ def mpc_hops(X, k, q, s, n_chars=4):
         own["r"][i] = i
     find_first(cluster, n_chars)
     while k:
-        arrays = {"f": "f"}
-        if k & 1:
-            arrays["r"] = "f"
-        look_up(cluster, m, arrays)
+        look_up(cluster, m, {"f": "f", "r": "f"} if k & 1 else {"f": "f"})
         k >>= 1
     look_up(cluster, m, {"r": "X"})
-    answers = []
-    for own in cluster.words:
-        answers += own["r"].values()
+    answers = [word for own in cluster.words for word in own["r"].values()]
     return answers, cluster
 
 def find_first(cluster, n_chars):
     """One round that writes find^1 to f: each machine tells all later ones, for each character, the
     position after the last one that it holds, -1 for none. For X = abacba on two machines: machine
     0 tells 3 for a, 2 for b, -1 for c; so machine 1, with cba, has f = -1, 2, 3."""
+    q = len(cluster.words)
     messages = []
     for machine, own in enumerate(cluster.words):
         last = {char: i + 1 for i, char in own["X"].items()}
         words = [last.get(char, -1) for char in range(n_chars)]
-        messages += [(machine, later, words) for later in range(machine + 1, cluster.q)]
-    after = [[-1] * n_chars for _ in cluster.words]          # by machine and character
-    for machine, words in cluster.exchange(messages):
-        after[machine] = list(map(max, after[machine], words))
-    for machine, own in enumerate(cluster.words):
+        messages += [(machine, later, words) for later in range(machine + 1, q)]
+    for own, inbox in zip(cluster.words, cluster.exchange(messages)):
+        last = [-1] * n_chars
+        for words in inbox:
+            last = list(map(max, last, words))
         for i, char in own["X"].items():
-            own["f"][i] = after[machine][char]
-            after[machine][char] = i + 1
+            own["f"][i] = last[char]
+            last[char] = i + 1
 
 def look_up(cluster, m, arrays):
     """Two rounds, question and answer: each pointer p becomes array[p], but for -1, undefined.
     arrays: pointer -> array, by name."""
-    calls = []
+    questions = []
     for machine, own in enumerate(cluster.words):
         for pointer in arrays:
             for i, p in own[pointer].items():
                 if p >= 0:
-                    calls.append((machine, p // m, (pointer, p, i)))
+                    questions.append((machine, p // m, (pointer, p, i)))
     answers = []
-    for machine, (pointer, p, i) in cluster.exchange(calls):
-        word = cluster.words[machine][arrays[pointer]][p]
-        answers.append((machine, i // m, (pointer, i, word)))
-    for machine, (pointer, i, word) in cluster.exchange(answers):
-        cluster.words[machine][pointer][i] = word
+    for machine, inbox in enumerate(cluster.exchange(questions)):
+        for pointer, p, i in inbox:
+            word = cluster.words[machine][arrays[pointer]][p]
+            answers.append((machine, i // m, (pointer, i, word)))
+    for own, inbox in zip(cluster.words, cluster.exchange(answers)):
+        for pointer, i, word in inbox:
+            own[pointer][i] = word
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
@@ -551,167 +523,169 @@ def look_up(cluster, m, arrays):
 # with the dropout of training; off, without it, which is what ours compares with (measured by us,
 # 600 sequences a k). Without it 4 heads solve 2, 4, 7 and 12 hops in 2, 3, 4 and 5 layers (errors
 # of .162 at k = 5 in 3 layers, of .011 at k = 7 in 4). Six layers of d = 128 trained on a
-# schedule of 200,000 steps: their rate was at half its peak.
+# schedule of 200,000 steps: their rate was at half its peak. A setting is the name of a run's
+# folder, which lists what differs from the preset.
 PUBLISHED = """
-n_layer n_head n_embd n_train dropout     1    2    3    4    6    8   12   16
-      2      4    128       0      on  .010 .140 .346 .423 .588 .658 .720 .737
-      2      4    128       0     off  .000 .045 .257 .350 .521 .621 .712 .737
-      3      4    128       0      on  .003 .008 .048 .150 .359 .456 .644 .706
-      3      4    128       0     off  .000 .000 .002 .046 .238 .384 .581 .695
-      4      4    128       0      on  .001 .003 .005 .015 .062 .216 .467 .612
-      4      4    128       0     off  .000 .000 .000 .000 .001 .068 .337 .542
-      5      4    128       0      on  .001 .001 .001 .003 .015 .037 .218 .414
-      5      4    128       0     off  .000 .000 .000 .000 .000 .000 .041 .281
-      6      4    128       0      on  .000 .000 .001 .002 .003 .006 .012 .062
-      2      8    256       0      on  .003 .033 .140 .267
-      3      8    256       0      on  .001 .001 .005 .021
-      4      8    256       0      on  .000 .000 .000 .001 .004 .015 .139 .334
-      5      8    256       0      on  .000 .000 .000 .000 .000 .000 .003 .027
-      6      8    256       0      on  .000 .000 .000 .000 .000 .000 .002 .002
-      2      4    128    1000     off  .053 .463 .563 .648 .730 .749 .766 .775
-      3      4    128    1000     off  .065 .444 .572 .651 .732 .747 .763 .775
-      4      4    128    1000      on  .015 .052 .410 .550 .723 .734 .753 .772
-      4      4    128    1000     off  .001 .003 .335 .503 .701 .738 .757 .774
-      5      4    128    1000     off  .000 .002 .155 .483 .684 .734 .756 .771
-      3      4    128    3000     off  .000 .001 .099 .186 .385 .522 .687 .750
-      4      4    128    3000      on  .002 .004 .012 .026 .094 .254 .506 .632
-      4      4    128    3000     off  .000 .000 .000 .001 .008 .109 .395 .592
-      5      4    128    3000     off  .000 .000 .000 .000 .000 .002 .106 .331
+setting                              dropout    1    2    3    4    6    8   12   16
+paper,n_layer=2                           on .010 .140 .346 .423 .588 .658 .720 .737
+paper,n_layer=2                          off .000 .045 .257 .350 .521 .621 .712 .737
+paper,n_layer=3                           on .003 .008 .048 .150 .359 .456 .644 .706
+paper,n_layer=3                          off .000 .000 .002 .046 .238 .384 .581 .695
+paper,n_layer=4                           on .001 .003 .005 .015 .062 .216 .467 .612
+paper,n_layer=4                          off .000 .000 .000 .000 .001 .068 .337 .542
+paper,n_layer=5                           on .001 .001 .001 .003 .015 .037 .218 .414
+paper,n_layer=5                          off .000 .000 .000 .000 .000 .000 .041 .281
+paper,n_layer=6                           on .000 .000 .001 .002 .003 .006 .012 .062
+paper,n_layer=2,n_head=8,n_embd=256       on .003 .033 .140 .267
+paper,n_layer=3,n_head=8,n_embd=256       on .001 .001 .005 .021
+paper,n_layer=4,n_head=8,n_embd=256       on .000 .000 .000 .001 .004 .015 .139 .334
+paper,n_layer=5,n_head=8,n_embd=256       on .000 .000 .000 .000 .000 .000 .003 .027
+paper,n_layer=6,n_head=8,n_embd=256       on .000 .000 .000 .000 .000 .000 .002 .002
+paper,n_layer=2,n_train=1000             off .053 .463 .563 .648 .730 .749 .766 .775
+paper,n_layer=3,n_train=1000             off .065 .444 .572 .651 .732 .747 .763 .775
+paper,n_layer=4,n_train=1000              on .015 .052 .410 .550 .723 .734 .753 .772
+paper,n_layer=4,n_train=1000             off .001 .003 .335 .503 .701 .738 .757 .774
+paper,n_layer=5,n_train=1000             off .000 .002 .155 .483 .684 .734 .756 .771
+paper,n_layer=3,n_train=3000             off .000 .001 .099 .186 .385 .522 .687 .750
+paper,n_layer=4,n_train=3000              on .002 .004 .012 .026 .094 .254 .506 .632
+paper,n_layer=4,n_train=3000             off .000 .000 .000 .001 .008 .109 .395 .592
+paper,n_layer=5,n_train=3000             off .000 .000 .000 .000 .000 .002 .106 .331
 """
 
-# What makes a run the paper's, but for the size of model and training set, which PUBLISHED names
-SAME_AS_PAPER = "dropout seq_len n_chars max_hops batch_size steps warmup lr beta2 weight_decay"
-
-def published(args):
-    """The errors of the authors' models, {dropout's state: {k: error}}; none in other settings."""
-    changed = [x for x in SAME_AS_PAPER.split() if getattr(args, x) != args.defaults[x]]
-    if args.preset != "paper" or changed:
-        return {}
-    size = [str(x) for x in (args.n_layer, args.n_head, args.n_embd, args.n_train)]
-    header, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
-    hops = [int(k) for k in header[5:]]
+def published(run):
+    """The errors of the authors' models in a run's setting, {dropout's state: {k: error}}."""
+    name = re.split(",dtype=|,compile=|,seed=", run.folder.name)[0]
+    (_, _, *hops), *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
     errors = {}
-    for row in rows:
-        if row[:4] == size:
-            errors[row[4]] = dict(zip(hops, map(float, row[5:])))
+    for setting, dropout, *values in rows:
+        if setting == name:
+            errors[dropout] = dict(zip(map(int, hops), map(float, values)))
     return errors
 
-def in_words(args, runs):
-    """A run's depth, and what else its sweep varies, but for the seed: "4 layers, 8 heads"."""
-    words = []
+def in_words(args):
+    """What differs from the preset, but for depth and seed: ", 8 heads"."""
+    words = ""
     for key, phrase in SWEEP.items():
         value = getattr(args, key)
-        varies = len({getattr(run.args, key) for run in runs}) > 1
-        if phrase and value is not None and (varies or key == "n_layer"):
-            words.append(phrase.format(value))
-    return ", ".join(words)
+        if phrase and value is not None and args.defaults[key] != [value]:
+            words += ", " + phrase.format(value)
+    return words
 
 def show_errors(runs):
     """Fig. 2: error by number of hops, a column and a curve for each setting."""
     args = runs[0].args
     hops = range(args.max_hops + 1)
-    guess = 1 - 1 / args.n_chars
+    chance = 1 - 1 / args.n_chars
     thin = dict(color="black", linewidth=0.6)
-    have = have_hop(HopTask(args.seq_len, args.n_chars, args.max_hops)).tolist()
-    cells = [(f"k={k}", "have a k-th hop", have[k]) for k in hops]
+    cells = []
     curves = [
-        ("characters with a k-th hop", hops, have, dict(color="grey", linewidth=0.6)),
-        (f"a guess among {args.n_chars} characters", hops, [guess] * len(hops), thin),
-        ("solved: below", hops, [0.05] * len(hops), dict(thin, linestyle=":")),
+        ("a random character", hops, [chance] * len(hops), thin),
+        ("solved: below 5%", hops, [0.05] * len(hops), dict(thin, linestyle=":")),
     ]
     colors = {}
     for run in runs:
-        label, found = run.args.label, run.results
-        color = colors.setdefault(label, f"C{len(colors)}")
-        look = dict(color=color, marker="o")
-        cells += [(f"k={k}", label, found["errors"][k]) for k in hops]
-        curves.append((label, hops, found["errors"], look))
-        paper = published(run.args)
-        for state, errors in paper.items():
-            cells += [(f"k={k}, paper, {state}", label, error) for k, error in errors.items()]
-        if paper:
-            errors = paper.get("off") or paper["on"]
+        label, errors = run.args.label, run.results["errors"]
+        look = dict(color=colors.setdefault(label, f"C{len(colors)}"), marker="o")
+        curves.append((label, hops, errors, look))
+        cells += [(f"k={k}", label, errors[k]) for k in hops]
+        for state, theirs in published(run).items():
+            cells += [(f"k={k}, paper, {state}", label, error) for k, error in theirs.items()]
             hollow = dict(look, linestyle="none", fillstyle="none", markersize=9)
-            # a label that starts with _ is not in the legend
-            curves.append((f"_{label}, paper", list(errors), list(errors.values()), hollow))
-        cells.append(("solved", label, solved(found["errors"]), ".0f"))
-        cells.append(("undefined", label, found["undefined"], ".0%"))
-        cells.append(("parameters", label, found["n_params"], ",.0f"))
+            paper = f"{label}, paper", list(theirs), list(theirs.values()), hollow
+        if published(run):
+            curves.append(paper)                             # without dropout, if known: the last
+        cells.append(("solved", label, solved(errors), ".0f"))
     se = max(x or 0 for run in runs for x in run.results["se"])
     common.print_table(f"""\
-Error by number of hops k where there is a k-th hop, on {args.n_eval} sequences for each k
-(standard errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%; by
-Theorem 4.2 depth floor(log2 k) + 2 is enough. Undefined: the fraction of the characters with
-{args.max_hops} hops at which the model says that there are fewer, and so errs more than a
-guess, {guess:.2f}. Paper: the authors' models, dropout on (as published) or off (by us; compare
-these). An LSTM has two layers, and the size of the transformer named.""", cells)
+Error where there is a k-th hop, by the number of hops k ({args.n_eval} sequences each, standard
+errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%. A random character
+has {chance:.2f}. A model that says `undefined` can have more: that is right at most positions if k is
+large, but not at these. Paper: the authors' models, dropout on (as published) or off (compare with
+these). An LSTM has two layers and the size of the transformer named.""", cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
-        title = "Fig. 2 (hollow: paper, dropout off if known)"
-        common.plot(runs[0].folder.parent / "errors.png", {title: (axis, curves)})
+        panels = {"Fig. 2: errors by depth": (axis, curves)}
+        common.plot(runs[0].folder.parent / "errors.png", panels)
 
 def show_heads(args, runs=()):
     """Figs. 3 and 4 as numbers: the find^j that each layer looks at, by the hops asked for."""
     alignments = {}                                          # by label, of the first seed
     for run in runs:
         alignments.setdefault(run.args.label, run.results["alignment"])
+    task = HopTask(args.seq_len, args.n_chars, args.max_hops)
+    built = construct(args.max_hops, args.n_chars, args.seq_len)
     hops = range(args.max_hops + 1)
-    if args.seq_len <= Construction.longest:
-        task = HopTask(args.seq_len, args.n_chars, args.max_hops)
-        built = construct(args.max_hops, args.n_chars, args.seq_len)
-        alignments["hand-built"] = [head_alignment(built, task, k) for k in hops]
+    alignments["hand-built"] = [head_alignment(built, task, k) for k in hops]
     cells = []
-    panels = {}
-    axis = dict(xlabel="number of hops asked for, k", ylabel="j of find^j")
     for label, alignment in alignments.items():
         for i, layer in enumerate(zip(*alignment), 1):       # (k, H, j)
-            name = f"{label}, layer {i}"
             best = np.max(layer, axis=1)                     # (k, j), over heads
-            most = best.argmax(1)                            # the j of each k
             for k in 2 ** np.arange(args.max_hops.bit_length()):
-                cells.append((name, f"k={k}", f"find^{most[k]} {best[k].max():.2f}"))
-            panels[name] = best.T, hops, hops, axis, list(zip(most, hops))
+                j = best[k].argmax()
+                cells.append((f"{label}, layer {i}", f"k={k}", f"find^{j} {best[k, j]:.2f}"))
     common.print_table("""\
 Heads of the first seed: the find^j that a head of the layer looks at most if k hops are asked for,
 and their cosine similarity. find^0 is the position itself. Undefined hops count against a head; the
 hand-built first layer looks for characters and for k, at no find^j.""", cells)
-    if runs and args.plot:
-        common.plot_matrices(runs[0].folder.parent / "heads_by_k.png", panels)
 
 @torch.no_grad()
-def plot_attention(runs):
-    """Figs. 3 and 4, deepest model, most hops: all heads; attention of each layer's best."""
-    run = max(runs, key=lambda run: run.args.n_layer)
+def plot_heads(run):
+    """Figs. 3 and 4 of a run: the cosine similarity of all heads with find^j; for the most hops, the
+    attention of the best head of each layer, with a circle where find^j leads."""
     args = run.args
-    alignment = run.results["alignment"][args.max_hops]      # by layer, head and j
-    heads = [f"{i + 1}.{h + 1}" for i, h in np.ndindex(args.n_layer, args.n_head)]
-    axis = dict(xlabel="j", ylabel="layer.head")
+    alignment = np.array(run.results["alignment"])           # (k, L, H, j)
     hops = range(args.max_hops + 1)
-    panels = {"cosine with find^j": (np.concatenate(alignment), heads, hops, axis, [])}
+    heads = [f"{i + 1}.{h + 1}" for i, h in np.ndindex(alignment.shape[1:3])]
+    axis = dict(xlabel="j of find^j", ylabel="layer.head")
+    panels = {}
+    for k in (args.max_hops // 2, args.max_hops):
+        title = f"{args.label}, asked for {k} hops"
+        panels[title] = np.concatenate(alignment[k]), heads, hops, axis, []
+    common.plot_matrices(run.folder.parent / "heads.png", panels, columns=1)
+
     task, model = load(run.folder)
-    data = torch.Generator().manual_seed(0)
-    tokens, _ = task.sample(1, data, hops=args.max_hops)
+    tokens, _ = task.sample(1, torch.Generator().manual_seed(0), hops=args.max_hops)
     _, attns = model(tokens, return_attn=True)
-    ticks = [i if i % 10 == 0 else "" for i in range(task.block_size)]
     axis = dict(xlabel="position looked at", ylabel="position")
-    for i, attn in enumerate(attns):
-        head, j = divmod(np.argmax(alignment[i]), len(hops))
+    panels = {}
+    for i, (attn, cosines) in enumerate(zip(attns, alignment[-1]), 1):           # cosines (H, j)
+        head = cosines.max(1).argmax()
+        j = cosines[head].argmax()
         positions = find(tokens[:, 1:], j)[0].tolist()
         circles = [(at + 1, p + 1) for at, p in enumerate(positions) if p >= 0]
-        title = f"{i + 1}.{head + 1} and find^{j} ({alignment[i][head][j]:.2f})"
-        panels[title] = attn[0, head], ticks, ticks, axis, circles
-    common.plot_matrices(run.folder.parent / "heads.png", panels)
+        title = f"head {i}.{head + 1} and find^{j}"
+        panels[title] = attn[0, head], (), (), axis, circles
+    common.plot_matrices(run.folder.parent / "attention.png", panels, columns=2)
+
+def verdict(runs):
+    """The hops that each depth solves beside those of Theorem 4.2; whether a layer doubles them."""
+    found = {}                                               # by setting and depth, for each seed
+    for run in runs:
+        key = in_words(run.args), run.args.n_layer
+        found.setdefault(key, []).append(solved(run.results["errors"]))
+    each = []
+    doubled = []
+    for (setting, depth), seeds in sorted(found.items()):
+        hops = np.median(seeds)
+        each.append(f"{depth} layers{setting} {hops:g} ({2 ** (depth - 1) - 1})")
+        if (setting, depth - 1) in found:
+            before = np.median(found[setting, depth - 1])
+            doubled.append(hops > 1.5 * before or hops == runs[0].args.max_hops)
+    common.say(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")
+    if doubled:
+        common.say(f"A layer more about doubles them in {sum(doubled)} of {len(doubled)} cases.")
 
 def show(runs):
     """The tables of a sweep, and with --plot its figures."""
     for run in runs:
-        run.args.label = in_words(run.args, runs)
+        run.args.label = f"{run.args.n_layer} layers{in_words(run.args)}"
     show_errors(runs)
     with_heads = [run for run in runs if "alignment" in run.results]
     if with_heads:
         show_heads(runs[0].args, with_heads)
         if runs[0].args.plot:
-            plot_attention(with_heads)
+            plot_heads(max(with_heads, key=lambda run: run.args.n_layer))
+    verdict(runs)
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -719,41 +693,38 @@ def show_construction(args):
     """--preset construct: the hand-built transformer's errors and heads, a dict for each k."""
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
     model = construct(args.max_hops, args.n_chars, args.seq_len).to(args.device)
-    n_params = sum(p.numel() for p in model.parameters())
-    common.say(f"""N = {args.seq_len}, k up to {args.max_hops}: depth {model.n_layer} = \
-floor(log2 {args.max_hops}) + 2, width {model.n_embd}, {n_params:,} parameters.
-The theorem's depth; its one head, and a width that does not grow with N, are not met.""")
-    torch.set_float32_matmul_precision("highest")            # TF32 would not be exact
     data = torch.Generator(args.device).manual_seed(args.seed[0])
     errors = hop_errors(model, task, args.n_eval, data, everywhere=True).tolist()
-    counted = f"{args.n_eval} sequences for each k, undefined hops and all"
-    cells = [(f"k={k}", "error", error, "g") for k, error in enumerate(errors)]
-    common.print_table(f"Errors on {counted}", cells)
     show_heads(args)
+    cells = [(f"k={k}", "error", error, "g") for k, error in enumerate(errors)]
+    common.print_table(f"Errors on {args.n_eval} sequences, undefined hops and all", cells)
+    common.say(f"""
+Largest error {max(errors):g}, by depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
+{model.n_embd}, N = {args.seq_len}.
+The depth is the theorem's; its one head, and a width that does not grow with N, are not met.""")
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
-def show_mpc(args):
+def show_mpc(args, q=32, s=320):
     """--preset mpc: rounds, memory and load for k = 1, 2, 4, ..., a dict for each k; answers are
     checked against find."""
     task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
-    data = torch.Generator().manual_seed(args.seed[0])
-    tokens, _ = task.sample(1, data)
+    tokens, _ = task.sample(1, torch.Generator().manual_seed(args.seed[0]))
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
-    X = chars[0].tolist()
     results = []
     cells = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
-        hops, cluster = mpc_hops(X, k, args.machines, args.words, args.n_chars)
+        hops, cluster = mpc_hops(chars[0].tolist(), k, q, s, args.n_chars)
         right = hops == follow(chars, find(chars, k))[0].tolist()
-        results.append(dict(
-            k=k, rounds=cluster.rounds, memory=cluster.memory, load=cluster.load,
-            depth=bit + 2, right=right,
-        ))
-        cells += [(f"hop_{k}", name, str(value)) for name, value in results[-1].items()]
+        result = dict(k=k, right=right, rounds=cluster.rounds, depth=bit + 2)
+        result.update(memory=cluster.memory, load=cluster.load)
+        results.append(result)
+        cells += [(f"hop_{k}", name, str(value)) for name, value in result.items()]
     common.print_table(f"""\
-hop_k of {args.seq_len} characters by {args.machines} machines of {args.words} words: rounds,
-most words held by one, most sent or received by one, a transformer's depth""", cells)
+hop_k of {args.seq_len} characters by {q} machines of {s} words. Right: as by find. Depth: of a
+transformer. Memory: the most words that one holds; load: that one sends or receives.""", cells)
+    more = np.diff([result["rounds"] for result in results])
+    common.say(f"\nRounds that each doubling of k adds: {more}. A transformer needs one layer more.")
     return results
 
 SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing
@@ -799,10 +770,6 @@ def parse_args(argv=None):
         help="sequences for each k in the final errors")
     add("--seed", nargs="+", type=common.seed_int, default=[0],
         help="seeds of weights and data")
-    add("--machines", type=count, default=32,
-        help="mpc: machines q")
-    add("--words", type=count, default=320,
-        help="mpc: words that one holds, sends or receives")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="bfloat16: autocast")
     add("--compile", action="store_true", help="torch.compile")
