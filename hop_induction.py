@@ -2,20 +2,20 @@
 Transformers, Parallel Computation, and Logarithmic Depth.
 Sanford, Hsu, Telgarsky. ICML 2024, arXiv 2402.09268.
 
-A hop leads one position on from the last earlier occurrence of the same character: find^1; k hops
-are find^k. k-hop induction heads need depth Theta(log k) and no more: floor(log2 k) + 2 layers are
-enough (Theorem 4.2), as each layer can double the number of hops; that such a depth is also
-necessary, at bounded size, rests on a conjecture on parallel machines. Trained ones solve more hops
-with each layer, too: the authors', without dropout, 2, 4, 7 and 12 hops at depths 2 to 5.
+A hop leads from a position to the last earlier occurrence of its character, and one position on:
+find^1. k hops are find^k. A transformer of depth floor(log2 k) + 2 can do k hops, as each layer can
+double their number (Theorem 4.2). That k hops also need a depth of order log k, at bounded size,
+follows from a conjecture about parallel machines. Trained transformers do more hops with each
+layer, too: the authors' models solve 2, 4, 7 and 12 hops at depths 2 to 5 (without dropout).
 
-What to look for: the largest number of hops that each depth solves (row `solved`: up to it all
-errors are below 5%). By Theorem 4.2 depths 2, 3, 4 can solve 1, 3 and 7. The quick preset's short
-training gets to 1, 3 (rarely 2) and 4 to 6; see RESULTS.md.
+What to look for: the largest number of hops that each depth solves, in the row `solved` (up to it
+all errors are below 5%) and in the last lines, beside Theorem 4.2's 1, 3, 7 for depths 2, 3, 4. The
+quick preset trains for a short time and solves 1, 3 (rarely 2) and 4 to 6 hops; see RESULTS.md.
 
-What heads look at depends on k, the number of hops asked for. In layers 2, 3, 4 of the authors'
-model of depth 4 it is find^1, find^2, find^4 at k = 8, as in the construction (cosine .98, .83,
-.83), but find^1, find^2, find^3 at k = 4, and at k = 16 clearly find^1 alone (.98, then .48, .36).
-The second table has ours by k.
+What heads look at depends on k, the number of hops asked for; the second table shows it. In layers
+2, 3, 4 of the authors' model of depth 4 it is find^1, find^2, find^4 at k = 8, as in the
+construction (cosine similarity .98, .83, .83), but find^1, find^2, find^3 at k = 4, and at k = 16
+clearly find^1 alone (.98, then .48, .36).
 
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as wide, 64 positions, in an hour
@@ -30,9 +30,9 @@ The second table has ours by k.
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
 
-To reuse: HopTask needs find and follow, Construction needs HopTask, all need torch alone; Cluster
-and mpc_hops need find_first and look_up, not torch; HopTransformer needs common's Block and
-gpt2_init_. hop_errors takes any model in eval mode, head_alignment one that returns attention.
+To reuse: HopTask needs find and follow; Construction needs HopTask; mpc_hops needs Cluster,
+find_first and look_up, but not torch; HopTransformer needs common's Block and gpt2_init_.
+hop_errors takes any model in eval mode, head_alignment one that returns attention.
 """
 import collections
 import math
@@ -325,21 +325,17 @@ def measure(args, run):
 
 # ---- Theorem 4.2: a transformer of this depth, written down -------------------------------------
 
-def copy(source, to):
-    """The matrix (d, d) that reads one feature of a vector and writes another."""
-    return to.T @ source
-
 class Construction(nn.Module):
     """Explicit weights that solve max_hops hops in floor(log2 max_hops) + 2 layers, without error.
 
-    The theorem's depth, not its size: it has one head and a width that does not grow with N. Here
-    layer 1 has a second head, as k is read from the input, and T dimensions tell a position from
-    all others, with which a head looks at the strict past alone. Each layer writes features of its
-    own, so that nothing is ever erased. Heads are given by two bilinear forms: the score of looking
-    from i to j is x_i . W_QK x_j, and what is brought back and added to x_i is W_OV x_j. In token
-    positions, 0 is the k token, where every undefined hop goes and stays; f_l(i) is find^(2^l) of
-    i, c_l(i) the character (or `undefined`) at find^(k mod 2^l) of i. In float64, since scores up
-    to 30 seq_len^2 have to be exact.
+    This is the theorem's depth, not its size: there, one head and a width that does not grow with N
+    are enough. Here layer 1 has a second head, since k is read from the input, and T dimensions
+    tell each position from all others, so that a head can look at the strict past alone. Each layer
+    writes features of its own, and nothing is ever erased. A head is two matrices: it looks from i
+    to j by the score x_i . W_QK x_j, and adds W_OV x_j to x_i. Position 0 is the k token; undefined
+    hops lead there, and stay. f_l(i) is find^(2^l) of i, and c_l(i) is the character (or
+    `undefined`) at find^(k mod 2^l) of i. All is in float64, in which scores up to 30 seq_len^2 are
+    exact.
     """
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
@@ -349,10 +345,11 @@ class Construction(nn.Module):
         C = n_chars + 1                                      # a character, or `undefined`
         n_bits = max_hops.bit_length()
         self.n_layer = n_bits + 1
-        # A feature is (size, d), rows of the identity, and a vector is a sum of features. Level l:
-        # f_l, c_l; k_l, bit l of k at the k token; b_l, the same everywhere (layer 1 writes it);
-        # new_l, the character c_l at f_l(i). Layer l + 2 reads level l and writes new_l, f_(l+1)
-        # and c_(l+1).
+        # A vector is a sum of features; a feature is (size, d), rows of the identity. For features
+        # u and v, the matrix u.T @ v reads v and writes u; as W_QK it multiplies u at i and v at j.
+        # Layer l + 2 reads f_l, c_l and b_l (bit l of k), and writes f_(l+1), c_(l+1) and new_l,
+        # the character c_l at f_l(i). k_l is bit l of k, at the k token alone; layer 1 copies it to
+        # b_l.
         sizes = [1, 1, 1, 1, T]
         sizes += [n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
         d = self.n_embd = sum(sizes)
@@ -370,32 +367,31 @@ class Construction(nn.Module):
         self.wte = nn.Parameter(wte)
         j = torch.arange(float(T))[:, None]                  # (T, 1)
         self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + itself)
-        # Layer 1, head 1: the last earlier position with the same character. A match counts more
-        # than recency (j), the position itself scores lowest, and the k token ranks between matches
-        # and the rest: the score is 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. Brings
-        # back j + 1, or 0.
+        # Layer 1, head 1, looks for the last earlier position with the same character, by the score
+        # 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]: a match counts more than recency,
+        # the k token is between matches and the rest, and the position itself scores lowest. It
+        # brings back j + 1, or 0 from the k token.
         same = 4 * T
         find_QK = same * c[0].T @ c[0] + one.T @ pos
         find_QK += same / 2 * one.T @ is_k
         find_QK -= same * 2 * itself.T @ itself
-        find_OV = copy(pos + one - is_k, to=f[0])
-        # Layer 1, head 2: everybody learns the bits of k from the k token
+        find_OV = f[0].T @ (pos + one - is_k)
+        # Layer 1, head 2: all positions learn the bits of k from the k token
         QK = torch.stack([find_QK, one.T @ is_k])            # (H, d, d)
-        OV = torch.stack([find_OV, copy(k, to=b)])
+        OV = torch.stack([find_OV, b.T @ k])
         zero = torch.zeros(d, d)
         layers = [(QK, OV, zero, zero)]                      # no MLP
-        # Layer l + 2: look at position p = f_l(i), where the score 2 p j - j^2 = p^2 - (p - j)^2 is
-        # largest, and bring back f_l from there, which makes f_(l+1), and c_l. The MLP then takes
-        # the new character if bit b_l of k is one (a hidden unit has the index of a feature):
-        # c_(l+1)(i) = relu(c_l(f_l(i)) + b_l - 1) + relu(c_l(i) - b_l)
+        # Layer l + 2 looks at p = f_l(i), where the score 2 p j - j^2 = p^2 - (p - j)^2 is largest.
+        # It brings back f_l, which makes f_(l+1), and c_l, the new character. The MLP takes it if
+        # b_l is one: c_(l+1)(i) = relu(new_l(i) + b_l - 1) + relu(c_l(i) - b_l). A hidden unit has
+        # the index of the feature that it reads.
         for l in range(n_bits):
             QK = 2 * f[l].T @ pos - one.T @ pos2
-            OV = copy(f[l], to=f[l + 1])
-            OV += copy(c[l], to=new[l])
-            take = copy(new[l] + b[l] - one, to=new[l])
-            keep = copy(c[l] - b[l], to=c[l])
-            W_out = copy(new[l] + c[l], to=c[l + 1])
-            layers.append((QK[None], OV[None], take + keep, W_out))
+            OV = f[l + 1].T @ f[l] + new[l].T @ c[l]
+            W_in = new[l].T @ (new[l] + b[l] - one)
+            W_in += c[l].T @ (c[l] - b[l])
+            W_out = c[l + 1].T @ (new[l] + c[l])
+            layers.append((QK[None], OV[None], W_in, W_out))
         self.layers = nn.ModuleList(map(nn.ParameterList, layers))
         # Unembedding: the last character; at the k token, `blank`
         lm_head = torch.zeros(task.vocab_size, d)
@@ -519,21 +515,15 @@ def look_up(cluster, m, arrays):
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# The authors' checkpoints at 100,000 steps, errors by k (as far as known to us): on, as released,
-# with the dropout of training; off, without it, which is what ours compares with (measured by us,
-# 600 sequences a k). Without it 4 heads solve 2, 4, 7 and 12 hops in 2, 3, 4 and 5 layers (errors
-# of .162 at k = 5 in 3 layers, of .011 at k = 7 in 4). Six layers of d = 128 trained on a
-# schedule of 200,000 steps: their rate was at half its peak. A setting is the name of a run's
-# folder, which lists what differs from the preset.
+# Errors of the authors' checkpoints at step 100,000 by k, as far as known to us. off: without
+# dropout, as ours are measured, by us, on 600 sequences a k. on: with the dropout of training, as
+# published, where we have no checkpoint. Six layers of 4 heads were trained on a schedule of 200,000
+# steps: their learning rate was at half its peak. A setting is the name of a run's folder.
 PUBLISHED = """
 setting                              dropout    1    2    3    4    6    8   12   16
-paper,n_layer=2                           on .010 .140 .346 .423 .588 .658 .720 .737
 paper,n_layer=2                          off .000 .045 .257 .350 .521 .621 .712 .737
-paper,n_layer=3                           on .003 .008 .048 .150 .359 .456 .644 .706
 paper,n_layer=3                          off .000 .000 .002 .046 .238 .384 .581 .695
-paper,n_layer=4                           on .001 .003 .005 .015 .062 .216 .467 .612
 paper,n_layer=4                          off .000 .000 .000 .000 .001 .068 .337 .542
-paper,n_layer=5                           on .001 .001 .001 .003 .015 .037 .218 .414
 paper,n_layer=5                          off .000 .000 .000 .000 .000 .000 .041 .281
 paper,n_layer=6                           on .000 .000 .001 .002 .003 .006 .012 .062
 paper,n_layer=2,n_head=8,n_embd=256       on .003 .033 .140 .267
@@ -543,24 +533,21 @@ paper,n_layer=5,n_head=8,n_embd=256       on .000 .000 .000 .000 .000 .000 .003 
 paper,n_layer=6,n_head=8,n_embd=256       on .000 .000 .000 .000 .000 .000 .002 .002
 paper,n_layer=2,n_train=1000             off .053 .463 .563 .648 .730 .749 .766 .775
 paper,n_layer=3,n_train=1000             off .065 .444 .572 .651 .732 .747 .763 .775
-paper,n_layer=4,n_train=1000              on .015 .052 .410 .550 .723 .734 .753 .772
 paper,n_layer=4,n_train=1000             off .001 .003 .335 .503 .701 .738 .757 .774
 paper,n_layer=5,n_train=1000             off .000 .002 .155 .483 .684 .734 .756 .771
 paper,n_layer=3,n_train=3000             off .000 .001 .099 .186 .385 .522 .687 .750
-paper,n_layer=4,n_train=3000              on .002 .004 .012 .026 .094 .254 .506 .632
 paper,n_layer=4,n_train=3000             off .000 .000 .000 .001 .008 .109 .395 .592
 paper,n_layer=5,n_train=3000             off .000 .000 .000 .000 .000 .002 .106 .331
 """
 
 def published(run):
-    """The errors of the authors' models in a run's setting, {dropout's state: {k: error}}."""
+    """The errors of the authors' model in a run's setting, {k: error}; none for other settings."""
     name = re.split(",dtype=|,compile=|,seed=", run.folder.name)[0]
     (_, _, *hops), *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
-    errors = {}
-    for setting, dropout, *values in rows:
+    for setting, _, *errors in rows:
         if setting == name:
-            errors[dropout] = dict(zip(map(int, hops), map(float, values)))
-    return errors
+            return dict(zip(map(int, hops), map(float, errors)))
+    return {}
 
 def in_words(args):
     """What differs from the preset, but for depth and seed: ", 8 heads"."""
@@ -588,20 +575,20 @@ def show_errors(runs):
         look = dict(color=colors.setdefault(label, f"C{len(colors)}"), marker="o")
         curves.append((label, hops, errors, look))
         cells += [(f"k={k}", label, errors[k]) for k in hops]
-        for state, theirs in published(run).items():
-            cells += [(f"k={k}, paper, {state}", label, error) for k, error in theirs.items()]
+        paper = published(run)
+        cells += [(f"k={k}, paper", label, error) for k, error in paper.items()]
+        if paper:
             hollow = dict(look, linestyle="none", fillstyle="none", markersize=9)
-            paper = f"{label}, paper", list(theirs), list(theirs.values()), hollow
-        if published(run):
-            curves.append(paper)                             # without dropout, if known: the last
+            curves.append((f"{label}, paper", list(paper), list(paper.values()), hollow))
         cells.append(("solved", label, solved(errors), ".0f"))
     se = max(x or 0 for run in runs for x in run.results["se"])
     common.print_table(f"""\
 Error where there is a k-th hop, by the number of hops k ({args.n_eval} sequences each, standard
-errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%. A random character
-has {chance:.2f}. A model that says `undefined` can have more: that is right at most positions if k is
-large, but not at these. Paper: the authors' models, dropout on (as published) or off (compare with
-these). An LSTM has two layers and the size of the transformer named.""", cells)
+errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%. A random
+character has {chance:.2f}; a model that says `undefined` can have more, as that is right at most
+positions if k is large, but not at these. Paper: the authors' models, without dropout if of at most
+5 layers of 4 heads, else with it. An LSTM has two layers, and the size of the transformer named.\
+""", cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
         panels = {"Fig. 2: errors by depth": (axis, curves)}
@@ -630,7 +617,7 @@ hand-built first layer looks for characters and for k, at no find^j.""", cells)
 
 @torch.no_grad()
 def plot_heads(run):
-    """Figs. 3 and 4 of a run: the cosine similarity of all heads with find^j; for the most hops, the
+    """Figs. 3 and 4 of a run: all heads' cosine similarity with find^j; for the most hops, the
     attention of the best head of each layer, with a circle where find^j leads."""
     args = run.args
     alignment = np.array(run.results["alignment"])           # (k, L, H, j)
@@ -673,7 +660,7 @@ def verdict(runs):
             doubled.append(hops > 1.5 * before or hops == runs[0].args.max_hops)
     common.say(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")
     if doubled:
-        common.say(f"A layer more about doubles them in {sum(doubled)} of {len(doubled)} cases.")
+        common.say(f"One more layer about doubles them in {sum(doubled)} of {len(doubled)} cases.")
 
 def show(runs):
     """The tables of a sweep, and with --plot its figures."""
@@ -724,7 +711,7 @@ def show_mpc(args, q=32, s=320):
 hop_k of {args.seq_len} characters by {q} machines of {s} words. Right: as by find. Depth: of a
 transformer. Memory: the most words that one holds; load: that one sends or receives.""", cells)
     more = np.diff([result["rounds"] for result in results])
-    common.say(f"\nRounds that each doubling of k adds: {more}. A transformer needs one layer more.")
+    common.say(f"\nRounds that each doubling of k adds: {more}. To a transformer, it adds a layer.")
     return results
 
 SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing
