@@ -517,8 +517,8 @@ def look_up(cluster, m, arrays):
 
 # Errors of the authors' checkpoints at step 100,000 by k, as far as known to us. off: without
 # dropout, as ours are measured, by us, on 600 sequences a k. on: with the dropout of training, as
-# published, where we have no checkpoint. Six layers of 4 heads were trained on a schedule of 200,000
-# steps: their learning rate was at half its peak. A setting is the name of a run's folder.
+# published, where we have no checkpoint. Six layers of 4 heads were trained on a schedule of
+# 200,000 steps: their learning rate was at half its peak. A setting is the name of a run's folder.
 PUBLISHED = """
 setting                              dropout    1    2    3    4    6    8   12   16
 paper,n_layer=2                          off .000 .045 .257 .350 .521 .621 .712 .737
@@ -563,11 +563,12 @@ def show_errors(runs):
     args = runs[0].args
     hops = range(args.max_hops + 1)
     chance = 1 - 1 / args.n_chars
+    ends = 0, args.max_hops
     thin = dict(color="black", linewidth=0.6)
     cells = []
     curves = [
-        ("a random character", hops, [chance] * len(hops), thin),
-        ("solved: below 5%", hops, [0.05] * len(hops), dict(thin, linestyle=":")),
+        ("a random character", ends, (chance, chance), thin),
+        ("solved: below 5%", ends, (0.05, 0.05), dict(thin, linestyle=":")),
     ]
     colors = {}
     for run in runs:
@@ -703,10 +704,11 @@ def show_mpc(args, q=32, s=320):
         k = 2**bit
         hops, cluster = mpc_hops(chars[0].tolist(), k, q, s, args.n_chars)
         right = hops == follow(chars, find(chars, k))[0].tolist()
-        result = dict(k=k, right=right, rounds=cluster.rounds, depth=bit + 2)
-        result.update(memory=cluster.memory, load=cluster.load)
-        results.append(result)
-        cells += [(f"hop_{k}", name, str(value)) for name, value in result.items()]
+        results.append(dict(
+            k=k, right=right, rounds=cluster.rounds, depth=bit + 2,
+            memory=cluster.memory, load=cluster.load,
+        ))
+        cells += [(f"hop_{k}", name, str(value)) for name, value in results[-1].items()]
     common.print_table(f"""\
 hop_k of {args.seq_len} characters by {q} machines of {s} words. Right: as by find. Depth: of a
 transformer. Memory: the most words that one holds; load: that one sends or receives.""", cells)
@@ -717,49 +719,36 @@ transformer. Memory: the most words that one holds; load: that one sends or rece
 SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing
 
 def parse_args(argv=None):
-    """The command line."""
+    """The command line: name, type, default (a list for several values), and help of each flag."""
     parser = common.Parser(description=__doc__)
-    add = parser.add_argument
+
+    def add(name, kind, default, text, **more):
+        many = "+" if isinstance(default, list) else None
+        parser.add_argument(name, type=kind, default=default, help=text, nargs=many, **more)
+
     count = common.positive_int
-    add("--arch", nargs="+", choices=list(ARCHS), default=["transformer"],
-        help="lstm: two layers, as many parameters")
-    add("--n-layer", nargs="+", type=count, default=[2, 3, 4],
-        help="layers")
-    add("--n-head", nargs="+", type=count, default=[4],
-        help="heads a layer of a transformer")
-    add("--n-embd", type=count, default=64,
-        help="width d")
-    add("--dropout", type=common.non_negative, default=0.0,
-        help="fraction of units dropped in training")
-    add("--seq-len", type=count, default=24,
-        help="positions N as the paper counts: k, then N - 2 characters (mpc: N characters)")
-    add("--n-chars", type=count, default=4,
-        help="characters of the alphabet")
-    add("--max-hops", type=count, default=8,
-        help="largest number of hops")
-    add("--n-train", nargs="+", type=common.number(int, 0, 10**7), default=[0],
-        help="fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
-    add("--batch-size", type=count, default=64,
-        help="sequences a step")
-    add("--steps", type=count, default=3_000,
-        help="training steps")
-    add("--warmup", type=count, default=400,
-        help="steps of linear warm-up, before the linear decay to 0")
-    add("--lr", type=common.positive_float, default=4e-3,
-        help="peak learning rate of AdamW")
-    add("--beta2", type=common.number(float, 0, 0.99999), default=0.98,
-        help="of AdamW: how slowly it forgets squared gradients")
-    add("--weight-decay", type=common.non_negative, default=0.01,
-        help="weight decay of AdamW")
-    add("--eval-every", type=count, default=250,
-        help="steps between evaluations")
-    add("--n-eval", type=count, default=1_000,
-        help="sequences for each k in the final errors")
-    add("--seed", nargs="+", type=common.seed_int, default=[0],
-        help="seeds of weights and data")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="bfloat16: autocast")
-    add("--compile", action="store_true", help="torch.compile")
+    add("--arch", str, ["transformer"], "lstm: two layers, as many parameters", choices=list(ARCHS))
+    add("--n-layer", count, [2, 3, 4], "layers")
+    add("--n-head", count, [4], "heads a layer of a transformer")
+    add("--n-embd", count, 64, "width d")
+    add("--dropout", common.non_negative, 0.0, "fraction of units dropped in training")
+    add("--seq-len", count, 24, "positions N as the paper counts: k and N - 2 characters (mpc: N)")
+    add("--n-chars", count, 4, "characters of the alphabet")
+    add("--max-hops", count, 8, "largest number of hops")
+    add("--n-train", common.number(int, 0, 10**5), [0],
+        "fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
+    add("--batch-size", count, 64, "sequences a step")
+    add("--steps", count, 3_000, "training steps")
+    add("--warmup", count, 400, "steps of linear warm-up, before the linear decay to 0")
+    add("--lr", common.positive_float, 4e-3, "peak learning rate of AdamW")
+    add("--beta2", common.number(float, 0, 0.99999), 0.98,
+        "of AdamW: how slowly it forgets squared gradients")
+    add("--weight-decay", common.non_negative, 0.01, "weight decay of AdamW")
+    add("--eval-every", count, 250, "steps between evaluations")
+    add("--n-eval", count, 1_000, "sequences for each k in the final errors")
+    add("--seed", common.seed_int, [0], "seeds of weights and data")
+    add("--dtype", str, "float32", "bfloat16: autocast", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
     return common.parse_args(parser, PRESETS, argv)
 
 def main(argv=None):
