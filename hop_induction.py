@@ -153,9 +153,9 @@ class HopLSTM(nn.Module):
         super().__init__()
         like = HopTransformer(n_layer, 1, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
-        # two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
-        own = lambda d: 2 * d * (8 * d + 8 + vocab_size)
-        width = min(range(8, 2048, 8), key=lambda d: abs(own(d) - n_params))
+        # of width d: two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
+        size = lambda d: 2 * d * (8 * d + 8 + vocab_size)
+        width = min(range(8, 2048, 8), key=lambda d: abs(size(d) - n_params))
         self.wte = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
@@ -228,7 +228,7 @@ def train(args, run):
     if args.compile:
         model.compile()
     for step in run.steps(start, args.steps):
-        rate = np.float32(learning_rate(step, args))         # as the runs of RESULTS.md had it
+        rate = np.float32(learning_rate(step, args))         # rounded, as in RESULTS.md's runs
         optimizer.param_groups[0]["lr"] = float(rate)
         if args.n_train:
             tokens, targets = batches[step % n_batches]      # (B, T)
@@ -252,7 +252,7 @@ def train(args, run):
 
 # ---- Measurement --------------------------------------------------------------------------------
 
-# Evaluation has seeds of its own, from 10,000 on: those of runs are meant to be smaller.
+# Evaluation draws its sequences with seeds from 10,000 on; seeds of runs are smaller.
 
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
@@ -266,7 +266,8 @@ def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
         for first in range(0, n, 256):
             tokens, targets = task.sample(min(256, n - first), generator, hops=k)
             is_wrong = model(tokens).argmax(-1) != targets   # (B, T)
-            counts = (targets >= task.char) & (targets < task.undefined) | everywhere
+            is_char = (targets >= task.char) & (targets < task.undefined)
+            counts = is_char | everywhere                    # (B, T)
             wrong.append((is_wrong & counts).sum(1))
             scored.append(counts.sum(1))
     wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
