@@ -335,8 +335,8 @@ class Construction(nn.Module):
     writes features of its own, and nothing is ever erased. A head is two matrices: it looks from i
     to j by the score x_i . W_QK x_j, and adds W_OV x_j to x_i. Position 0 is the k token; undefined
     hops lead there, and stay. f_l(i) is find^(2^l) of i, and c_l(i) is the character (or
-    `undefined`) at find^(k mod 2^l) of i. All is in float64, in which scores up to 30 seq_len^2 are
-    exact.
+    `undefined`) at find^(k mod 2^l) of i. Scores of about seq_len^2 must be exact to 1: in float64
+    they are, in a GPU's TF32 they are not.
     """
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
