@@ -508,7 +508,7 @@ def test_dropout_is_gpt2s_and_for_training_alone(monkeypatch):
     monkeypatch.setattr(F, "dropout", watched_dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched_attention)
     whole, one = (2, 9, 12), (2, 1, 12)                     # embeddings; in each layer attention, its output, the MLP's output
-    full = [whole, *[(2, 2, 9, 9), whole, whole] * 2, (2, 2, 1, 9), one, one]
+    full = [whole, *[(2, 2, 9, 9), whole, whole] * 2, (2, 2, 9, 9), whole, one]
     for rate in (0.25, 0):
         dropped.clear()
         model.train(rate > 0)(tokens, at)
