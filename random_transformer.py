@@ -734,7 +734,7 @@ def train(args, run):
         model.compile()
     for step in run.steps(start, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = float(np.float32(learning_rate(step, args)))           # as in RESULTS.md
+            group["lr"] = learning_rate(step, args)
         tokens, scored = task.sample(args.batch_size, data)                  # (B, T) each
         scored = scored & ~task.held_out(tokens)[:, None]    # learn nothing from test sequences
         at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
