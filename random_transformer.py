@@ -60,10 +60,11 @@ import common
 class Task:
     """A distribution of sequences; the model is trained and tested on some tokens, the answers.
 
-    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer.
-    T - 1 <= block_size tokens are fed. ValueError if there is no task of that size.
+    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer;
+    test_set: such a pair, always the same. T - 1 <= block_size tokens are fed to the model.
+    ValueError if there is no task of that size.
     """
-    trivial = None                                           # an answer without the ability, as
+    trivial = None                                           # an answer without the ability, in
     chance = None                                            # words, and its accuracy
     metric, unit = "accuracy", "test accuracy"               # or "loss", in nats
 
@@ -72,11 +73,6 @@ class Task:
             raise ValueError(f"{type(self).__name__.lower()}: {size} is not in {self.sizes}")
         self.size = size
         self.device = device
-
-    @functools.cached_property
-    def test_set(self):
-        """The fixed test set: tokens, scored. Here 4,000 sequences from a seed of its own."""
-        return self.sample(4_000, torch.Generator(self.device).manual_seed(10**9))
 
     @functools.cached_property
     def n_answers(self):
@@ -120,21 +116,28 @@ class HashedTask(Task):
 
     @functools.cached_property
     def test_set(self):
-        """The fixed test set: tokens, scored. The first 4,000 sequences drawn that are held out."""
+        """The first 4,000 sequences drawn that are held out."""
         generator = torch.Generator(self.device).manual_seed(10**9)
-        all_tokens, all_scored = [], []
-        while sum(map(len, all_tokens)) < 4_000:
+        parts, n = [], 0
+        while n < 4_000:
             tokens, scored = self.sample(20_000, generator)
             held_out = self.held_out(tokens)
-            all_tokens.append(tokens[held_out])
-            all_scored.append(scored[held_out])
-        return torch.cat(all_tokens)[:4_000], torch.cat(all_scored)[:4_000]
+            parts.append((tokens[held_out], scored[held_out]))
+            n += len(parts[-1][0])
+        return [torch.cat(part)[:4_000] for part in zip(*parts)]
 
 class Lookup(Task):
-    """Sequences x, y, z, of which z is the answer: the rows of train_rows (n, 3)."""
+    """Sequences x, y, z, of which z is the answer: one for each pair of `size` x and `size` y."""
     sizes = range(5, 2_000)
     block_size = 5                                           # the paper's: more than is used
     trivial = "any number"
+
+    def __init__(self, size, device):
+        super().__init__(size, device)
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T
+        self.table = torch.stack(self.columns(x, y, generator), dim=1).to(device)
+        self.shuffled = self.table[torch.randperm(size**2, generator=generator)]
 
     @property
     def chance(self):
@@ -151,28 +154,25 @@ class Modadd(Lookup):
 
     def __init__(self, size=199, device="cpu"):
         super().__init__(size, device)
-        p = self.vocab_size = self.size
-        a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
-        self.table = torch.stack([a, b, (a + b) % p], dim=1).to(device)      # (p^2, 3)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(p * p, generator=generator).to(device)
-        test_rows, self.train_rows = self.table[order].tensor_split([p * p // 20])
+        self.vocab_size = size
+        test_rows, self.train_rows = self.shuffled.tensor_split([size**2 // 20])
         self.test_set = self.scored_from(test_rows, 2)
 
+    def columns(self, a, b, generator):
+        return a, b, (a + b) % self.size
+
 class Memorize(Lookup):
-    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n. The test set is the
+    """x, y, z: a fixed random z for each pair; y's ids begin at `size`. The test set is the
     training set, shuffled, so that a part of it has all x."""
 
     def __init__(self, size=512, device="cpu"):
         super().__init__(size, device)
-        n = self.size
-        self.vocab_size = 2 * n
-        x, y = torch.cartesian_prod(torch.arange(n), torch.arange(n, 2 * n)).T
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randint(n, (n * n,), generator=generator)
-        self.train_rows = torch.stack([x, y, z], dim=1).to(device)
-        order = torch.randperm(n * n, generator=generator).to(device)
-        self.test_set = self.scored_from(self.train_rows[order], 2)
+        self.vocab_size = 2 * size
+        self.train_rows = self.table
+        self.test_set = self.scored_from(self.shuffled, 2)
+
+    def columns(self, x, y, generator):
+        return x, self.size + y, torch.randint(self.size, x.shape, generator=generator)
 
 class Needle(HashedTask):
     """Associative recall: k ~ U[1, size] pairs of marker and value, then a marker's query, a value.
@@ -339,16 +339,20 @@ class Parens(HashedTask):
     def sample(self, batch, generator):
         N = 2 * self.size
         draw = dict(generator=generator, device=self.device)
+
+        def coin(probability):
+            return torch.rand(batch, 1, **draw) < probability                # (B, 1)
+
         pairs = torch.randint(1, self.size + 1, (batch,), **draw)
-        is_random = torch.rand(batch, 1, **draw) < 1 / 3                     # (B, 1)
+        is_random = coin(1 / 3)
         random_length = torch.randint(1, N + 1, (batch, 1), **draw)
         length = torch.where(is_random, random_length, 2 * pairs[:, None])   # (B, 1)
         random_string = torch.rand(batch, N, **draw) < 0.5                   # (B, N), true: ")"
         is_close = torch.where(is_random, random_string, self.balanced(pairs, generator))
-        mutates = is_random | (torch.rand(batch, 1, **draw) < 0.5)
-        swaps = mutates & (torch.rand(batch, 1, **draw) < 0.5)
+        mutates = is_random | coin(0.5)
+        swaps = mutates & coin(0.5)
         is_close = torch.where(swaps, self.swap(is_close, length, generator), is_close)
-        flips = mutates & (torch.rand(batch, 1, **draw) < 0.5)
+        flips = mutates & coin(0.5)
         is_close = torch.where(flips, self.flip(is_close, length, generator), is_close)
         # balanced: never more closed than opened, and in the end as many
         position = torch.arange(N + 2, device=self.device)
@@ -385,6 +389,7 @@ class Imitate(Task):
                 block.mlp.c_proj.weight *= 20
             self.target.lm_head.weight.normal_(std=2 / math.sqrt(width))
         self.target.to(device)
+        self.test_set = self.sample(4_000, torch.Generator(device).manual_seed(10**9))
 
     def sample(self, batch, generator):
         shape = (batch, self.block_size)
@@ -759,7 +764,7 @@ def train(args, run):
 def evaluate(model, task, tokens, scored):
     """Mean loss (nats) and accuracy over the answers of tokens, scored (N, T) each."""
     loss, right, n = 0.0, 0, 0
-    size = max(1, 20_000 // tokens.shape[1])                 # sequences at once
+    size = 20_000 // tokens.shape[1]                         # sequences at once
     for tokens, scored in zip(tokens.split(size), scored.split(size)):
         at, targets = answers(tokens, scored, task.n_answers)
         logits = model(tokens[:, :-1], at).float()
@@ -785,9 +790,9 @@ def find_needles(attns, tokens, scored):
     attns: (B, H, T, T) each; tokens and scored (B, T + 1).
     """
     rows, query = scored[:, 1:].nonzero().T                  # one query a sequence
-    value_at = torch.arange(1, attns[0].shape[-1], 2, device=tokens.device)  # positions 1, 3, ..
-    to_marker = attns[0][:, :, value_at, value_at - 1].transpose(1, 2)       # (B, values, H)
-    to_marker = to_marker[value_at < query[:, None]].mean(0)                 # (H,)
+    to_marker = attns[0].diagonal(-1, 2, 3)[..., ::2]        # (B, H, values): from 1, 3, .. to 0, 2, ..
+    value_at = torch.arange(1, tokens.shape[1] - 1, 2, device=tokens.device)
+    to_marker = to_marker.transpose(1, 2)[value_at < query[:, None]].mean(0) # (H,)
     asked = tokens[rows, query] - 30                                         # (B,)
     is_asked = tokens[:, :-1] == asked[:, None]                              # (B, T): its marker
     answer_at = is_asked.int().argmax(1) + 1                                 # (B,): after it
@@ -813,8 +818,7 @@ def circuit(model, task):
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
     right = []                                               # the logit of a + b, for all pairs
     for pairs in task.table.split(5_000):
-        logits = model(pairs[:, :2])[:, -1]                  # (5000, V)
-        right.append(logits.gather(1, pairs[:, 2:]))
+        right.append(model(pairs[:, :2])[:, -1].gather(1, pairs[:, 2:]))
     right = torch.cat(right).view(p, p)
     a = torch.arange(p)
     by_distance = right[a, (a - a[:, None]) % p]             # row d: all pairs a, a - d
@@ -841,7 +845,7 @@ def measure(args, run):
     if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]      # (n, T) each
-        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0                 # before an answer
+        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0                 # F F T F -> T T T F
         states = model.hidden_states(tokens[:, :-1])
         fractions = [explained_variance(state[inside]) for state in states]
         found["components"], found["neurons"] = map(list, zip(*fractions))
@@ -973,39 +977,34 @@ def print_parameters(runs):
         parts["all"] = model.parameters()
         parts["trained"] = train_only(model, run.args.train)
         results.append({name: n_numbers(part) for name, part in parts.items()})
-        row = f"{run.args.task} {run.args.model} {run.args.train} {run.args.n_embd}"
-        cells += [(row, name, n, ",.0f") for name, n in results[-1].items()]
+        cells += [(row_of(run.args), name, n, ",.0f") for name, n in results[-1].items()]
     common.print_table("Parameters (Table 6)", cells)
     return results
-
-LOOKS = {
-    "published": dict(marker="o", linestyle="none", fillstyle="none", markersize=10),
-    "trivial": dict(color="grey", linestyle=":"),
-}
 
 def plot_widths(runs):
     """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
 
-    Hollow marks are published.
+    Hollow marks are the paper's numbers, where the setting is the paper's.
     """
-    lines = {}                                               # task, label, seed -> {width: score}
+    lines, colors = {}, {}                                   # lines: {width: score}, and their look
     for run in runs:
         args, task, words = run.args, TASKS[run.args.task], in_words(run.args)
-        found = {words: run.results[task.metric]}
+        color = colors.setdefault(words, f"C{len(colors)}")
+        found = [(words, run.results[task.metric], dict(marker="o", color=color))]
         if task.trivial:
-            found[f"trivial: {task.trivial}"] = run.results["trivial"]
+            look = dict(linestyle=":", color="grey")
+            found.append((f"trivial: {task.trivial}", run.results["trivial"], look))
         if published(args) not in ("-", "fails") and args.task != "memorize":
-            found[f"published: {words}"] = float(published(args))
-        for label, score in found.items():
-            line = lines.setdefault((args.task, label, args.seed), {})
+            look = dict(marker="o", linestyle="none", fillstyle="none", markersize=10, color=color)
+            found.append((f"paper: {words}", float(published(args)), look))
+        for label, score, look in found:
+            line, _ = lines.setdefault((args.task, label, args.seed), ({}, look))
             line[args.target_width or args.n_embd] = score
-    panels, colors = {}, {}
-    for (name, label, _), line in lines.items():
+    panels = {}
+    for (name, label, _), (line, look) in lines.items():
         widths, scores = zip(*sorted(line.items()))
         ticks = np.log2(widths)
         axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=ticks, xticklabels=widths)
-        color = colors.setdefault(label.removeprefix("published: "), f"C{len(colors)}")
-        look = dict(color=color) | LOOKS.get(label.partition(":")[0], dict(marker="o"))
         panels.setdefault(name, (axis, []))[1].append((label, ticks, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
@@ -1029,9 +1028,8 @@ def plot_attention(run):
 def plot_circle(run):
     """Fig. 3: modadd's numbers, joined in order, on their top two principal components."""
     weight = load(run.folder)[1].wte.weight
-    points = weight - weight.mean(0)                         # (p, C)
-    components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
-    x, y = (components @ points.T).numpy()                   # (p,) each
+    U, S, _ = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
+    x, y = (U * S)[:, :2].T.numpy()                          # (p,) each
     axis = dict(xlabel="principal component 1", ylabel="principal component 2")
     curve = "0, 1, 2, ..", x, y, dict(marker="o", linewidth=0.3)
     common.plot(run.folder / "circle.png", {row_of(run.args): (axis, [curve])})
