@@ -41,7 +41,6 @@ init_, Block, SumOfValues, and common's CausalSelfAttention, MLP and gpt2_init_.
 import ast
 import functools
 import math
-import os
 import re
 import textwrap
 import urllib.request
@@ -79,6 +78,14 @@ class Task:
         """The most answers that a sequence can have: those of the test set."""
         return self.test_set[1].sum(1).max().item()
 
+    def rand(self, generator, *shape):
+        """Uniform numbers between 0 and 1."""
+        return torch.rand(shape, generator=generator, device=self.device)
+
+    def randint(self, generator, low, high, *shape):
+        """Uniform integers from low to high - 1."""
+        return torch.randint(low, high, shape, generator=generator, device=self.device)
+
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
         return tokens.new_zeros(len(tokens), dtype=torch.bool)
@@ -104,10 +111,11 @@ class HashedTask(Task):
     """
     PRIME = 1_000_003
 
-    def __init__(self, size=30, device="cpu"):
-        super().__init__(size, device)
+    @functools.cached_property
+    def hash_weights(self):
+        """A random number for each position."""
         generator = torch.Generator().manual_seed(0)
-        self.hash_weights = torch.randint(self.PRIME, (1_000,), generator=generator).to(device)
+        return torch.randint(self.PRIME, (1_000,), generator=generator).to(self.device)
 
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone, the same in every run: (B,) bool."""
@@ -145,8 +153,7 @@ class Lookup(Task):
         return 1 / self.size
 
     def sample(self, batch, generator):
-        n_rows = len(self.train_rows)
-        rows = torch.randint(n_rows, (batch,), generator=generator, device=self.device)
+        rows = self.randint(generator, 0, len(self.train_rows), batch)
         return self.scored_from(self.train_rows[rows], 2)
 
 class Modadd(Lookup):
@@ -187,14 +194,13 @@ class Needle(HashedTask):
 
     def sample(self, batch, generator):
         n = self.size
-        draw = dict(generator=generator, device=self.device)
-        k = torch.randint(1, n + 1, (batch, 1), **draw)
-        markers = 128 + torch.rand(batch, 30, **draw).argsort(1)[:, :n]      # (B, n)
-        values = torch.randint(1, 128, (batch, n), **draw)                   # (B, n)
-        asked = (torch.rand(batch, 1, **draw) * k).long()                    # which of the k pairs
+        k = self.randint(generator, 1, n + 1, batch, 1)
+        markers = 128 + self.rand(generator, batch, 30).argsort(1)[:, :n]    # (B, n)
+        values = self.randint(generator, 1, 128, batch, n)   # (B, n)
+        asked = (self.rand(generator, batch, 1) * k).long()  # which of the k pairs
         pairs = torch.stack([markers, values], dim=2).flatten(1)             # (B, 2n)
         position = torch.arange(2 * n + 2, device=self.device)
-        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)                   # (B, 2n + 2)
+        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)   # (B, 2n + 2)
         tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)
         tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))
         return tokens, position == 2 * k + 1
@@ -202,7 +208,7 @@ class Needle(HashedTask):
     @functools.cached_property
     def chance(self):
         """How often the prompt's most frequent value (of several, any) is the answer."""
-        tokens, scored = self.test_set                                       # (N, T) each
+        tokens, scored = self.test_set                       # (N, T) each
         values = tokens.masked_fill(scored, 0)[:, 1::2]      # (N, size + 1), 0 for none
         counts = F.one_hot(values, 128).sum(1)               # (N, 128)
         counts[:, 0] = 0
@@ -228,9 +234,8 @@ class Addition(HashedTask):
 
     def sample(self, batch, generator):
         n = self.size
-        draw = dict(generator=generator, device=self.device)
-        digits = torch.randint(10, (2, batch, n), **draw)    # of a and b, lowest first
-        digits[..., -1] = torch.randint(1, 10, (2, batch), **draw)           # no leading zeros
+        digits = self.randint(generator, 0, 10, 2, batch, n) # (2, B, n): of a and b, lowest first
+        digits[..., -1] = self.randint(generator, 1, 10, 2, batch)           # no leading zeros
         total = (digits * self.powers).sum((0, 2))[:, None]  # (B, 1): a + b
         has_carry = total >= 10 * self.powers[-1]            # (B, 1): the sum has n + 1 digits
         parts = [
@@ -246,7 +251,7 @@ class Addition(HashedTask):
     @functools.cached_property
     def chance(self):
         """How often the most frequent answer of its position is right."""
-        tokens, scored = self.test_set                                       # (N, T) each
+        tokens, scored = self.test_set                       # (N, T) each
         counts = F.one_hot(tokens * scored, 31).sum(0)[:, 20:]               # (T, 11)
         return (counts.amax(1).sum() / scored.sum()).item()
 
@@ -270,7 +275,7 @@ class Parens(HashedTask):
     @functools.cached_property
     def chance(self):
         """How often a string of even length is balanced, or one of odd length is not."""
-        tokens, scored = self.test_set                                       # (N, T) each
+        tokens, scored = self.test_set                       # (N, T) each
         length = (tokens == 3).int().argmax(1)               # (N,)
         return (tokens[scored] == 2 - length % 2).float().mean().item()
 
@@ -294,13 +299,13 @@ class Parens(HashedTask):
         t = torch.zeros_like(start)
         t[:, 0] = pairs
         for _ in range(self.size):                           # g(t) is done in t rounds
-            coin, share = torch.rand(2, B, N, generator=generator, device=self.device)
+            coin, uniform = self.rand(generator, 2, B, N)
             wraps = (t == 1) | ((t > 1) & (coin < 0.5))      # "(" g(t-1) ")"
             splits = (t > 0) & ~wraps                        # g(u) g(t-u)
             close = torch.where(wraps, start + 2 * t - 1, nowhere)
             is_close.scatter_(1, close, True)
             inner = torch.where(wraps, t - 1, 0)             # starts one place further on
-            u = torch.where(splits, 1 + (share * (t - 1)).long(), 0)         # g(u) starts here
+            u = torch.where(splits, 1 + (uniform * (t - 1)).long(), 0)       # g(u) starts here
             rest = torch.where(splits, t - u, 0)             # g(t-u) starts 2u further on
             rest_start = torch.where(splits, start + 2 * u, nowhere)
             t = u + F.pad(inner, (1, -1))
@@ -309,45 +314,43 @@ class Parens(HashedTask):
 
     def geometric(self, batch, generator):
         """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
-        uniform = torch.rand(batch, 1, generator=generator, device=self.device)
+        uniform = self.rand(generator, batch, 1)
         return 1 - uniform.clamp_min(2**-20).log2().ceil().long()
 
     def swap(self, is_close, length, generator):
         """Tries a geometric number of random pairs of positions, one after the other, and swaps
         those whose first is left of the second. length (B, 1)."""
         B = len(is_close)
-        n_tries = self.geometric(B, generator)                               # (B, 1)
+        n_tries = self.geometric(B, generator)               # (B, 1)
         for n in range(21):
-            uniform = torch.rand(B, 2, generator=generator, device=self.device)
-            pair = (uniform * length).long()                                 # (B, 2): i, j
+            uniform = self.rand(generator, B, 2)
+            pair = (uniform * length).long()                 # (B, 2): i, j
             swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
-            from_left = pair[:, :1] < pair[:, 1:]                            # (B, 1): i < j
+            from_left = pair[:, :1] < pair[:, 1:]            # (B, 1): i < j
             is_close = torch.where((n < n_tries) & from_left, swapped, is_close)
         return is_close
 
     def flip(self, is_close, length, generator):
         """Flips a geometric number of random positions, or, with probability 2/3, twice as many."""
         B = len(is_close)
-        draw = dict(generator=generator, device=self.device)
-        twice = torch.rand(B, 1, **draw) < 2 / 3
+        twice = self.rand(generator, B, 1) < 2 / 3
         n_flips = self.geometric(B, generator) * (1 + twice.long())          # (B, 1), at most 42
-        position = (torch.rand(B, 42, **draw) * length).long()               # (B, 42)
+        position = (self.rand(generator, B, 42) * length).long()             # (B, 42)
         counts = (torch.arange(42, device=self.device) < n_flips).long()     # only the first ones
         times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, counts)
         return is_close ^ (times % 2 == 1)                   # flipped twice is as it was
 
     def sample(self, batch, generator):
         N = 2 * self.size
-        draw = dict(generator=generator, device=self.device)
 
         def coin(probability):
-            return torch.rand(batch, 1, **draw) < probability                # (B, 1)
+            return self.rand(generator, batch, 1) < probability              # (B, 1)
 
-        pairs = torch.randint(1, self.size + 1, (batch,), **draw)
+        pairs = self.randint(generator, 1, self.size + 1, batch)
         is_random = coin(1 / 3)
-        random_length = torch.randint(1, N + 1, (batch, 1), **draw)
+        random_length = self.randint(generator, 1, N + 1, batch, 1)
         length = torch.where(is_random, random_length, 2 * pairs[:, None])   # (B, 1)
-        random_string = torch.rand(batch, N, **draw) < 0.5                   # (B, N), true: ")"
+        random_string = self.rand(generator, batch, N) < 0.5 # (B, N), true: ")"
         is_close = torch.where(is_random, random_string, self.balanced(pairs, generator))
         mutates = is_random | coin(0.5)
         swaps = mutates & coin(0.5)
@@ -356,12 +359,12 @@ class Parens(HashedTask):
         is_close = torch.where(flips, self.flip(is_close, length, generator), is_close)
         # balanced: never more closed than opened, and in the end as many
         position = torch.arange(N + 2, device=self.device)
-        inside = position[:N] < length                                       # (B, N)
+        inside = position[:N] < length                       # (B, N)
         depth = torch.where(inside, 1 - 2 * is_close.long(), 0).cumsum(1)
         is_balanced = (depth.amin(1) >= 0) & (depth[:, -1] == 0)
-        label = 1 + is_balanced.long()[:, None]                              # (B, 1)
+        label = 1 + is_balanced.long()[:, None]              # (B, 1)
         brackets = torch.where(inside, 1 + is_close.long(), 0)
-        tokens = F.pad(brackets, (0, 2))                                     # (B, N + 2)
+        tokens = F.pad(brackets, (0, 2))                     # (B, N + 2)
         tokens.scatter_(1, length, 3)
         tokens.scatter_(1, length + 1, label)
         return tokens, position == length + 1
@@ -392,8 +395,7 @@ class Imitate(Task):
         self.test_set = self.sample(4_000, torch.Generator(device).manual_seed(10**9))
 
     def sample(self, batch, generator):
-        shape = (batch, self.block_size)
-        tokens = torch.randint(self.vocab_size, shape, generator=generator, device=self.device)
+        tokens = self.randint(generator, 0, self.vocab_size, batch, self.block_size)
         return self.scored_from(F.pad(tokens, (0, 1)), self.block_size)
 
     @torch.no_grad()
@@ -410,7 +412,7 @@ class Imitate(Task):
 
     def describe(self):
         """Mean entropy of the target's output, and mean KL between two of its outputs, in nats."""
-        log_p = self.log_probs(self.test_set[0][:500])[:, 0]                 # (500, V)
+        log_p = self.log_probs(self.test_set[0][:500])[:, 0] # (500, V)
         p = log_p.exp()
         entropy = -(p * log_p).sum(1).mean()
         kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()
@@ -449,8 +451,7 @@ class LM(Task):
 
     def windows(self, ids, batch, generator):
         """Windows of 513 words that begin anywhere in ids: (B, 513)."""
-        n_starts = len(ids) - self.block_size
-        starts = torch.randint(n_starts, (batch, 1), generator=generator, device=self.device)
+        starts = self.randint(generator, 0, len(ids) - self.block_size, batch, 1)
         place = starts + torch.arange(self.block_size + 1, device=self.device)
         return self.scored_from(ids[place].long(), 1)
 
@@ -470,15 +471,14 @@ def tinystories(split):
 
     It is checked against the SHA-256 of the repository's Git LFS pointer. OSError if it fails.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotheory"
-    path = cache / f"TinyStories-{split}.txt"
+    path = Path.home() / f".cache/nanotheory/TinyStories-{split}.txt"
     if path.exists():
         return path
     try:
         with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
             pointer = response.read().decode()
         digest = re.search(r"sha256:(\w+)", pointer)[1]
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(TINYSTORIES.format("resolve", split), str(path), digest)
     except (OSError, RuntimeError) as error:                 # RuntimeError: another hash
         raise OSError(f"no TinyStories, give --text FILE: {error}") from error
@@ -617,6 +617,7 @@ def train_only(model, which):
 # ---- Settings -----------------------------------------------------------------------------------
 
 FOUR = ["modadd", "needle", "addition", "parens"]
+SMALL = ["quick", "medium"]                                  # presets of small tasks
 PRESETS = {                                                  # what differs from the flags' defaults
     "quick": {},
     "medium": dict(task=FOUR, train=["embeddings"], n_embd=[16, 32, 64, 128, 256, 512],
@@ -661,13 +662,13 @@ def settings_of(task, preset):
 
 def resolve(args):
     """Completes a run's settings by the task's own. Unused settings become None."""
-    own = settings_of(args.task, "small" if args.preset in ("quick", "medium") else "paper")
+    own = settings_of(args.task, "small" if args.preset in SMALL else "paper")
     if args.model == "lstm":
         own["lr"] = 5e-3
     elif args.train == "full":                               # at 5e-3 width 128 fails at parens
         own["lr"] = min(own["lr"], 1e-3)
     for key, value in own.items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.task == "imitate":
         args.size = None                                     # target_width is its size
@@ -740,11 +741,11 @@ def train(args, run):
     for step in run.steps(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        tokens, scored = task.sample(args.batch_size, data)                  # (B, T) each
+        tokens, scored = task.sample(args.batch_size, data)  # (B, T) each
         scored = scored & ~task.held_out(tokens)[:, None]    # learn nothing from test sequences
         at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens[:, :-1], at)                               # (B, Q, V)
+            logits = model(tokens[:, :-1], at)               # (B, Q, V)
         n_scored = (targets >= 0).sum().clamp_min(1)
         loss = task.losses(logits.float(), targets, tokens).sum() / n_scored
         loss.backward()
@@ -790,13 +791,14 @@ def find_needles(attns, tokens, scored):
     attns: (B, H, T, T) each; tokens and scored (B, T + 1).
     """
     rows, query = scored[:, 1:].nonzero().T                  # one query a sequence
-    to_marker = attns[0].diagonal(-1, 2, 3)[..., ::2]        # (B, H, values): from 1, 3, .. to 0, 2, ..
+    # from each position to the one before it; of values, which stand at 1, 3, .., to their markers
+    to_marker = attns[0].diagonal(-1, 2, 3)[..., ::2]        # (B, H, values)
     value_at = torch.arange(1, tokens.shape[1] - 1, 2, device=tokens.device)
     to_marker = to_marker.transpose(1, 2)[value_at < query[:, None]].mean(0) # (H,)
-    asked = tokens[rows, query] - 30                                         # (B,)
-    is_asked = tokens[:, :-1] == asked[:, None]                              # (B, T): its marker
-    answer_at = is_asked.int().argmax(1) + 1                                 # (B,): after it
-    to_value = attns[-1][rows, :, query, answer_at].mean(0)                  # (H,)
+    asked = tokens[rows, query] - 30                         # (B,)
+    is_asked = tokens[:, :-1] == asked[:, None]              # (B, T): its marker
+    answer_at = is_asked.int().argmax(1) + 1                 # (B,): after it
+    to_value = attns[-1][rows, :, query, answer_at].mean(0)  # (H,)
     return [to_marker.max().item(), to_value.max().item()]
 
 @torch.no_grad()
@@ -812,7 +814,7 @@ def circuit(model, task):
     tokens = task.table[torch.randperm(p * p, generator=generator)[:500]]    # (500, 3)
     output = torch.randint(p, (len(tokens), 1), generator=generator).to(tokens.device)
     with torch.enable_grad():
-        states = model.hidden_states(tokens[:, :2])                          # (500, 2, C) each
+        states = model.hidden_states(tokens[:, :2])          # (500, 2, C) each
         logits = model.lm_head(model.ln_f(states[-1][:, -1]))                # (500, V)
         gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
@@ -832,8 +834,7 @@ def write_prose(model, task, seed, n_words=60):
     for _ in range(n_words):
         next_word = model(ids)[:, -1].softmax(-1)            # (1, V)
         ids = torch.cat([ids, torch.multinomial(next_word, 1, generator=generator)], dim=1)
-    text = " ".join(task.words[i] for i in ids[0].tolist())
-    return re.sub(r" ([.,!?;:])", r"\1", text)
+    return " ".join(task.words[i] for i in ids[0].tolist())
 
 @torch.no_grad()
 def measure(args, run):
@@ -845,7 +846,7 @@ def measure(args, run):
     if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]      # (n, T) each
-        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0                 # F F T F -> T T T F
+        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0 # F F T F -> T T T F
         states = model.hidden_states(tokens[:, :-1])
         fractions = [explained_variance(state[inside]) for state in states]
         found["components"], found["neurons"] = map(list, zip(*fractions))
@@ -865,25 +866,23 @@ def measure(args, run):
 
 # Accuracies, medians of 10 restarts (Tables 1, 2); of memorize bits a parameter (Table 3)
 PUBLISHED = """
-model       train         width  modadd needle addition parens memorize
-transformer embeddings     1024   1.000  1.000    1.000  1.000        -
-transformer embeddings       16   0.013  0.075    0.266  0.873        -
-transformer full           1024   1.000  1.000    1.000  0.923        -
-transformer full             16   0.972  0.120    0.675  1.000        -
-lstm        full           1024   1.000  0.995    0.530  1.000        -
-transformer unembed        1024   fails  fails    fails  fails        -
-transformer embed          1024   fails      -        -      -        -
-transformer token_unembed  1024       -      -    fails      -        -
-transformer embeddings      128       -      -        -      -     0.41
-transformer full            128       -      -        -      -     2.88
+model,train,width              modadd needle addition parens memorize
+transformer,embeddings,1024     1.000  1.000    1.000  1.000        -
+transformer,embeddings,16       0.013  0.075    0.266  0.873        -
+transformer,full,1024           1.000  1.000    1.000  0.923        -
+transformer,full,16             0.972  0.120    0.675  1.000        -
+lstm,full,1024                  1.000  0.995    0.530  1.000        -
+transformer,unembed,1024        fails  fails    fails  fails        -
+transformer,embed,1024          fails      -        -      -        -
+transformer,token_unembed,1024      -      -    fails      -        -
+transformer,embeddings,128          -      -        -      -     0.41
+transformer,full,128                -      -        -      -     2.88
 """
 
 def published_row(args):
     """The row of PUBLISHED for a run's model, what is trained, and width; {} if there is none."""
-    for row in rows_of(PUBLISHED):
-        if [row["model"], row["train"], row["width"]] == [args.model, args.train, str(args.n_embd)]:
-            return row
-    return {}
+    rows = {row["model,train,width"]: row for row in rows_of(PUBLISHED)}
+    return rows.get(f"{args.model},{args.train},{args.n_embd}", {})
 
 def published(args):
     """The paper's number for a run's setting, or "-". Its learning rates are not all known."""
@@ -921,18 +920,18 @@ include a pad and leave out the first digit). Random: only embeddings and unembe
 
 DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 101)]]
 FINDINGS = {                                                 # a title and the names of the numbers
-    "components": ("Fraction of variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
-    "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
     "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
     "circuit": ("The circuit (Fig. 3): a pizza has 1 and 0, a clock 0 and 1",
         ["gradient symmetricity", "distance irrelevance"]),
     "target": ("The target of imitation, in nats (paper: 2.89 to 3.02, 0.8 to 3.3)",
         ["entropy of an output", "KL between two"]),
+    "components": ("Fraction of variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
+    "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
 }
 
 def print_scores(runs):
     """Tables 1 to 3, with the paper's numbers and a trivial answer's."""
-    cells = []
+    cells, trivial = [], []
     for run in runs:
         args, results, row = run.args, run.results, row_of(run.args)
         task = TASKS[args.task]
@@ -944,22 +943,42 @@ def print_scores(runs):
             cells.append((row, "paper", published(args)))
         if task.trivial:
             row = f"{args.task}, trivial answer: {task.trivial}"
-            cells.append((row, "measured", results["trivial"]))
-    common.print_table(SCORES, cells)
+            trivial.append((row, "measured", results["trivial"]))
+    common.print_table(SCORES, cells + trivial)
 
 def print_findings(runs):
-    """Tables 4 and 5, the numbers of Figs. 2, 3 and 6, and prose."""
+    """The numbers of Figs. 2, 3 and 6, Tables 4 and 5 in the paper's presets, and prose."""
     for key, (title, columns) in FINDINGS.items():
         cells = []
         for run in runs:
             for column, value in zip(columns, run.results.get(key, [])):
                 cells.append((row_of(run.args), column, value, ".2f"))
-        if cells:
+        if cells and not (columns is DEPTHS and run.args.preset in SMALL):
             common.print_table(title, cells)
     for run in runs:
         if "prose" in run.results:
             common.say(f"\nProse, {row_of(run.args)}")
             common.say(textwrap.fill(run.results["prose"], 100))
+
+def print_verdict(runs):
+    """The width from which each task is solved, and whether the random transformer needs more."""
+    least = {}                                               # task, words, seed -> width
+    for run in runs:
+        args = run.args
+        if args.task in FOUR:
+            key = args.task, in_words(args), args.seed
+            width = args.n_embd if run.results["accuracy"] >= 0.95 else math.inf
+            least[key] = min(width, least.get(key, math.inf))
+    if not least:
+        return
+    cells = [(task, words, width, ".0f") for (task, words, _), width in least.items()]
+    common.print_table("Least width here with an accuracy of at least 0.95 (-: none)", cells)
+    narrowest, claimed = min(run.args.n_embd for run in runs), {}
+    for (task, words, _), width in least.items():
+        if words == "random" and narrowest < width < math.inf:
+            claimed[task] = width
+    text = ", ".join(claimed) or "none of these tasks, unlike in the paper"
+    common.say(f"\nSolved by random transformers if they are wide, and not if narrow: {text}")
 
 def n_numbers(parameters):
     """How many numbers some parameters hold together."""
@@ -973,11 +992,11 @@ def print_parameters(runs):
     cells, results = [], []
     for run in runs:
         model = build(run.args)[1]
-        parts = {name: part.parameters() for name, part in model.named_children()}
-        parts["all"] = model.parameters()
-        parts["trained"] = train_only(model, run.args.train)
-        results.append({name: n_numbers(part) for name, part in parts.items()})
-        cells += [(row_of(run.args), name, n, ",.0f") for name, n in results[-1].items()]
+        parts = dict(model.named_children(), all=model)
+        counts = {name: n_numbers(part.parameters()) for name, part in parts.items()}
+        counts["trained"] = n_numbers(train_only(model, run.args.train))
+        cells += [(row_of(run.args), name, n, ",.0f") for name, n in counts.items()]
+        results.append(counts)
     common.print_table("Parameters (Table 6)", cells)
     return results
 
@@ -1054,8 +1073,6 @@ def parse_args(argv=None):
         "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
     add("--n-layer", type=common.number(int, 1, 100), help=f"layers, but of lstm and rnn {own}")
     add("--n-head", type=count, help=f"heads a layer of a softmax transformer {own}")
-    add("--dropout", type=common.number(float, 0, 0.99),
-        help=f"fraction of units dropped in training {own}")
     add("--size", type=count,
         help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "
         f"(memorize), vocabulary (lm) {own}")
@@ -1074,17 +1091,17 @@ def parse_args(argv=None):
     return common.parse_args(parser, PRESETS, argv)
 
 def show(runs):
-    """The tables of a sweep, and with --plot its figures."""
+    """The tables of a sweep, with --plot its figures, and what they show."""
     print_scores(runs)
     print_findings(runs)
-    if not runs[0].args.plot:
-        return
-    plot_widths(runs)
-    for run in runs:
-        if "attention" in run.results:
-            plot_attention(run)
-        if "circuit" in run.results and run.args.n_embd > 1: # two components
-            plot_circle(run)
+    if runs[0].args.plot:
+        plot_widths(runs)
+        for run in runs:
+            if "attention" in run.results:
+                plot_attention(run)
+            if "circuit" in run.results:
+                plot_circle(run)
+    print_verdict(runs)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a dict a run."""
