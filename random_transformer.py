@@ -135,7 +135,10 @@ class HashedTask(Task):
         return [torch.cat(part)[:4_000] for part in zip(*parts)]
 
 class Lookup(Task):
-    """Sequences x, y, z, of which z is the answer: one for each pair of `size` x and `size` y."""
+    """Sequences x, y, z, of which z is the answer: one for each pair of `size` x and `size` y.
+
+    columns(x, y, generator) -> x, y, z of all of them, (size^2,) each.
+    """
     sizes = range(5, 2_000)
     block_size = 5                                           # the paper's: more than is used
     trivial = "any number"
@@ -144,7 +147,8 @@ class Lookup(Task):
         super().__init__(size, device)
         generator = torch.Generator().manual_seed(0)
         x, y = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T
-        self.table = torch.stack(self.columns(x, y, generator), dim=1).to(device)
+        columns = self.columns(x, y, generator)
+        self.table = torch.stack(columns, dim=1).to(device)  # (size^2, 3)
         self.shuffled = self.table[torch.randperm(size**2, generator=generator)]
 
     @property
@@ -917,7 +921,7 @@ SCORES = """Accuracy on sequences that training never learns from, median [lowes
 (lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
 include a pad and leave out the first digit). Random: only embeddings and unembedding are trained"""
 
-DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 101)]]
+DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 100)]]
 FINDINGS = {                                                 # a title and the names of the numbers
     "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
     "circuit": ("The circuit (Fig. 3): a pizza has 1 and 0, a clock 0 and 1",
@@ -1069,7 +1073,7 @@ def parse_args(argv=None):
     add("--init", choices=["gpt2", "paper"], default="gpt2",
         help="random weights of a transformer; gpt2: standard deviation 0.02, "
         "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
-    add("--n-layer", type=common.number(int, 1, 100), help=f"layers, but of lstm and rnn {own}")
+    add("--n-layer", type=count, help=f"layers, but of lstm and rnn {own}")
     add("--n-head", type=count, help=f"heads a layer of a softmax transformer {own}")
     add("--size", type=count,
         help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "

@@ -1,7 +1,7 @@
 """random_transformer.py: tasks against plain rules, models against NumPy, what is frozen, the probes, the download, the command."""
 import argparse
 import hashlib
-import importlib.util
+import importlib
 import math
 import random
 import re
@@ -788,21 +788,13 @@ def test_settings_without_effect_make_no_second_run(tmp_path):
     assert names("--task", "needle") != names("--task", "needle", "--lr", "5e-3")
 
 
-def imported(path, block):
-    """A copy of the script with a block pasted below SETTINGS, as a module."""
-    source = SCRIPT.read_text()
-    assert source.count("\nSWEEP = ") == 1
-    path.write_text(source.replace("\nSWEEP = ", f"\n{block}\nSWEEP = "))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys):
+def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys, monkeypatch):
     """In a copy of the script, under another name: it trains, and has none of the others' numbers."""
     readme = (SCRIPT.parent / "README.md").read_text()
-    module = imported(tmp_path / "reverse.py", re.search(r"```python\n(class Reverse.*?)```", readme, re.DOTALL)[1])
+    block = re.search(r"```python\n(class Reverse.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "reverse.py").write_text(SCRIPT.read_text().replace("\nSWEEP = ", f"\n{block}\nSWEEP = "))      # below SETTINGS
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("reverse")
     flags = ["--task", "reverse", "--train", "full", "--n-embd", 16, "--steps", 5, "--device", "cpu"]
     result, = module.main([*flags, "--out-dir", tmp_path])
     out = capsys.readouterr().out
