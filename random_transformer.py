@@ -917,9 +917,21 @@ def bits(args, results):
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
+def compared(run):
+    """A run's score and what stands beside it: a trivial answer's, and the paper's."""
+    args, task = run.args, TASKS[run.args.task]
+    found = {"measured": run.results[task.metric]}
+    if task.trivial:
+        found["trivial"] = run.results["trivial"]
+    if args.task != "memorize" and published(args) != "-":   # of memorize these are bits
+        found["paper"] = published(args)
+    return found
+
 SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] of seeds
 (lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
-include a pad and leave out the first digit). Random: only embeddings and unembedding are trained"""
+include a pad and leave out the first digit). Random: only embeddings and unembedding are trained.
+Trivial answers: any number (modadd), the prompt's most frequent value (needle), one answer at each
+position (addition), even lengths are balanced (parens)"""
 
 DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 100)]]
 FINDINGS = {                                                 # a title and the names of the numbers
@@ -934,20 +946,15 @@ FINDINGS = {                                                 # a title and the n
 
 def print_scores(runs):
     """Tables 1 to 3, with the paper's numbers and a trivial answer's."""
-    cells, trivial = [], []
+    cells = []
     for run in runs:
-        args, results, row = run.args, run.results, row_of(run.args)
-        task = TASKS[args.task]
-        cells.append((row, "measured", results[task.metric]))
-        if args.task == "memorize":
+        row = row_of(run.args)
+        cells += [(row, column, score) for column, score in compared(run).items()]
+        if run.args.task == "memorize":
             row = f"{row}, bits a parameter"
-            cells.append((row, "measured", bits(args, results)))
-        if published(args) != "-":
-            cells.append((row, "paper", published(args)))
-        if task.trivial:
-            row = f"{args.task}, trivial answer: {task.trivial}"
-            trivial.append((row, "measured", results["trivial"]))
-    common.print_table(SCORES, cells + trivial)
+            cells.append((row, "measured", bits(run.args, run.results)))
+            cells.append((row, "paper", published(run.args)))
+    common.print_table(SCORES, cells)
 
 def print_findings(runs):
     """The numbers of Figs. 2, 3 and 6, Tables 4 and 5 in the paper's presets, and prose."""
@@ -1001,32 +1008,32 @@ def print_parameters(runs):
     common.print_table("Parameters (Table 6)", cells)
     return results
 
+LOOKS = {
+    "measured": dict(marker="o"),
+    "trivial": dict(linestyle=":", color="grey"),
+    "paper": dict(marker="o", linestyle="none", fillstyle="none", markersize=10),
+}
+
 def plot_widths(runs):
     """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
 
     Hollow marks are the paper's numbers, where the setting is the paper's.
     """
-    lines, colors = {}, {}                                   # lines: {width: score}, and their look
+    lines, colors, panels = {}, {}, {}
     for run in runs:
-        args, task, words = run.args, TASKS[run.args.task], in_words(run.args)
-        color = colors.setdefault(words, f"C{len(colors)}")
-        found = [(words, run.results[task.metric], dict(marker="o", color=color))]
-        if task.trivial:
-            look = dict(linestyle=":", color="grey")
-            found.append((f"trivial: {task.trivial}", run.results["trivial"], look))
-        if published(args) not in ("-", "fails") and args.task != "memorize":
-            look = dict(marker="o", linestyle="none", fillstyle="none", markersize=10, color=color)
-            found.append((f"paper: {words}", float(published(args)), look))
-        for label, score, look in found:
-            seed = args.seed if label == words else None     # no band around what has no seeds
-            line, _ = lines.setdefault((args.task, label, seed), ({}, look))
-            line[args.target_width or args.n_embd] = score
-    panels = {}
-    for (name, label, _), (line, look) in lines.items():
+        args = run.args
+        for kind, score in compared(run).items():
+            of = TASKS[args.task].trivial if kind == "trivial" else in_words(args)
+            seed = args.seed if kind == "measured" else None # the others have no band
+            if score != "fails":
+                line = lines.setdefault((args.task, kind, of, seed), {})
+                line[args.target_width or args.n_embd] = float(score)
+    for (name, kind, of, _), line in lines.items():
         widths, scores = zip(*sorted(line.items()))
-        ticks = np.log2(widths)
-        axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=ticks, xticklabels=widths)
-        panels.setdefault(name, (axis, []))[1].append((label, ticks, scores, look))
+        x = np.log2(widths)
+        axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=x, xticklabels=widths)
+        look = dict(color=colors.setdefault(of, f"C{len(colors)}")) | LOOKS[kind]
+        panels.setdefault(name, (axis, []))[1].append((f"{kind}: {of}", x, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
 @torch.no_grad()
