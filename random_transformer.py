@@ -7,17 +7,17 @@ the embeddings and the unembedding: it still learns modular addition, associativ
 addition, balancing parentheses, even some language. The abilities were there; training picks the
 subspace that uses them. This takes a wide model.
 
-What to look for in the table of accuracies: the random transformer, of which only embeddings and
-unembedding are trained, solves the task if wide, but not if narrow; full training solves
-parentheses at both widths. In this training the narrow random model only notices that an odd number
-of brackets cannot be balanced, which gives 0.683; with larger batches and more steps it gets to
-0.84 (RESULTS.md).
+The last lines of the output say which models solve a task: a random transformer, of which only
+embeddings and unembedding are trained, if it is wide; full training solves parentheses at both
+widths. In this training the narrow random model only notices that an odd number of brackets cannot
+be balanced, which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.md).
 
     python random_transformer.py                             parentheses, widths 128 and 16
     python random_transformer.py --preset medium --plot      the threshold in width, four tasks
     python random_transformer.py --preset table1             Table 1; add --seed 0 1 2 3 4 5 6 7 8 9
 
-    Table 2, what has to be trained; Tables 4 and 5, the subspace, stand below all other scores:
+    Table 2, what has to be trained, and Tables 4 and 5, the subspace (of the smaller presets in
+    results.json alone):
     python random_transformer.py --preset paper --n-embd 1024 \
         --train full embeddings token_unembed embed unembed
     Table 3, bits a parameter (the authors' script trained at --lr 5e-3); Table 6, parameters:
@@ -41,7 +41,6 @@ init_, Block, SumOfValues, and common's CausalSelfAttention, MLP and gpt2_init_.
 import ast
 import functools
 import math
-import os
 import re
 import textwrap
 import urllib.request
@@ -60,11 +59,12 @@ import common
 class Task:
     """A distribution of sequences; the model is trained and tested on some tokens, the answers.
 
-    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer.
-    T - 1 <= block_size tokens are fed. ValueError if there is no task of that size.
+    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer;
+    test_set: such a pair, always the same. T - 1 <= block_size tokens are fed to the model.
+    ValueError if there is no task of that size.
     """
-    trivial = None                                           # an answer without the ability, as
-    chance = None                                            # words, and its accuracy
+    trivial = None                                           # an answer without the ability; its
+                                                             # accuracy is then named `chance`
     metric, unit = "accuracy", "test accuracy"               # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
@@ -74,14 +74,17 @@ class Task:
         self.device = device
 
     @functools.cached_property
-    def test_set(self):
-        """The fixed test set: tokens, scored. Here 4,000 sequences from a seed of its own."""
-        return self.sample(4_000, torch.Generator(self.device).manual_seed(10**9))
-
-    @functools.cached_property
     def n_answers(self):
         """The most answers that a sequence can have: those of the test set."""
         return self.test_set[1].sum(1).max().item()
+
+    def rand(self, generator, *shape):
+        """Uniform numbers between 0 and 1."""
+        return torch.rand(shape, generator=generator, device=self.device)
+
+    def randint(self, generator, low, high, *shape):
+        """Uniform integers from low to high - 1."""
+        return torch.randint(low, high, shape, generator=generator, device=self.device)
 
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
@@ -108,10 +111,11 @@ class HashedTask(Task):
     """
     PRIME = 1_000_003
 
-    def __init__(self, size=30, device="cpu"):
-        super().__init__(size, device)
+    @functools.cached_property
+    def hash_weights(self):
+        """A random number for each position."""
         generator = torch.Generator().manual_seed(0)
-        self.hash_weights = torch.randint(self.PRIME, (1_000,), generator=generator).to(device)
+        return torch.randint(self.PRIME, (1_000,), generator=generator).to(self.device)
 
     def held_out(self, tokens):
         """Which of tokens (B, T) are for the test alone, the same in every run: (B,) bool."""
@@ -120,21 +124,32 @@ class HashedTask(Task):
 
     @functools.cached_property
     def test_set(self):
-        """The fixed test set: tokens, scored. The first 4,000 sequences drawn that are held out."""
+        """The first 4,000 sequences drawn that are held out."""
         generator = torch.Generator(self.device).manual_seed(10**9)
-        all_tokens, all_scored = [], []
-        while sum(map(len, all_tokens)) < 4_000:
+        parts, n = [], 0
+        while n < 4_000:
             tokens, scored = self.sample(20_000, generator)
             held_out = self.held_out(tokens)
-            all_tokens.append(tokens[held_out])
-            all_scored.append(scored[held_out])
-        return torch.cat(all_tokens)[:4_000], torch.cat(all_scored)[:4_000]
+            parts.append((tokens[held_out], scored[held_out]))
+            n += len(parts[-1][0])
+        return [torch.cat(part)[:4_000] for part in zip(*parts)]
 
 class Lookup(Task):
-    """Sequences x, y, z, of which z is the answer: the rows of train_rows (n, 3)."""
+    """Sequences x, y, z, of which z is the answer: one for each pair of `size` x and `size` y.
+
+    columns(x, y, generator) -> x, y, z of all of them, (size^2,) each.
+    """
     sizes = range(5, 2_000)
     block_size = 5                                           # the paper's: more than is used
     trivial = "any number"
+
+    def __init__(self, size, device):
+        super().__init__(size, device)
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T
+        columns = self.columns(x, y, generator)
+        self.table = torch.stack(columns, dim=1).to(device)  # (size^2, 3)
+        self.shuffled = self.table[torch.randperm(size**2, generator=generator)]
 
     @property
     def chance(self):
@@ -142,8 +157,7 @@ class Lookup(Task):
         return 1 / self.size
 
     def sample(self, batch, generator):
-        n_rows = len(self.train_rows)
-        rows = torch.randint(n_rows, (batch,), generator=generator, device=self.device)
+        rows = self.randint(generator, 0, len(self.train_rows), batch)
         return self.scored_from(self.train_rows[rows], 2)
 
 class Modadd(Lookup):
@@ -151,28 +165,25 @@ class Modadd(Lookup):
 
     def __init__(self, size=199, device="cpu"):
         super().__init__(size, device)
-        p = self.vocab_size = self.size
-        a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
-        self.table = torch.stack([a, b, (a + b) % p], dim=1).to(device)      # (p^2, 3)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(p * p, generator=generator).to(device)
-        test_rows, self.train_rows = self.table[order].tensor_split([p * p // 20])
+        self.vocab_size = size
+        test_rows, self.train_rows = self.shuffled.tensor_split([size**2 // 20])
         self.test_set = self.scored_from(test_rows, 2)
 
+    def columns(self, a, b, generator):
+        return a, b, (a + b) % self.size
+
 class Memorize(Lookup):
-    """x, y, z: a fixed random z for each of n x n pairs; y's ids begin at n. The test set is the
+    """x, y, z: a fixed random z for each pair; y's ids begin at `size`. The test set is the
     training set, shuffled, so that a part of it has all x."""
 
     def __init__(self, size=512, device="cpu"):
         super().__init__(size, device)
-        n = self.size
-        self.vocab_size = 2 * n
-        x, y = torch.cartesian_prod(torch.arange(n), torch.arange(n, 2 * n)).T
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randint(n, (n * n,), generator=generator)
-        self.train_rows = torch.stack([x, y, z], dim=1).to(device)
-        order = torch.randperm(n * n, generator=generator).to(device)
-        self.test_set = self.scored_from(self.train_rows[order], 2)
+        self.vocab_size = 2 * size
+        self.train_rows = self.table
+        self.test_set = self.scored_from(self.shuffled, 2)
+
+    def columns(self, x, y, generator):
+        return x, self.size + y, torch.randint(self.size, x.shape, generator=generator)
 
 class Needle(HashedTask):
     """Associative recall: k ~ U[1, size] pairs of marker and value, then a marker's query, a value.
@@ -187,14 +198,13 @@ class Needle(HashedTask):
 
     def sample(self, batch, generator):
         n = self.size
-        draw = dict(generator=generator, device=self.device)
-        k = torch.randint(1, n + 1, (batch, 1), **draw)
-        markers = 128 + torch.rand(batch, 30, **draw).argsort(1)[:, :n]      # (B, n)
-        values = torch.randint(1, 128, (batch, n), **draw)                   # (B, n)
-        asked = (torch.rand(batch, 1, **draw) * k).long()                    # which of the k pairs
+        k = self.randint(generator, 1, n + 1, batch, 1)
+        markers = 128 + self.rand(generator, batch, 30).argsort(1)[:, :n]    # (B, n)
+        values = self.randint(generator, 1, 128, batch, n)   # (B, n)
+        asked = (self.rand(generator, batch, 1) * k).long()  # which of the k pairs
         pairs = torch.stack([markers, values], dim=2).flatten(1)             # (B, 2n)
         position = torch.arange(2 * n + 2, device=self.device)
-        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)                   # (B, 2n + 2)
+        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)   # (B, 2n + 2)
         tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)
         tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))
         return tokens, position == 2 * k + 1
@@ -202,7 +212,7 @@ class Needle(HashedTask):
     @functools.cached_property
     def chance(self):
         """How often the prompt's most frequent value (of several, any) is the answer."""
-        tokens, scored = self.test_set                                       # (N, T) each
+        tokens, scored = self.test_set                       # (N, T) each
         values = tokens.masked_fill(scored, 0)[:, 1::2]      # (N, size + 1), 0 for none
         counts = F.one_hot(values, 128).sum(1)               # (N, 128)
         counts[:, 0] = 0
@@ -228,9 +238,8 @@ class Addition(HashedTask):
 
     def sample(self, batch, generator):
         n = self.size
-        draw = dict(generator=generator, device=self.device)
-        digits = torch.randint(10, (2, batch, n), **draw)    # of a and b, lowest first
-        digits[..., -1] = torch.randint(1, 10, (2, batch), **draw)           # no leading zeros
+        digits = self.randint(generator, 0, 10, 2, batch, n) # (2, B, n): of a and b, lowest first
+        digits[..., -1] = self.randint(generator, 1, 10, 2, batch)           # no leading zeros
         total = (digits * self.powers).sum((0, 2))[:, None]  # (B, 1): a + b
         has_carry = total >= 10 * self.powers[-1]            # (B, 1): the sum has n + 1 digits
         parts = [
@@ -246,7 +255,7 @@ class Addition(HashedTask):
     @functools.cached_property
     def chance(self):
         """How often the most frequent answer of its position is right."""
-        tokens, scored = self.test_set                                       # (N, T) each
+        tokens, scored = self.test_set                       # (N, T) each
         counts = F.one_hot(tokens * scored, 31).sum(0)[:, 20:]               # (T, 11)
         return (counts.amax(1).sum() / scored.sum()).item()
 
@@ -270,7 +279,7 @@ class Parens(HashedTask):
     @functools.cached_property
     def chance(self):
         """How often a string of even length is balanced, or one of odd length is not."""
-        tokens, scored = self.test_set                                       # (N, T) each
+        tokens, scored = self.test_set                       # (N, T) each
         length = (tokens == 3).int().argmax(1)               # (N,)
         return (tokens[scored] == 2 - length % 2).float().mean().item()
 
@@ -294,13 +303,13 @@ class Parens(HashedTask):
         t = torch.zeros_like(start)
         t[:, 0] = pairs
         for _ in range(self.size):                           # g(t) is done in t rounds
-            coin, share = torch.rand(2, B, N, generator=generator, device=self.device)
+            coin, uniform = self.rand(generator, 2, B, N)
             wraps = (t == 1) | ((t > 1) & (coin < 0.5))      # "(" g(t-1) ")"
             splits = (t > 0) & ~wraps                        # g(u) g(t-u)
             close = torch.where(wraps, start + 2 * t - 1, nowhere)
             is_close.scatter_(1, close, True)
             inner = torch.where(wraps, t - 1, 0)             # starts one place further on
-            u = torch.where(splits, 1 + (share * (t - 1)).long(), 0)         # g(u) starts here
+            u = torch.where(splits, 1 + (uniform * (t - 1)).long(), 0)       # g(u) starts here
             rest = torch.where(splits, t - u, 0)             # g(t-u) starts 2u further on
             rest_start = torch.where(splits, start + 2 * u, nowhere)
             t = u + F.pad(inner, (1, -1))
@@ -309,55 +318,57 @@ class Parens(HashedTask):
 
     def geometric(self, batch, generator):
         """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
-        uniform = torch.rand(batch, 1, generator=generator, device=self.device)
+        uniform = self.rand(generator, batch, 1)
         return 1 - uniform.clamp_min(2**-20).log2().ceil().long()
 
     def swap(self, is_close, length, generator):
         """Tries a geometric number of random pairs of positions, one after the other, and swaps
         those whose first is left of the second. length (B, 1)."""
         B = len(is_close)
-        n_tries = self.geometric(B, generator)                               # (B, 1)
+        n_tries = self.geometric(B, generator)               # (B, 1)
         for n in range(21):
-            uniform = torch.rand(B, 2, generator=generator, device=self.device)
-            pair = (uniform * length).long()                                 # (B, 2): i, j
+            uniform = self.rand(generator, B, 2)
+            pair = (uniform * length).long()                 # (B, 2): i, j
             swapped = is_close.scatter(1, pair, is_close.gather(1, pair.flip(1)))
-            from_left = pair[:, :1] < pair[:, 1:]                            # (B, 1): i < j
+            from_left = pair[:, :1] < pair[:, 1:]            # (B, 1): i < j
             is_close = torch.where((n < n_tries) & from_left, swapped, is_close)
         return is_close
 
     def flip(self, is_close, length, generator):
         """Flips a geometric number of random positions, or, with probability 2/3, twice as many."""
         B = len(is_close)
-        draw = dict(generator=generator, device=self.device)
-        twice = torch.rand(B, 1, **draw) < 2 / 3
+        twice = self.rand(generator, B, 1) < 2 / 3
         n_flips = self.geometric(B, generator) * (1 + twice.long())          # (B, 1), at most 42
-        position = (torch.rand(B, 42, **draw) * length).long()               # (B, 42)
+        position = (self.rand(generator, B, 42) * length).long()             # (B, 42)
         counts = (torch.arange(42, device=self.device) < n_flips).long()     # only the first ones
         times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, counts)
         return is_close ^ (times % 2 == 1)                   # flipped twice is as it was
 
     def sample(self, batch, generator):
         N = 2 * self.size
-        draw = dict(generator=generator, device=self.device)
-        pairs = torch.randint(1, self.size + 1, (batch,), **draw)
-        is_random = torch.rand(batch, 1, **draw) < 1 / 3                     # (B, 1)
-        random_length = torch.randint(1, N + 1, (batch, 1), **draw)
+
+        def coin(probability):
+            return self.rand(generator, batch, 1) < probability              # (B, 1)
+
+        pairs = self.randint(generator, 1, self.size + 1, batch)
+        is_random = coin(1 / 3)
+        random_length = self.randint(generator, 1, N + 1, batch, 1)
         length = torch.where(is_random, random_length, 2 * pairs[:, None])   # (B, 1)
-        random_string = torch.rand(batch, N, **draw) < 0.5                   # (B, N), true: ")"
+        random_string = self.rand(generator, batch, N) < 0.5 # (B, N), true: ")"
         is_close = torch.where(is_random, random_string, self.balanced(pairs, generator))
-        mutates = is_random | (torch.rand(batch, 1, **draw) < 0.5)
-        swaps = mutates & (torch.rand(batch, 1, **draw) < 0.5)
+        mutates = is_random | coin(0.5)
+        swaps = mutates & coin(0.5)
         is_close = torch.where(swaps, self.swap(is_close, length, generator), is_close)
-        flips = mutates & (torch.rand(batch, 1, **draw) < 0.5)
+        flips = mutates & coin(0.5)
         is_close = torch.where(flips, self.flip(is_close, length, generator), is_close)
         # balanced: never more closed than opened, and in the end as many
         position = torch.arange(N + 2, device=self.device)
-        inside = position[:N] < length                                       # (B, N)
+        inside = position[:N] < length                       # (B, N)
         depth = torch.where(inside, 1 - 2 * is_close.long(), 0).cumsum(1)
         is_balanced = (depth.amin(1) >= 0) & (depth[:, -1] == 0)
-        label = 1 + is_balanced.long()[:, None]                              # (B, 1)
+        label = 1 + is_balanced.long()[:, None]              # (B, 1)
         brackets = torch.where(inside, 1 + is_close.long(), 0)
-        tokens = F.pad(brackets, (0, 2))                                     # (B, N + 2)
+        tokens = F.pad(brackets, (0, 2))                     # (B, N + 2)
         tokens.scatter_(1, length, 3)
         tokens.scatter_(1, length + 1, label)
         return tokens, position == length + 1
@@ -385,10 +396,10 @@ class Imitate(Task):
                 block.mlp.c_proj.weight *= 20
             self.target.lm_head.weight.normal_(std=2 / math.sqrt(width))
         self.target.to(device)
+        self.test_set = self.sample(4_000, torch.Generator(device).manual_seed(10**9))
 
     def sample(self, batch, generator):
-        shape = (batch, self.block_size)
-        tokens = torch.randint(self.vocab_size, shape, generator=generator, device=self.device)
+        tokens = self.randint(generator, 0, self.vocab_size, batch, self.block_size)
         return self.scored_from(F.pad(tokens, (0, 1)), self.block_size)
 
     @torch.no_grad()
@@ -405,7 +416,7 @@ class Imitate(Task):
 
     def describe(self):
         """Mean entropy of the target's output, and mean KL between two of its outputs, in nats."""
-        log_p = self.log_probs(self.test_set[0][:500])[:, 0]                 # (500, V)
+        log_p = self.log_probs(self.test_set[0][:500])[:, 0] # (500, V)
         p = log_p.exp()
         entropy = -(p * log_p).sum(1).mean()
         kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()
@@ -444,8 +455,7 @@ class LM(Task):
 
     def windows(self, ids, batch, generator):
         """Windows of 513 words that begin anywhere in ids: (B, 513)."""
-        n_starts = len(ids) - self.block_size
-        starts = torch.randint(n_starts, (batch, 1), generator=generator, device=self.device)
+        starts = self.randint(generator, 0, len(ids) - self.block_size, batch, 1)
         place = starts + torch.arange(self.block_size + 1, device=self.device)
         return self.scored_from(ids[place].long(), 1)
 
@@ -465,15 +475,14 @@ def tinystories(split):
 
     It is checked against the SHA-256 of the repository's Git LFS pointer. OSError if it fails.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotheory"
-    path = cache / f"TinyStories-{split}.txt"
+    path = Path.home() / f".cache/nanotheory/TinyStories-{split}.txt"
     if path.exists():
         return path
     try:
         with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
             pointer = response.read().decode()
         digest = re.search(r"sha256:(\w+)", pointer)[1]
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(TINYSTORIES.format("resolve", split), str(path), digest)
     except (OSError, RuntimeError) as error:                 # RuntimeError: another hash
         raise OSError(f"no TinyStories, give --text FILE: {error}") from error
@@ -498,11 +507,10 @@ class SumOfValues(common.CausalSelfAttention):
         super().__init__(n_embd, 1, dropout)
         self.c_attn = nn.Linear(n_embd, n_embd)              # values alone
 
-    def forward(self, x, return_attn=False):
-        """x (B, T, C) -> y (B, T, C), with return_attn also None: there are no weights."""
+    def forward(self, x):
+        """x (B, T, C) -> y (B, T, C)."""
         y = self.c_proj(self.c_attn(x).cumsum(1))
-        y = F.dropout(y, self.dropout, self.training)
-        return (y, None) if return_attn else y
+        return F.dropout(y, self.dropout, self.training)
 
 class Block(nn.Module):
     """A pre-norm GPT-2 block: x + attention(norm(x)), then x + MLP(norm(x))."""
@@ -517,9 +525,14 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = common.MLP(n_embd, dropout)
 
-    def forward(self, x):
-        """x (B, T, C) -> x (B, T, C)."""
+    def forward(self, x, at=None):
+        """x (B, T, C) -> x (B, T, C), or (B, Q, C) at the positions `at` (B, Q) alone.
+
+        `at` is for the last block, whose MLP is only needed where an answer is predicted.
+        """
         x = x + self.attn(self.ln_1(x))
+        if at is not None:
+            x = x.take_along_dim(at[..., None], dim=1)       # (B, Q, C)
         return x + self.mlp(self.ln_2(x))
 
 @torch.no_grad()
@@ -565,38 +578,12 @@ class Transformer(nn.Module):
         states = [F.dropout(x, self.dropout, self.training)]
         for block in self.h[:-1]:
             states.append(block(states[-1]))
-        x, last = states[-1], self.h[-1]
-        return [*states, last(x) if at is None else last_block(last, x, at)]
+        return [*states, self.h[-1](states[-1], at)]
 
     def attention(self, tokens):
-        """tokens (B, T) -> each layer's attention weights, (B, H, T, T)."""
+        """tokens (B, T) -> each layer's attention weights, (B, H, T, T); if softmax."""
         states = self.hidden_states(tokens)
         return [block.attn(block.ln_1(x), return_attn=True)[1] for block, x in zip(self.h, states)]
-
-def last_block(block, x, at):
-    """block(x (B, T, C)) computed only at the positions `at` (B, Q) -> (B, Q, C).
-
-    The last block is needed only where an answer is predicted: there alone a query is asked, of
-    all keys and values, and the MLP computed. A step of two layers is 1.4 times as fast.
-    """
-    attn, C = block.attn, x.shape[-1]
-    normed = block.ln_1(x)
-    here = at[..., None]                                     # (B, Q, 1)
-    if isinstance(attn, SumOfValues):
-        y = attn.c_attn(normed).cumsum(1).take_along_dim(here, 1)            # (B, Q, C)
-    else:
-        W, b = attn.c_attn.weight, attn.c_attn.bias
-        q = F.linear(normed.take_along_dim(here, 1), W[:C], b[:C])           # (B, Q, C)
-        k, v = F.linear(normed, W[C:], b[C:]).split(C, dim=-1)               # (B, T, C) each
-        q, k, v = [y.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for y in (q, k, v)]
-        is_future = torch.arange(x.shape[1], device=x.device) > here         # (B, Q, T)
-        scores = q @ k.mT / math.sqrt(q.shape[-1])           # (B, H, Q, T)
-        weights = scores.masked_fill(is_future[:, None], -math.inf).softmax(-1)
-        y = F.dropout(weights, attn.dropout, block.training) @ v             # (B, H, Q, C/H)
-        y = y.transpose(1, 2).flatten(2)
-    y = F.dropout(attn.c_proj(y), attn.dropout, block.training)
-    x = x.take_along_dim(here, 1) + y                        # (B, Q, C)
-    return x + block.mlp(block.ln_2(x))
 
 class Recurrent(nn.Module):
     """An embedding, two recurrent layers (nn.LSTM or nn.RNN), and an unembedding with a bias."""
@@ -633,6 +620,7 @@ def train_only(model, which):
 # ---- Settings -----------------------------------------------------------------------------------
 
 FOUR = ["modadd", "needle", "addition", "parens"]
+SMALL = ["quick", "medium"]                                  # presets of small tasks
 PRESETS = {                                                  # what differs from the flags' defaults
     "quick": {},
     "medium": dict(task=FOUR, train=["embeddings"], n_embd=[16, 32, 64, 128, 256, 512],
@@ -677,13 +665,13 @@ def settings_of(task, preset):
 
 def resolve(args):
     """Completes a run's settings by the task's own. Unused settings become None."""
-    own = settings_of(args.task, "small" if args.preset in ("quick", "medium") else "paper")
+    own = settings_of(args.task, "small" if args.preset in SMALL else "paper")
     if args.model == "lstm":
         own["lr"] = 5e-3
     elif args.train == "full":                               # at 5e-3 width 128 fails at parens
         own["lr"] = min(own["lr"], 1e-3)
     for key, value in own.items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.task == "imitate":
         args.size = None                                     # target_width is its size
@@ -755,12 +743,12 @@ def train(args, run):
         model.compile()
     for step in run.steps(start, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = float(np.float32(learning_rate(step, args)))           # as in RESULTS.md
-        tokens, scored = task.sample(args.batch_size, data)                  # (B, T) each
+            group["lr"] = learning_rate(step, args)
+        tokens, scored = task.sample(args.batch_size, data)  # (B, T) each
         scored = scored & ~task.held_out(tokens)[:, None]    # learn nothing from test sequences
         at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens[:, :-1], at)                               # (B, Q, V)
+            logits = model(tokens[:, :-1], at)               # (B, Q, V)
         n_scored = (targets >= 0).sum().clamp_min(1)
         loss = task.losses(logits.float(), targets, tokens).sum() / n_scored
         loss.backward()
@@ -780,7 +768,7 @@ def train(args, run):
 def evaluate(model, task, tokens, scored):
     """Mean loss (nats) and accuracy over the answers of tokens, scored (N, T) each."""
     loss, right, n = 0.0, 0, 0
-    size = max(1, 20_000 // tokens.shape[1])                 # sequences at once
+    size = 20_000 // tokens.shape[1]                         # sequences at once
     for tokens, scored in zip(tokens.split(size), scored.split(size)):
         at, targets = answers(tokens, scored, task.n_answers)
         logits = model(tokens[:, :-1], at).float()
@@ -806,13 +794,14 @@ def find_needles(attns, tokens, scored):
     attns: (B, H, T, T) each; tokens and scored (B, T + 1).
     """
     rows, query = scored[:, 1:].nonzero().T                  # one query a sequence
-    value_at = torch.arange(1, attns[0].shape[-1], 2, device=tokens.device)  # positions 1, 3, ..
-    to_marker = attns[0][:, :, value_at, value_at - 1].transpose(1, 2)       # (B, values, H)
-    to_marker = to_marker[value_at < query[:, None]].mean(0)                 # (H,)
-    asked = tokens[rows, query] - 30                                         # (B,)
-    is_asked = tokens[:, :-1] == asked[:, None]                              # (B, T): its marker
-    answer_at = is_asked.int().argmax(1) + 1                                 # (B,): after it
-    to_value = attns[-1][rows, :, query, answer_at].mean(0)                  # (H,)
+    # from each position to the one before it; of values, which stand at 1, 3, .., to their markers
+    to_marker = attns[0].diagonal(-1, 2, 3)[..., ::2]        # (B, H, values)
+    value_at = torch.arange(1, tokens.shape[1] - 1, 2, device=tokens.device)
+    to_marker = to_marker.transpose(1, 2)[value_at < query[:, None]].mean(0) # (H,)
+    asked = tokens[rows, query] - 30                         # (B,)
+    is_asked = tokens[:, :-1] == asked[:, None]              # (B, T): its marker
+    answer_at = is_asked.int().argmax(1) + 1                 # (B,): after it
+    to_value = attns[-1][rows, :, query, answer_at].mean(0)  # (H,)
     return [to_marker.max().item(), to_value.max().item()]
 
 @torch.no_grad()
@@ -828,14 +817,13 @@ def circuit(model, task):
     tokens = task.table[torch.randperm(p * p, generator=generator)[:500]]    # (500, 3)
     output = torch.randint(p, (len(tokens), 1), generator=generator).to(tokens.device)
     with torch.enable_grad():
-        states = model.hidden_states(tokens[:, :2])                          # (500, 2, C) each
+        states = model.hidden_states(tokens[:, :2])          # (500, 2, C) each
         logits = model.lm_head(model.ln_f(states[-1][:, -1]))                # (500, V)
         gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
     right = []                                               # the logit of a + b, for all pairs
     for pairs in task.table.split(5_000):
-        logits = model(pairs[:, :2])[:, -1]                  # (5000, V)
-        right.append(logits.gather(1, pairs[:, 2:]))
+        right.append(model(pairs[:, :2])[:, -1].gather(1, pairs[:, 2:]))
     right = torch.cat(right).view(p, p)
     a = torch.arange(p)
     by_distance = right[a, (a - a[:, None]) % p]             # row d: all pairs a, a - d
@@ -849,8 +837,7 @@ def write_prose(model, task, seed, n_words=60):
     for _ in range(n_words):
         next_word = model(ids)[:, -1].softmax(-1)            # (1, V)
         ids = torch.cat([ids, torch.multinomial(next_word, 1, generator=generator)], dim=1)
-    text = " ".join(task.words[i] for i in ids[0].tolist())
-    return re.sub(r" ([.,!?;:])", r"\1", text)
+    return " ".join(task.words[i] for i in ids[0].tolist())
 
 @torch.no_grad()
 def measure(args, run):
@@ -862,15 +849,15 @@ def measure(args, run):
     if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]      # (n, T) each
-        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0                 # before an answer
+        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0 # F F T F -> T T T F
         states = model.hidden_states(tokens[:, :-1])
         fractions = [explained_variance(state[inside]) for state in states]
         found["components"], found["neurons"] = map(list, zip(*fractions))
+        if args.task == "modadd":
+            found["circuit"] = circuit(model, task)
     if args.task == "needle" and args.model == "transformer":
         attns = model.attention(tokens[:, :-1])
         found["attention"] = find_needles(attns, tokens, scored)
-    if args.task == "modadd" and isinstance(model, Transformer):
-        found["circuit"] = circuit(model, task)
     if args.task == "imitate":
         found["target"] = task.describe()
     if args.task == "lm":
@@ -882,25 +869,23 @@ def measure(args, run):
 
 # Accuracies, medians of 10 restarts (Tables 1, 2); of memorize bits a parameter (Table 3)
 PUBLISHED = """
-model       train         width  modadd needle addition parens memorize
-transformer embeddings     1024   1.000  1.000    1.000  1.000        -
-transformer embeddings       16   0.013  0.075    0.266  0.873        -
-transformer full           1024   1.000  1.000    1.000  0.923        -
-transformer full             16   0.972  0.120    0.675  1.000        -
-lstm        full           1024   1.000  0.995    0.530  1.000        -
-transformer unembed        1024   fails  fails    fails  fails        -
-transformer embed          1024   fails      -        -      -        -
-transformer token_unembed  1024       -      -    fails      -        -
-transformer embeddings      128       -      -        -      -     0.41
-transformer full            128       -      -        -      -     2.88
+model,train,width              modadd needle addition parens memorize
+transformer,embeddings,1024     1.000  1.000    1.000  1.000        -
+transformer,embeddings,16       0.013  0.075    0.266  0.873        -
+transformer,full,1024           1.000  1.000    1.000  0.923        -
+transformer,full,16             0.972  0.120    0.675  1.000        -
+lstm,full,1024                  1.000  0.995    0.530  1.000        -
+transformer,unembed,1024        fails  fails    fails  fails        -
+transformer,embed,1024          fails      -        -      -        -
+transformer,token_unembed,1024      -      -    fails      -        -
+transformer,embeddings,128          -      -        -      -     0.41
+transformer,full,128                -      -        -      -     2.88
 """
 
 def published_row(args):
     """The row of PUBLISHED for a run's model, what is trained, and width; {} if there is none."""
-    for row in rows_of(PUBLISHED):
-        if [row["model"], row["train"], row["width"]] == [args.model, args.train, str(args.n_embd)]:
-            return row
-    return {}
+    rows = {row["model,train,width"]: row for row in rows_of(PUBLISHED)}
+    return rows.get(f"{args.model},{args.train},{args.n_embd}", {})
 
 def published(args):
     """The paper's number for a run's setting, or "-". Its learning rates are not all known."""
@@ -932,51 +917,76 @@ def bits(args, results):
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
+def compared(run):
+    """A run's score and what stands beside it: a trivial answer's, and the paper's."""
+    args, task = run.args, TASKS[run.args.task]
+    found = {"measured": run.results[task.metric]}
+    if task.trivial:
+        found["trivial"] = run.results["trivial"]
+    if args.task != "memorize" and published(args) != "-":   # of memorize these are bits
+        found["paper"] = published(args)
+    return found
+
 SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] of seeds
 (lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
-include a pad and leave out the first digit). Random: only embeddings and unembedding are trained"""
+include a pad and leave out the first digit). Random: only embeddings and unembedding are trained.
+Trivial answers: any number (modadd), the prompt's most frequent value (needle), one answer at each
+position (addition), even lengths are balanced (parens)"""
 
-DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 101)]]
+DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 100)]]
 FINDINGS = {                                                 # a title and the names of the numbers
-    "components": ("Fraction of variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
-    "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
     "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
     "circuit": ("The circuit (Fig. 3): a pizza has 1 and 0, a clock 0 and 1",
         ["gradient symmetricity", "distance irrelevance"]),
     "target": ("The target of imitation, in nats (paper: 2.89 to 3.02, 0.8 to 3.3)",
         ["entropy of an output", "KL between two"]),
+    "components": ("Fraction of variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
+    "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
 }
 
 def print_scores(runs):
     """Tables 1 to 3, with the paper's numbers and a trivial answer's."""
     cells = []
     for run in runs:
-        args, results, row = run.args, run.results, row_of(run.args)
-        task = TASKS[args.task]
-        cells.append((row, "measured", results[task.metric]))
-        if args.task == "memorize":
+        row = row_of(run.args)
+        cells += [(row, column, score) for column, score in compared(run).items()]
+        if run.args.task == "memorize":
             row = f"{row}, bits a parameter"
-            cells.append((row, "measured", bits(args, results)))
-        if published(args) != "-":
-            cells.append((row, "paper", published(args)))
-        if task.trivial:
-            row = f"{args.task}, trivial answer: {task.trivial}"
-            cells.append((row, "measured", results["trivial"]))
+            cells.append((row, "measured", bits(run.args, run.results)))
+            cells.append((row, "paper", published(run.args)))
     common.print_table(SCORES, cells)
 
 def print_findings(runs):
-    """Tables 4 and 5, the numbers of Figs. 2, 3 and 6, and prose."""
+    """The numbers of Figs. 2, 3 and 6, Tables 4 and 5 in the paper's presets, and prose."""
     for key, (title, columns) in FINDINGS.items():
         cells = []
         for run in runs:
             for column, value in zip(columns, run.results.get(key, [])):
                 cells.append((row_of(run.args), column, value, ".2f"))
-        if cells:
+        if cells and not (columns is DEPTHS and run.args.preset in SMALL):
             common.print_table(title, cells)
     for run in runs:
         if "prose" in run.results:
             common.say(f"\nProse, {row_of(run.args)}")
             common.say(textwrap.fill(run.results["prose"], 100))
+
+def print_verdict(runs):
+    """What is solved, on one seed at least, and whether random transformers need width for it."""
+    solved = {}                                              # what is trained, width -> tasks
+    for run in runs:
+        if run.args.task in FOUR:
+            tasks = solved.setdefault((in_words(run.args), run.args.n_embd), set())
+            if run.results["accuracy"] >= 0.95:
+                tasks.add(run.args.task)
+    if solved:
+        common.say("\nSolved, with an accuracy of at least 0.95 on one seed or more")
+    for (words, width), tasks in solved.items():
+        common.say(f"  {words}, width {width}: {', '.join(sorted(tasks)) or 'nothing'}")
+    random = {width: tasks for (words, width), tasks in solved.items() if words == "random"}
+    if random:
+        tasks = random[max(random)] - random[min(random)]
+        names = ", ".join(sorted(tasks)) or "no task"
+        common.say(f"That random transformers compute if they are wide is seen here for {names}")
 
 def n_numbers(parameters):
     """How many numbers some parameters hold together."""
@@ -990,44 +1000,40 @@ def print_parameters(runs):
     cells, results = [], []
     for run in runs:
         model = build(run.args)[1]
-        parts = {name: part.parameters() for name, part in model.named_children()}
-        parts["all"] = model.parameters()
-        parts["trained"] = train_only(model, run.args.train)
-        results.append({name: n_numbers(part) for name, part in parts.items()})
-        row = f"{run.args.task} {run.args.model} {run.args.train} {run.args.n_embd}"
-        cells += [(row, name, n, ",.0f") for name, n in results[-1].items()]
+        parts = dict(model.named_children(), all=model)
+        counts = {name: n_numbers(part.parameters()) for name, part in parts.items()}
+        counts["trained"] = n_numbers(train_only(model, run.args.train))
+        cells += [(row_of(run.args), name, n, ",.0f") for name, n in counts.items()]
+        results.append(counts)
     common.print_table("Parameters (Table 6)", cells)
     return results
 
 LOOKS = {
-    "published": dict(marker="o", linestyle="none", fillstyle="none", markersize=10),
-    "trivial": dict(color="grey", linestyle=":"),
+    "measured": dict(marker="o"),
+    "trivial": dict(linestyle=":", color="grey"),
+    "paper": dict(marker="o", linestyle="none", fillstyle="none", markersize=10),
 }
 
 def plot_widths(runs):
     """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
 
-    Hollow marks are published.
+    Hollow marks are the paper's numbers, where the setting is the paper's.
     """
-    lines = {}                                               # task, label, seed -> {width: score}
+    lines, colors, panels = {}, {}, {}
     for run in runs:
-        args, task, words = run.args, TASKS[run.args.task], in_words(run.args)
-        found = {words: run.results[task.metric]}
-        if task.trivial:
-            found[f"trivial: {task.trivial}"] = run.results["trivial"]
-        if published(args) not in ("-", "fails") and args.task != "memorize":
-            found[f"published: {words}"] = float(published(args))
-        for label, score in found.items():
-            line = lines.setdefault((args.task, label, args.seed), {})
-            line[args.target_width or args.n_embd] = score
-    panels, colors = {}, {}
-    for (name, label, _), line in lines.items():
+        args = run.args
+        for kind, score in compared(run).items():
+            of = TASKS[args.task].trivial if kind == "trivial" else in_words(args)
+            seed = args.seed if kind == "measured" else None # the others have no band
+            if score != "fails":
+                line = lines.setdefault((args.task, kind, of, seed), {})
+                line[args.target_width or args.n_embd] = float(score)
+    for (name, kind, of, _), line in lines.items():
         widths, scores = zip(*sorted(line.items()))
-        ticks = np.log2(widths)
-        axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=ticks, xticklabels=widths)
-        color = colors.setdefault(label.removeprefix("published: "), f"C{len(colors)}")
-        look = dict(color=color) | LOOKS.get(label.partition(":")[0], dict(marker="o"))
-        panels.setdefault(name, (axis, []))[1].append((label, ticks, scores, look))
+        x = np.log2(widths)
+        axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=x, xticklabels=widths)
+        look = dict(color=colors.setdefault(of, f"C{len(colors)}")) | LOOKS[kind]
+        panels.setdefault(name, (axis, []))[1].append((f"{kind}: {of}", x, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
 @torch.no_grad()
@@ -1050,9 +1056,8 @@ def plot_attention(run):
 def plot_circle(run):
     """Fig. 3: modadd's numbers, joined in order, on their top two principal components."""
     weight = load(run.folder)[1].wte.weight
-    points = weight - weight.mean(0)                         # (p, C)
-    components = torch.linalg.svd(points, full_matrices=False).Vh[:2]        # (2, C)
-    x, y = (components @ points.T).numpy()                   # (p,) each
+    U, S, _ = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
+    x, y = (U * S)[:, :2].T.numpy()                          # (p,) each
     axis = dict(xlabel="principal component 1", ylabel="principal component 2")
     curve = "0, 1, 2, ..", x, y, dict(marker="o", linewidth=0.3)
     common.plot(run.folder / "circle.png", {row_of(run.args): (axis, [curve])})
@@ -1075,10 +1080,8 @@ def parse_args(argv=None):
     add("--init", choices=["gpt2", "paper"], default="gpt2",
         help="random weights of a transformer; gpt2: standard deviation 0.02, "
         "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
-    add("--n-layer", type=common.number(int, 1, 100), help=f"layers, but of lstm and rnn {own}")
+    add("--n-layer", type=count, help=f"layers, but of lstm and rnn {own}")
     add("--n-head", type=count, help=f"heads a layer of a softmax transformer {own}")
-    add("--dropout", type=common.number(float, 0, 0.99),
-        help=f"fraction of units dropped in training {own}")
     add("--size", type=count,
         help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "
         f"(memorize), vocabulary (lm) {own}")
@@ -1097,17 +1100,17 @@ def parse_args(argv=None):
     return common.parse_args(parser, PRESETS, argv)
 
 def show(runs):
-    """The tables of a sweep, and with --plot its figures."""
+    """The tables of a sweep, with --plot its figures, and what they show."""
     print_scores(runs)
     print_findings(runs)
-    if not runs[0].args.plot:
-        return
-    plot_widths(runs)
-    for run in runs:
-        if "attention" in run.results:
-            plot_attention(run)
-        if "circuit" in run.results and run.args.n_embd > 1: # two components
-            plot_circle(run)
+    if runs[0].args.plot:
+        plot_widths(runs)
+        for run in runs:
+            if "attention" in run.results:
+                plot_attention(run)
+            if "circuit" in run.results:
+                plot_circle(run)
+    print_verdict(runs)
 
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns a dict a run."""
