@@ -379,8 +379,8 @@ def measure(args, run):
         "baselines": {},
     }
     for name in TASKS[args.task].baselines:
-        squares = (BASELINES[name](xs, ys) - ys).square()               # (B, n)
-        results["baselines"][name] = bootstrap(squares / task.scale)
+        squares = (BASELINES[name](xs, ys) - ys).double().square()      # (B, n)
+        results["baselines"][name] = (squares / task.scale).mean(0).tolist()
     if b > 1:
         by_loops = errors(model, task, xs, ys, 10 * b, 10 * b)          # (10 b, B, n)
         results["by_loops"] = by_loops[..., -1].mean(1).tolist()        # with all examples
@@ -503,7 +503,7 @@ def shifted_prompts(task, n, n_points, generator):
 
 # ---- Baselines ----------------------------------------------------------------------------------
 
-# Each predicts y_i from x_i and the examples before it, for all i: xs (B, n, d), ys (B, n) -> (B, n)
+# Each predicts all y_i, each from x_i and the examples before: xs (B, n, d), ys (B, n) -> (B, n)
 
 def least_squares(xs, ys):
     """Minimum-norm least squares on the pairs before each x."""
@@ -736,13 +736,13 @@ class Tables:
         for part, own in tables.items():                     # all rows, and whose they are
             lengths = torch.tensor([len(table) for table in own])
             owner = torch.arange(len(own)).repeat_interleave(lengths)
-            self.parts[part] = torch.cat(own).to(device), owner.to(device)
+            self.parts[part] = torch.cat(own).to(device), owner.to(device), len(own)
 
     def sample(self, batch, n_points, generator, active_dims=None, part="train"):
         """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test
         (the table held out). All dimensions are active."""
-        rows, owner = self.parts[part]                                  # (N, d + 1), (N,)
-        table = torch.randint(owner.max() + 1, (batch, 1), generator=generator, device=self.device)
+        rows, owner, n_tables = self.parts[part]                        # (N, d + 1), (N,)
+        table = torch.randint(n_tables, (batch, 1), generator=generator, device=self.device)
         keys = torch.rand(batch, len(rows), generator=generator, device=self.device)
         keys = keys.masked_fill(owner != table, -1.0)                   # (B, N)
         pairs = rows[keys.topk(n_points, dim=1).indices]                # (B, n, d + 1), distinct
@@ -793,24 +793,20 @@ def in_words(run):
         words += f", table {run.results['prompts']}"
     return words
 
-def error_cells(name, curves):
-    """The error with all examples and its interval, as cells. curves: see bootstrap."""
-    mean, low, high = [curve[-1] for curve in curves]
-    return [(name, "error", mean), (name, "90% interval", f"{low:.3f} to {high:.3f}")]
-
 def show_summary(task, runs):
     """Errors with all examples and sizes; on OpenML the paper's errors, too."""
     cells = []
     for run in runs:
         name, results = in_words(run), run.results
-        cells += error_cells(name, results["curve"])
+        mean, low, high = [curve[-1] for curve in results["curve"]]
+        cells += [(name, "error", mean), (name, "90% interval", f"{low:.3f} to {high:.3f}")]
         accuracy = ACCURACY.get(run.args.model, {}).get(results["prompts"])
         if accuracy and is_papers(run.args):
             cells.append((name, "paper", 1 - accuracy))
         cells.append((name, "parameters", results["n_params"], ",.0f"))
         cells.append((name, "of 12 layers'", results["n_params"] / results["n_params_12"], ".1%"))
-    for name, curves in runs[0].results["baselines"].items():
-        cells += error_cells(name, curves)
+    for name, ys in runs[0].results["baselines"].items():
+        cells.append((name, "error", ys[-1]))
     common.print_table(f"""\
 {task}: error with all {runs[0].args.n_points - 1} examples.
 In brackets: the range over seeds; 90% interval: over test prompts, of the first seed.""", cells)
@@ -824,12 +820,12 @@ def by_examples(task, runs):
     for run in runs:
         ys = run.results["curve"][0]
         curves.append((in_words(run), range(len(ys)), ys, {}))
-    if is_papers(runs[0].args):
-        hollow = dict(marker="o", linestyle="none", fillstyle="none")
-        for name, numbers in CURVES.get(task, {}).items():
+    hollow = dict(marker="o", linestyle="none", fillstyle="none")
+    if task in CURVES and is_papers(runs[0].args):
+        for name, numbers in CURVES[task].items():
             xs = [int(x) for x in numbers]
             curves.append((f"paper, {name}", xs, list(numbers.values()), hollow))
-    for (name, (ys, _, _)), marker in zip(runs[0].results["baselines"].items(), "_ov^s"):
+    for (name, ys), marker in zip(runs[0].results["baselines"].items(), "_ov^s"):
         style = dict(IN_GRAY, marker=marker)
         if name == "least squares":
             style = dict(color="black", linestyle=":")
@@ -837,8 +833,8 @@ def by_examples(task, runs):
     return curves
 
 def by_loops(runs):
-    """Fig. 2: curves of the error with all examples by loops. A model of one pass is a flat line.
-    On the other curves stands with how many loops the model was trained."""
+    """Fig. 2: curves of the error with all examples by loops. A model of one pass is a flat line;
+    on the others it is written with how many loops they were trained."""
     n_loops = 10 * max(passes(run.args) for run in runs)
     curves = []
     for run in runs:
@@ -847,8 +843,8 @@ def by_loops(runs):
         curves.append((name, range(1, len(ys) + 1), ys, {}))
         if b > 1:
             words = f"$\\mathrm{{trained\\ with\\ {b}\\ loops}}$"
-            style = dict(IN_GRAY, marker=words, markersize=60)
-            curves.append((f"_{name}", [b], [ys[b - 1]], style))        # _: not in the legend
+            style = dict(IN_GRAY, marker=words, markersize=70, markeredgewidth=0)
+            curves.append((f"_{name}", [b], [0.5 * ys[b - 1]], style))  # _: not in the legend
     return curves
 
 def figures(task, runs):
@@ -889,8 +885,8 @@ def show_ood(task, runs):
     common.print_table(f"{task}: errors on out-of-distribution inputs", cells)
 
 def verdict(task, runs):
-    """Says, from errors with all examples, whether the answer of a looped model stays past b loops,
-    and whether it is as good as others': if a median over seeds is less than 1.3 times another."""
+    """Says, from the errors with all examples, whether the answer of a looped model stays past b
+    loops, and whether it matches others: if its median over seeds is less than 1.3 times theirs."""
     at_b, at_10b, others = {}, {}, {}                        # errors of all seeds, by model
     for run in runs:
         name, b, results = in_words(run), passes(run.args), run.results
@@ -899,17 +895,18 @@ def verdict(task, runs):
         else:
             at_b.setdefault(name, []).append(results["by_loops"][b - 1])
             at_10b.setdefault(name, []).append(results["by_loops"][-1])
-    for name, (curve, _, _) in runs[0].results["baselines"].items():
+    for name, ys in runs[0].results["baselines"].items():
         if name == "least squares":
-            others[name] = curve[-1:]
+            others[name] = ys[-1:]
     for name, errors in at_b.items():
         error, later = statistics.median(errors), statistics.median(at_10b[name])
         answer = "stays" if later < 1.3 * error else "is lost"
-        common.say(f"{task}, {name}: error {common.spread(errors)} after b loops, as in training, "
-                   f"{common.spread(at_10b[name])} after 10 b: its answer {answer}.")
+        text = (f"{task}, {name}: error {common.spread(errors)} after b loops, as in training, "
+                f"{common.spread(at_10b[name])} after 10 b: the answer {answer}.")
         for other, theirs in others.items():
-            is_matched = error < 1.3 * statistics.median(theirs)
-            common.say(f"    {other}: {common.spread(theirs)}, {'' if is_matched else 'not '}matched")
+            matched = "matched" if error < 1.3 * statistics.median(theirs) else "not matched"
+            text += f" {other}: {common.spread(theirs)}, {matched}."
+        common.say(text)
 
 def show(runs):
     """Prints the tables of each task and what they say, and draws the curves in one figure."""
