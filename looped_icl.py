@@ -379,8 +379,8 @@ def measure(args, run):
         "baselines": {},
     }
     for name in TASKS[args.task].baselines:
-        squares = (BASELINES[name](xs, ys) - ys).double().square()      # (B, n)
-        results["baselines"][name] = (squares / task.scale).mean(0).tolist()
+        squares = (BASELINES[name](xs, ys) - ys).square()               # (B, n)
+        results["baselines"][name] = (squares / task.scale).double().mean(0).tolist()
     if b > 1:
         by_loops = errors(model, task, xs, ys, 10 * b, 10 * b)          # (10 b, B, n)
         results["by_loops"] = by_loops[..., -1].mean(1).tolist()        # with all examples
@@ -789,15 +789,16 @@ def in_words(run):
     words = layers.get(args.model, "looped")
     if args.inject in ("none", "multiply"):
         words += f", inject {args.inject}"
-    if args.task == "openml":
-        words += f", table {run.results['prompts']}"
     return words
 
 def show_summary(task, runs):
     """Errors with all examples and sizes; on OpenML the paper's errors, too."""
     cells = []
     for run in runs:
-        name, results = in_words(run), run.results
+        results = run.results
+        name = in_words(run)
+        if task == "openml":
+            name += f", table {results['prompts']}"
         mean, low, high = [curve[-1] for curve in results["curve"]]
         cells += [(name, "error", mean), (name, "90% interval", f"{low:.3f} to {high:.3f}")]
         accuracy = ACCURACY.get(run.args.model, {}).get(results["prompts"])
@@ -808,8 +809,8 @@ def show_summary(task, runs):
     for name, ys in runs[0].results["baselines"].items():
         cells.append((name, "error", ys[-1]))
     common.print_table(f"""\
-{task}: error with all {runs[0].args.n_points - 1} examples.
-In brackets: the range over seeds; 90% interval: over test prompts, of the first seed.""", cells)
+{task}: error with all {runs[0].args.n_points - 1} examples. In brackets, here and below: the range
+over seeds (and tables). 90% interval: over test prompts, of the first seed.""", cells)
 
 # Curves in gray are in the figure alone, not in the tables
 IN_GRAY = dict(color="gray", linewidth=1, markersize=3)
@@ -900,9 +901,11 @@ def verdict(task, runs):
             others[name] = ys[-1:]
     for name, errors in at_b.items():
         error, later = statistics.median(errors), statistics.median(at_10b[name])
-        answer = "stays" if later < 1.3 * error else "is lost"
+        answer = "its answer stays" if later < 1.3 * error else "its answer is lost"
+        if error > 0.9:
+            answer = "it has learned nothing"                # to answer 0 scores 1
         text = (f"{task}, {name}: error {common.spread(errors)} after b loops, as in training, "
-                f"{common.spread(at_10b[name])} after 10 b: the answer {answer}.")
+                f"{common.spread(at_10b[name])} after 10 b: {answer}.")
         for other, theirs in others.items():
             matched = "matched" if error < 1.3 * statistics.median(theirs) else "not matched"
             text += f" {other}: {common.spread(theirs)}, {matched}."
