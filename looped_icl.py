@@ -400,12 +400,12 @@ def measure(args, run):
 def hidden_states(model, xs, ys, loops):
     """What a probe reads of each prefix of i = 1 .. n - 1 pairs, after the read-in (layer 0) and
     after each pass through a block: the state at y_i, the mean over the prefix's tokens, and a 1
-    for its bias. (layers, n - 1, B, 2C + 1), float64, on the CPU."""
+    for its bias. (layers, n - 1, B, 2C + 1), float64."""
     found = []
 
     def keep(module, inputs, z):                                        # (B, 2n-1, C)
         z = z.double()
-        n_tokens = torch.arange(1, z.shape[1] + 1)[:, None]
+        n_tokens = torch.arange(1, z.shape[1] + 1, device=z.device)[:, None]
         mean = z.cumsum(1) / n_tokens                                   # over tokens up to each
         read = torch.cat([z, mean], 2)[:, 1::2]                         # at y_1 .. y_(n-1)
         found.append(F.pad(read, (0, 1), value=1.0).transpose(0, 1))
@@ -418,7 +418,7 @@ def hidden_states(model, xs, ys, loops):
 
 def probe_targets(xs, ys):
     """Of each prefix of i = 1 .. n - 1 pairs: X^T y / i and the least-squares w (of minimum norm),
-    side by side, (n - 1, B, 2 d), float64, on the CPU."""
+    side by side, (n - 1, B, 2 d), float64."""
     x, y = xs.double(), ys.double()
     targets = []
     for i in range(1, ys.shape[1]):
@@ -600,18 +600,22 @@ def sign_tree(xs, ys, depth=4):
 @torch.enable_grad()
 def gd_network(xs, ys, hidden=100, steps=1_000, batch=10, lr=5e-3):
     """A two-layer ReLU network with biases, trained by Adam on the pairs before each x, in batches
-    drawn from them: one a prompt and x, begun as torch begins nn.Linear."""
+    drawn from them: one for each prompt and x."""
     B, n, d = xs.shape
     draw = torch.Generator(xs.device).manual_seed(0)
 
-    def uniform(n_in, *shape):
-        numbers = torch.rand(B, *shape, generator=draw, device=xs.device)
-        return ((2 * numbers - 1) / math.sqrt(n_in)).requires_grad_()
+    def linear(n_in, n_out):
+        """Weights and biases of a layer for each prompt, begun as torch begins nn.Linear."""
+        parameters = []
+        for rows in (n_in, 1):
+            numbers = torch.rand(B, rows, n_out, generator=draw, device=xs.device)
+            parameters.append(((2 * numbers - 1) / math.sqrt(n_in)).requires_grad_())
+        return parameters
 
     out = torch.zeros_like(ys)
     for i in range(1, n):                                               # no loop over prompts
-        W1, b1 = uniform(d, d, hidden), uniform(d, 1, hidden)
-        W2, b2 = uniform(hidden, hidden, 1), uniform(hidden, 1, 1)
+        W1, b1 = linear(d, hidden)
+        W2, b2 = linear(hidden, 1)
 
         def f(x):                                                       # (B, batch, d)
             return (((x @ W1 + b1).relu() @ W2) + b2)[..., 0]
@@ -890,26 +894,27 @@ def verdict(task, runs):
     loops, and whether it matches others: if its median over seeds is less than 1.3 times theirs."""
     at_b, at_10b, others = {}, {}, {}                        # errors of all seeds, by model
     for run in runs:
-        name, b, results = in_words(run), passes(run.args), run.results
-        if b == 1:
-            others.setdefault(name, []).append(results["curve"][0][-1])
+        name, by_loops = in_words(run), run.results.get("by_loops")
+        if by_loops:
+            at_b.setdefault(name, []).append(by_loops[passes(run.args) - 1])
+            at_10b.setdefault(name, []).append(by_loops[-1])
         else:
-            at_b.setdefault(name, []).append(results["by_loops"][b - 1])
-            at_10b.setdefault(name, []).append(results["by_loops"][-1])
-    for name, ys in runs[0].results["baselines"].items():
-        if name == "least squares":
-            others[name] = ys[-1:]
-    for name, errors in at_b.items():
-        error, later = statistics.median(errors), statistics.median(at_10b[name])
-        answer = "its answer stays" if later < 1.3 * error else "its answer is lost"
-        if error > 0.9:
-            answer = "it has learned nothing"                # to answer 0 scores 1
-        text = (f"{task}, {name}: error {common.spread(errors)} after b loops, as in training, "
-                f"{common.spread(at_10b[name])} after 10 b: {answer}.")
+            others.setdefault(name, []).append(run.results["curve"][0][-1])
+    baselines = runs[0].results["baselines"]
+    if "least squares" in baselines:
+        others["least squares"] = baselines["least squares"][-1:]
+    for name in at_b:
+        error = statistics.median(at_b[name])
+        answer = "its answer stays"
+        if error > 0.9:                                                 # to answer 0 scores 1
+            answer = "it has learned nothing"
+        elif statistics.median(at_10b[name]) > 1.3 * error:
+            answer = "its answer is lost"
+        common.say(f"{task}, {name}: error {common.spread(at_b[name])} after b loops, as in "
+                   f"training, {common.spread(at_10b[name])} after 10 b: {answer}.")
         for other, theirs in others.items():
             matched = "matched" if error < 1.3 * statistics.median(theirs) else "not matched"
-            text += f" {other}: {common.spread(theirs)}, {matched}."
-        common.say(text)
+            common.say(f"    {other}: {common.spread(theirs)}, {matched}")
 
 def show(runs):
     """Prints the tables of each task and what they say, and draws the curves in one figure."""

@@ -828,10 +828,9 @@ def made_up(b, by_loops, error, *flags):
 
 
 def test_the_verdict_follows_from_the_numbers(capsys):
-    standard = made_up(0, [], 0.06, *SMALL, "--model", "standard")
-    stays, lost, nothing = ([0.3] * 9 + [x] for x in (0.3, 0.5, 0.3))
-    for by_loops, error, words in [([0.07] * 10, 0.07, "its answer stays. 12 layers: 0.060, matched. least squares: 0.010, not matched"),
-                                   ([0.08] * 10, 0.08, "its answer stays. 12 layers: 0.060, not matched."),
+    standard = made_up(0, [], 0.06, *SMALL, *LAYERS, "--model", "standard")
+    for by_loops, error, words in [([0.07] * 10, 0.07, "its answer stays.\n    2 layers: 0.060, matched\n    least squares: 0.010, not matched"),
+                                   ([0.08] * 10, 0.08, "its answer stays.\n    2 layers: 0.060, not matched"),
                                    ([0.07] * 9 + [0.2], 0.07, "after b loops, as in training, 0.200 after 10 b: its answer is lost"),
                                    ([0.95] * 10, 0.95, "it has learned nothing")]:
         looped_icl.verdict("linear", [made_up(4, by_loops, error, *TINY), standard])
