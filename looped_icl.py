@@ -855,11 +855,11 @@ def by_loops(runs):
 def figures(task, runs):
     """The panels of a task: {title: (settings of the axis, curves)}."""
     error = "fraction of wrong labels" if task == "openml" else "squared error / variance of y"
-    axis = dict(ylabel=error, yscale="log", ylim=(3e-4, 5))
-    panels = {
-        f"{task}, by examples": (dict(axis, xlabel="examples"), by_examples(task, runs)),
-        f"{task}, all examples": (dict(axis, xlabel="loops", xscale="log"), by_loops(runs)),
-    }
+    axis = dict(xlabel="examples", ylabel=error, yscale="log", ylim=(3e-4, 5))
+    panels = {f"{task}, by examples": (axis, by_examples(task, runs))}
+    if any(passes(run.args) > 1 for run in runs):
+        axis = dict(axis, xlabel="loops", xscale="log")
+        panels[f"{task}, all examples"] = axis, by_loops(runs)
     axis = dict(xlabel="loop or layer", ylabel="error of a probe / square of its target")
     for run in runs:
         for target, ys in run.results.get("probe", {}).items():
@@ -903,6 +903,8 @@ def verdict(task, runs):
     baselines = runs[0].results["baselines"]
     if "least squares" in baselines:
         others["least squares"] = baselines["least squares"][-1:]
+    if not at_b:
+        common.say(f"{task}: no looped model here to compare")
     for name in at_b:
         error = statistics.median(at_b[name])
         answer = "its answer stays"
