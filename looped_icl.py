@@ -6,8 +6,8 @@ One transformer block, looped b times with the prompt added anew at every loop, 
 transformer at in-context regression with less than a tenth of its parameters. It keeps its answer
 when looped far past b: it has learned an iterative algorithm with a fixed point. The quick preset
 shows the fixed point: the error with all examples falls towards that of least squares, 0, and is
-the same at b and at 10 b loops, as the last line says. It does not show that the loop matches 12
-layers, which have a lower error there; --preset medium is for that.
+about the same at b and at 10 b loops; the last lines of the output say so. It does not show that
+the loop matches 12 layers, which have a lower error there; --preset medium is for that.
 
     python looped_icl.py                                two dimensions, in minutes
     python looped_icl.py --inject none                  our own variant: lost past b loops
@@ -669,6 +669,11 @@ def read_table(path, n_dims=20):
     features = np.pad(features, ((0, 0), (n_dims - n_features, 0)))
     return np.column_stack([features, labels]).astype(np.float32)
 
+def download(url):
+    """The text at an address. OSError."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return answer.read().decode("utf-8", "replace")
+
 def fetch(number, folder):
     """Downloads the OpenML data set of that id as folder/<id>.csv, if it is not there: the numeric
     columns but those that OpenML says to ignore, then the target. UsageError if that fails."""
@@ -697,11 +702,6 @@ def fetch(number, folder):
     except (OSError, ValueError, LookupError) as error:
         raise common.UsageError(f"--fetch {number}: {error}") from error
     common.write(path, file.getvalue().encode())
-
-def download(url):
-    """The text at an address. OSError."""
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        return answer.read().decode("utf-8", "replace")
 
 class Tables:
     """Prompts from real tables, all but the one held out: rows of one table, in random order,
@@ -907,13 +907,14 @@ def verdict(task, runs):
         common.say(f"{task}: no looped model here to compare")
     for name in at_b:
         error = statistics.median(at_b[name])
-        answer = "its answer stays"
+        answer = "its answer stays past the b loops of training"
         if error > 0.9:                                                 # to answer 0 scores 1
             answer = "it has learned nothing"
         elif statistics.median(at_10b[name]) > 1.3 * error:
-            answer = "its answer is lost"
-        common.say(f"{task}, {name}: error {common.spread(at_b[name])} after b loops, as in "
-                   f"training, {common.spread(at_10b[name])} after 10 b: {answer}.")
+            answer = "its answer is lost past the b loops of training"
+        common.say(f"{task}, {name}: {answer}")
+        common.say(f"    error after b: {common.spread(at_b[name])}, after 10 b: "
+                   f"{common.spread(at_10b[name])}")
         for other, theirs in others.items():
             matched = "matched" if error < 1.3 * statistics.median(theirs) else "not matched"
             common.say(f"    {other}: {common.spread(theirs)}, {matched}")

@@ -298,10 +298,10 @@ def test_least_squares_ignores_what_rounding_adds_to_a_subspace():
 
 
 def test_lasso_is_optimal_on_every_prefix():
-    alpha, d, B = 0.01, 20, 8
+    alpha, d, B = 0.01, 20, 3
     xs, ys = (x.double() for x in sample_prompts("sparse-linear", B, 24, d, generator(20_000)))
     unit = torch.eye(d).double().repeat(B, 1)[:, None]                           # (B d, 1, d)
-    for i in (1, 2, 3, 7, 12, 18, 19, 20, 23):
+    for i in (1, 3, 7, 12, 20):
         # predictions are x . w: ask at the unit vectors for w itself
         asked = torch.cat([xs[:, :i].repeat_interleave(d, 0), unit], 1)
         w = lasso(asked, F.pad(ys[:, :i].repeat_interleave(d, 0), (0, 1)), alpha)[:, -1].view(B, d)
@@ -723,7 +723,7 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys)
     for wanted in ("Lasso", "tree on x", "tree on signs", "2-layer network", "skewed covariance", "w (control)", "of 12 layers'"):
         assert wanted in out, wanted
     tables = out[out.index("linear: error"):]
-    assert max(map(len, tables.splitlines()[:-6])) <= 100                        # then come the verdicts
+    assert max(len(line) for line in tables.splitlines() if "figure: " not in line) <= 100
     assert (tmp_path / "looped_icl" / "errors.png").stat().st_size > 50_000
     # asked for again, all is read, and prints the same
     assert call_main(*flags) == results
@@ -829,12 +829,14 @@ def made_up(b, by_loops, error, *flags):
 
 def test_the_verdict_follows_from_the_numbers(capsys):
     standard = made_up(0, [], 0.06, *SMALL, *LAYERS, "--model", "standard")
-    for by_loops, error, words in [([0.07] * 10, 0.07, "its answer stays.\n    2 layers: 0.060, matched\n    least squares: 0.010, not matched"),
-                                   ([0.08] * 10, 0.08, "its answer stays.\n    2 layers: 0.060, not matched"),
-                                   ([0.07] * 9 + [0.2], 0.07, "after b loops, as in training, 0.200 after 10 b: its answer is lost"),
-                                   ([0.95] * 10, 0.95, "it has learned nothing")]:
-        looped_icl.verdict("linear", [made_up(4, by_loops, error, *TINY), standard])
+    for at_b, at_10b, words in [(0.07, 0.07, "its answer stays past the b loops of training\n    error after b: 0.070, after 10 b: 0.070\n"
+                                             "    2 layers: 0.060, matched\n    least squares: 0.010, not matched"),
+                                (0.08, 0.07, "    2 layers: 0.060, not matched"), (0.07, 0.2, "its answer is lost"),
+                                (0.95, 0.95, "it has learned nothing")]:
+        looped_icl.verdict("linear", [made_up(4, [at_b] * 9 + [at_10b], at_b, *TINY), standard])
         assert words in capsys.readouterr().out
+    looped_icl.verdict("linear", [standard])
+    assert "no looped model" in capsys.readouterr().out
 
 
 def test_the_papers_curves_stand_beside_ours_and_loops_are_counted_from_1(capsys):
