@@ -684,6 +684,7 @@ def fetch(number, folder):
     try:
         about = json.loads(download(f"{api}/{number}"))["data_set_description"]
         features = json.loads(download(f"{api}/features/{number}"))["data_features"]["feature"]
+        features.sort(key=lambda feature: int(feature["index"]))        # as the columns are
         target = about["default_target_attribute"]
         names = [feature["name"] for feature in features]
         columns = []

@@ -615,7 +615,7 @@ def serve(monkeypatch, arff, target="Class"):
     def urlopen(url, timeout):
         asked.append(url)
         if "features" in url:
-            return io.BytesIO(json.dumps({"data_features": {"feature": features}}).encode())
+            return io.BytesIO(json.dumps({"data_features": {"feature": features[::-1]}}).encode())
         about = dict(url="https://host/bank.arff", default_target_attribute=target)
         return io.BytesIO((json.dumps({"data_set_description": about}) if "json" in url else arff).encode())
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
