@@ -1,6 +1,5 @@
 """looped_icl.py: function classes and baselines against plain NumPy, what a loop and a window are, tables, the command."""
 import csv
-import http.client
 import io
 import json
 import math
@@ -155,13 +154,6 @@ def test_forward_agrees_with_numpy(inject, loops=3):
             np.testing.assert_allclose(predictions[i, b], expected, atol=1e-8)
 
 
-def test_the_first_loop_sees_the_prompt_however_it_enters():
-    xs, ys = sample_prompts("linear", 2, 6, 3, generator())
-    for inject in ("add", "multiply", "none"):
-        first = InContextTransformer(3, 6, 1, 2, 16, inject)(xs, ys, 1, 1)[0]
-        assert (first[0] - first[1]).abs().min() > 1e-6, inject
-
-
 def test_tied_is_the_whole_trunk_of_one_layer_applied_n_layer_times():
     args = settings(*SMALL, "--model", "tied", "--n-layer", "4", "--n-embd", "64")
     torch.manual_seed(0)
@@ -169,8 +161,8 @@ def test_tied_is_the_whole_trunk_of_one_layer_applied_n_layer_times():
     # the initialisation of one layer: N(0, 0.02 / sqrt(2)) for what writes to the residual stream
     assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2), rel=0.05)
     passes, trunk = [], model.trunk
-    model.trunk = lambda x, return_attn=False: passes.append(1) or trunk(x, return_attn)
-    assert looped_icl.MODELS["tied"](args) == (1, 4, "none") and looped_icl.curriculum(args, 0)[2] == 4
+    model.trunk = lambda x: passes.append(1) or trunk(x)
+    assert looped_icl.passes(args) == looped_icl.curriculum(args, 0)[2] == 4
     xs, ys = sample_prompts("linear", 2, 6, 3, generator())
     z = model.read_in(torch.stack([xs, F.pad(ys[..., None], (0, 2))], 2).flatten(1, 2)[:, :-1])
     for _ in range(4):
@@ -219,7 +211,7 @@ def test_loops_and_windows(inject):
         return
     trunk, calls = model.trunk, []
 
-    def detached(x, return_attn=False):                       # the same by hand: cut after the third loop
+    def detached(x):                       # the same by hand: cut after the third loop
         calls.append(1)
         z = trunk(x)
         return z.detach() if len(calls) == 3 else z
@@ -246,7 +238,7 @@ def test_autocast_leaves_a_window_its_gradient(monkeypatch):
     # the same loop without no_grad, cut by hand before the window
     trunk, calls = model.trunk, []
 
-    def detached(x, return_attn=False):
+    def detached(x):
         calls.append(1)
         z = trunk(x)
         return z.detach() if len(calls) == 3 else z
@@ -293,21 +285,6 @@ def test_least_squares_averaging_and_neighbours_agree_with_numpy():
             assert nearest_neighbors(xs, ys)[b, i].item() == pytest.approx(y[nearest].mean() if i else 0, abs=1e-5)
 
 
-def test_lasso_satisfies_its_optimality_conditions():
-    xs, ys = sample_prompts("sparse-linear", 4, 14, 6, generator())
-    alpha = 0.05
-    for i in (1, 4, 13):
-        # predictions are x . w: ask at the unit vectors for w itself
-        w = torch.stack([lasso(torch.cat([xs[:, :i], torch.eye(6)[j].expand(4, 1, 6)], 1),
-                               torch.cat([ys[:, :i], torch.zeros(4, 1)], 1), alpha)[:, -1] for j in range(6)], 1)      # (8, 6)
-        residual = ys[:, :i] - (xs[:, :i] @ w[..., None])[..., 0]
-        correlation = (xs[:, :i] * residual[..., None]).mean(1)
-        active = w.abs() > 1e-6
-        torch.testing.assert_close(correlation[active], alpha * w.sign()[active], atol=1e-3, rtol=0)
-        assert correlation.abs().max() < alpha + 1e-3 and active.any() and not active.all()
-    assert (lasso(xs, ys, alpha=100.0) == 0).all()
-
-
 def test_least_squares_ignores_what_rounding_adds_to_a_subspace():
     for name, xs, ys, _ in looped_icl.shifted_prompts(Prompts("linear", 6), 8, 15, generator()):
         ours = least_squares(xs, ys)
@@ -321,17 +298,18 @@ def test_least_squares_ignores_what_rounding_adds_to_a_subspace():
 
 
 def test_lasso_is_optimal_on_every_prefix():
-    alpha, d, B = 0.01, 20, 8
+    alpha, d, B = 0.01, 20, 3
     xs, ys = (x.double() for x in sample_prompts("sparse-linear", B, 24, d, generator(20_000)))
     unit = torch.eye(d).double().repeat(B, 1)[:, None]                           # (B d, 1, d)
-    for i in (1, 2, 3, 7, 12, 18, 19, 20, 23):
+    for i in (1, 3, 7, 12, 20):
         # predictions are x . w: ask at the unit vectors for w itself
         asked = torch.cat([xs[:, :i].repeat_interleave(d, 0), unit], 1)
         w = lasso(asked, F.pad(ys[:, :i].repeat_interleave(d, 0), (0, 1)), alpha)[:, -1].view(B, d)
         residual = ys[:, :i] - (xs[:, :i] @ w[..., None])[..., 0]
         correlation = (xs[:, :i] * residual[..., None]).mean(1)
-        assert correlation.abs().max() < alpha + 1e-7
-        torch.testing.assert_close(correlation[w != 0], alpha * w[w != 0].sign(), atol=1e-7, rtol=0)
+        assert correlation.abs().max() < alpha + 2e-4
+        torch.testing.assert_close(correlation[w != 0], alpha * w[w != 0].sign(), atol=2e-4, rtol=0)
+        assert (w != 0).any() and not (w != 0).all()
 
 
 def test_lasso_against_plain_coordinate_descent():
@@ -410,17 +388,6 @@ def test_the_networks_of_all_prompts_are_trained_as_one_would_be(monkeypatch):
                 optimizer.step()
         for b, network in enumerate(networks):
             assert network(xs[b, i])[0].item() == pytest.approx(ours[b, i].item(), abs=1e-4), (b, i)
-
-
-def test_the_trained_network_learns_from_its_own_prompt():
-    xs, ys = sample_prompts("relu-2nn", 20, 21, 2, generator())
-    ours = gd_network(xs, ys, hidden=50)
-    error = (ours - ys).square().mean(0) / 2
-    assert error[0] > 0.5 and error[-6:].mean() < 0.25                           # from 1 without examples
-    xs, ys = xs[:, -4:], ys[:, -4:].clone()
-    before = gd_network(xs, ys)[:, -1]
-    ys[:, -1] = 0                                                                # its own label is not looked at
-    torch.testing.assert_close(gd_network(xs, ys)[:, -1], before)
 
 
 # ---- Measurement ------------------------------------------------------------------------------------------------------
@@ -537,25 +504,13 @@ def test_the_probe_against_one_prompt_and_one_prefix_at_a_time(d, n):
 
 def test_errors_by_examples_at_converged_loops(tmp_path, capsys):
     usual, = call_main(*TINY, "--out-dir", tmp_path)
-    assert "looped, 4 loops" in capsys.readouterr().out
     results, = call_main(*TINY, "--eval-loops", "11", "--out-dir", tmp_path)
-    out = capsys.readouterr().out
-    assert "looped, 11 loops" in out and "resumed at step 60" in out             # on the checkpoint
-    assert results["curve_loops"] == 11 and usual["curve_loops"] == 4
+    assert "resumed at step 60" in capsys.readouterr().out                       # on the checkpoint
     assert results["curve"][0][-1] == pytest.approx(results["by_loops"][10], rel=1e-5)
     assert usual["curve"][0][-1] == pytest.approx(usual["by_loops"][3], rel=1e-5)
     assert results["by_loops"] == usual["by_loops"] and results["curve"] != usual["curve"]
-    call_main(*TINY, "--seed", "0", "1", "--out-dir", tmp_path)
-    again = looped_icl.main([*TINY, "--seed", "0", "1", "--out-dir", str(tmp_path)])
-    assert [run["curve_loops"] for run in again] == [4, 4]                       # without the flag: b again, for each seed
-
-
-def test_a_run_that_ends_within_its_curriculum_says_so(tmp_path, capsys):
-    call_main(*TINY, "--out-dir", tmp_path)
-    said = "ends its curriculum at 2 of 3 dimensions and 4 of 6 points; it is scored on all"
-    assert "ends its curriculum" not in capsys.readouterr().out
-    call_main(*TINY, "--n-dims", 3, "--dims-start", 2, "--curriculum-every", 1_000, "--out-dir", tmp_path)
-    assert said in capsys.readouterr().out
+    assert settings("--preset", "paper").eval_loops == 500
+    assert settings("--preset", "paper", "--task", "decision-tree").eval_loops == 200
 
 
 def test_the_probe_is_not_fitted_by_heart():
@@ -591,52 +546,41 @@ def write_table(path, rows=1_000, features=6, seed=0, edit=None):
 
 
 def test_tables_are_standardised_padded_and_split(tmp_path):
-    for number in range(3):
-        write_table(tmp_path / f"{number}.csv", 1_000 + 100 * number, 5 + number, number)
+    for number, name in enumerate(["720", "1462", "42192"]):                     # in the order of numbers
+        write_table(tmp_path / f"{name}.csv", 1_000 + 100 * number, 5 + number, number)
     tables = Tables(tmp_path, 1)
-    xs, ys, lengths = tables.parts["test"]
-    assert xs.shape == (1, 1_100, 20) and not xs[..., :14].any() and set(ys[0].tolist()) == {0, 1}
-    torch.testing.assert_close(xs[0, :, 14:].mean(0), torch.zeros(6), atol=1e-4, rtol=0)
-    torch.testing.assert_close(xs[0, :, 14:].var(0, correction=0), torch.ones(6))
-    assert tables.parts["train"][2].tolist() == [950, 1_140] and tables.parts["valid"][2].tolist() == [50, 60]
-    known = {part: {} for part in tables.parts}
-    for part, (xs, ys, lengths) in tables.parts.items():
-        for x, y, length in zip(xs, ys, lengths):
-            known[part].update(zip(map(tuple, x[:length].tolist()), y[:length].tolist()))
-    rows = {part: set(own) for part, own in known.items()}
-    assert not rows["train"] & rows["valid"] and not rows["train"] & rows["test"] and len(rows["train"]) == 2_090
-    known = known["train"]
+    assert tables.name == "1462"
+    xs, ys = tables.parts["test"][0][:, :-1], tables.parts["test"][0][:, -1]
+    assert xs.shape == (1_100, 20) and not xs[:, :14].any() and set(ys.tolist()) == {0, 1}
+    torch.testing.assert_close(xs[:, 14:].mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(xs[:, 14:].var(0, correction=0), torch.ones(6))
+    known = {part: {tuple(row[:-1]): row[-1] for row in rows.tolist()} for part, (rows, _, _) in tables.parts.items()}
+    assert [len(known[part]) for part in ("train", "valid", "test")] == [950 + 1_140, 50 + 60, 1_100]
+    assert not known["train"].keys() & known["valid"].keys() and not known["train"].keys() & known["test"].keys()
     xs, ys = tables.sample(300, 41, generator())
     narrow = 0
     for x, y in zip(xs.tolist(), ys.tolist()):
         assert len({tuple(row) for row in x}) == 41                              # no row twice
-        assert [known[tuple(row)] for row in x] == y
+        assert [known["train"][tuple(row)] for row in x] == y
+        assert len({any(row[13:15]) for row in x}) == 1                          # all of one table
         narrow += not any(row[13] for row in x)
     assert 100 < narrow < 200                                                    # both tables, about equally often
-    assert tables.name == "1"
-    with pytest.raises(ValueError, match="3 tables"):
-        Tables(tmp_path, 3)
-
-
-def test_tables_are_ordered_by_number(tmp_path):
-    for name in ["1462", "720", "42192", "725"]:
-        write_table(tmp_path / f"{name}.csv")
-    names = [Tables(tmp_path, held_out).name for held_out in range(4)]
-    assert names == ["720", "725", "1462", "42192"]
+    for wrong, message in [((tmp_path, 3), "3 tables"), ((tmp_path, 1, 20, 51), "--n-points")]:
+        with pytest.raises(ValueError, match=message):
+            Tables(*wrong)
 
 
 @pytest.mark.parametrize("edit, error", [
-    (lambda header, lines: lines.extend(lines * 10), "11000 rows are not in 1000 .. 10000"),
-    (lambda header, lines: lines[7].__setitem__(2, "?"), "row 9: not 6 numbers and a label"),
-    (lambda header, lines: lines[7].__setitem__(2, "1" * 200_000), "field larger than field limit"),
-    (lambda header, lines: lines[7].pop(), "row 9: not 6 numbers and a label"),
-    (lambda header, lines: lines[7].__setitem__(2, "1e999"), "row 9: not 6 numbers and a label"),
-    (lambda header, lines: header.__setitem__(slice(None), map(str, range(7))), "row 1: a header"),
-    (lambda header, lines: (header.clear(), lines.clear()), "row 1: a header"),
-    (lambda header, lines: [line.__setitem__(-1, "abc"[i % 3]) for i, line in enumerate(lines)], "column class: not two classes"),
-    (lambda header, lines: [line.__setitem__(-1, "a" if i % 4 else "b") for i, line in enumerate(lines)], "half of the other's rows"),
-    (lambda header, lines: [line.__delitem__(slice(2)) for line in [header, *lines]], "4 features"),
+    (lambda header, lines: lines.extend(lines * 10), "1,000 to 10,000 rows"),
+    (lambda header, lines: lines[7].__setitem__(2, "?"), "could not convert"),
+    (lambda header, lines: lines[7].pop(), "number of columns changed"),
+    (lambda header, lines: lines[7].__setitem__(2, "nan"), "finite numbers"),
+    (lambda header, lines: (header.clear(), lines.clear()), "rows"),
+    (lambda header, lines: [line.__setitem__(-1, "abc"[i % 3]) for i, line in enumerate(lines)], "two classes"),
+    (lambda header, lines: [line.__setitem__(-1, "a" if i % 4 else "b") for i, line in enumerate(lines)], "half as many rows"),
+    (lambda header, lines: [line.__delitem__(slice(2)) for line in [header, *lines]], "5 to --n-dims 20 features"),
 ])
+@pytest.mark.filterwarnings("ignore")                        # of an empty file
 def test_bad_tables_are_refused_with_file_and_reason(tmp_path, edit, error):
     write_table(tmp_path / "good.csv")
     write_table(tmp_path / "poor.csv", edit=edit)
@@ -646,116 +590,75 @@ def test_bad_tables_are_refused_with_file_and_reason(tmp_path, edit, error):
     assert error in line and "poor.csv" in line and "\n" not in line and not (tmp_path / "out").exists()
 
 
-def test_labels_that_differ_in_blanks_are_one_class(tmp_path):
-    write_table(tmp_path / "0.csv", edit=lambda header, lines: [line.__setitem__(-1, f" {line[-1]} ") for line in lines[::3]])
-    write_table(tmp_path / "1.csv")
-    for ours, expected in zip(looped_icl.read_table(tmp_path / "0.csv"), looped_icl.read_table(tmp_path / "1.csv")):
-        np.testing.assert_array_equal(ours, expected)
-
-
 ARFF = """% a comment
 @RELATION bank
 @ATTRIBUTE 'the age' NUMERIC
 @attribute Class {1, 2}
 @attribute job {'a b', c}
 @attribute height real
+@attribute id integer
 @DATA
-31.5, 1, 'a b', -2e3
+31.5, 1, 'a b', -2e3, 1
 % another
-40, 2, c, 7
+40, 2, c, 7, 2
 
 """
 
 
-def serve(monkeypatch, arff, target="Class", **more):
+def serve(monkeypatch, arff, target="Class"):
     """OpenML's API as its documentation shows it; returns the list of what is asked for."""
     asked = []
+    features = []
+    for i, (name, kind) in enumerate([("the age", "numeric"), ("Class", "nominal"), ("job", "nominal"), ("height", "numeric"), ("id", "numeric")]):
+        features.append(dict(index=str(i), name=name, data_type=kind, is_ignore="false", is_row_identifier=str(name == "id").lower()))
 
     def urlopen(url, timeout):
         asked.append(url)
-        about = dict(url="https://host/bank.arff", default_target_attribute=target, **more)
-        about = dict(data_set_description=about)
-        return io.BytesIO((json.dumps(about) if "json" in url else arff).encode())
+        if "features" in url:
+            return io.BytesIO(json.dumps({"data_features": {"feature": features[::-1]}}).encode())
+        about = dict(url="https://host/bank.arff", default_target_attribute=target)
+        return io.BytesIO((json.dumps({"data_set_description": about}) if "json" in url else arff).encode())
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return asked
 
 
 def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch):
     asked = serve(monkeypatch, ARFF)
-    looped_icl.fetch(1462, tmp_path / "tables")
-    assert asked == ["https://www.openml.org/api/v1/json/data/1462", "https://host/bank.arff"]
+    for _ in range(2):                                                           # what is there is not downloaded again
+        looped_icl.fetch(1462, tmp_path / "tables")
+    api = "https://www.openml.org/api/v1/json/data"
+    assert asked == [f"{api}/1462", f"{api}/features/1462", "https://host/bank.arff"]
     with open(tmp_path / "tables" / "1462.csv", newline="") as file:
-        assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "0"], ["40", "7", "1"]]
+        assert list(csv.reader(file)) == [["the age", "height", "Class"], ["31.5", "-2e3", "1"], ["40", "7", "2"]]
 
 
-def test_labels_keep_the_order_in_which_they_are_declared(tmp_path, monkeypatch):
-    for declared, expected in ("{'no way', yes}", ["1", "0"]), ("{yes,'no way'}", ["0", "1"]), ("numeric", ["yes", "no way"]):
-        serve(monkeypatch, f"@attribute a numeric\n@attribute Class {declared}\n@data\n1, yes\n2, 'no way'\n")
-        looped_icl.fetch(7, tmp_path)
-        assert [line.split(",")[-1] for line in (tmp_path / "7.csv").read_text().splitlines()[1:]] == expected
-
-
-
-@pytest.mark.parametrize("more, left", [
-    (dict(row_id_attribute="the age"), ["height", "Class"]),
-    (dict(ignore_attribute="height"), ["the age", "Class"]),
-    (dict(row_id_attribute="height", ignore_attribute=["the age"]), ["Class"]),
-])
-def test_fetch_leaves_out_row_ids_and_ignored_columns(tmp_path, monkeypatch, more, left):
-    serve(monkeypatch, ARFF, **more)
-    looped_icl.fetch(1462, tmp_path)
-    with open(tmp_path / "1462.csv", newline="") as file:
-        assert next(csv.reader(file)) == left
-
-
-def broken_off(url, timeout):
-    raise http.client.IncompleteRead(b"{")
-
-
-def no_data_set(url, timeout):
-    return io.BytesIO(b'{"error": {"code": "111"}}')
-
-
-@pytest.mark.parametrize("answer, reason", [(no_data_set, "OpenML 7: no such data set"), (broken_off, "IncompleteRead")])
-def test_an_answer_without_a_data_set_ends_in_one_line(tmp_path, monkeypatch, answer, reason):
-    monkeypatch.setattr("urllib.request.urlopen", answer)
-    with pytest.raises(common.UsageError) as stop:
-        call_main("--task", "openml", "--fetch", "7", "--data-dir", tmp_path / "tables")
-    assert reason in str(stop.value)
-
-
-@pytest.mark.parametrize("arff, target", [(ARFF, None), (ARFF.replace("40, 2, c, 7", "{0 40, 1 2}"), "Class"), ("<html>", "Class")])
+@pytest.mark.parametrize("arff, target", [(ARFF, None), (ARFF.replace("40, 2, c, 7, 2", "{0 40, 1 2}"), "Class")])
 def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch, arff, target):
     serve(monkeypatch, arff, target)
-    with pytest.raises(common.UsageError) as stop:
+    with pytest.raises(common.UsageError, match="--fetch 7: "):
         call_main("--task", "openml", "--fetch", "7", "--data-dir", tmp_path / "tables")
-    assert "OpenML 7: not a dense table" in str(stop.value)
     assert not (tmp_path / "tables").exists()
 
 
-def test_fetch_without_ids_is_the_papers_tables(tmp_path, monkeypatch):
-    fetched = []
-    monkeypatch.setattr(looped_icl, "fetch", lambda number, folder: fetched.append(number) or write_table(Path(folder, f"{number}.csv")))
-    flags = [*TINY, "--task", "openml", "--n-dims", "20", "--steps", "1", "--data-dir", tmp_path / "tables", "--out-dir", tmp_path]
-    result, = call_main(*flags, "--fetch")
-    assert [int(number) for number in fetched] == [720, 725, 737, 803, 807, 816, 819, 847, 871, 42192]
-    call_main(*flags, "--fetch", "7", "720")
-    assert fetched[10:] == [7]                                                   # what is there is not downloaded again
-    assert result["settings"]["fetch"] is None                                   # a run does not depend on it
-
-
-def test_ten_tables_leave_one_out(tmp_path, capsys):
-    for number in looped_icl.published(looped_icl.ACCURACY)["looped"]:
-        write_table(tmp_path / "tables" / f"{number}.csv", seed=int(number))
+def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
+    def fetch(number, folder):
+        write_table(Path(folder, f"{number}.csv"), seed=int(number))
+    monkeypatch.setattr(looped_icl, "fetch", fetch)
     small = ["--n-embd", "16", "--n-head", "2", "--loops", "2", "--window", "1", "--steps", "5", "--batch-size", "4", "--n-eval", "50"]
-    flags = ["--preset", "paper", "--task", "openml", "--data-dir", tmp_path / "tables", "--held-out", "0", "9", *small]
+    flags = ["--preset", "paper", "--task", "openml", "--fetch", "--data-dir", tmp_path / "tables", "--held-out", "0", "9", *small, "--eval-loops", "2"]
     results = call_main(*flags, "--out-dir", tmp_path / "out")
+    assert len(list((tmp_path / "tables").iterdir())) == 10 and results[0]["settings"]["fetch"] is None
     out = capsys.readouterr().out
-    rows = [line.split() for line in out[out.index("openml: the fraction"):].splitlines() if "table" in line][:2]
-    assert [(row[2].strip(","), row[-3]) for row in rows] == [("720", "0.662"), ("42192", "0.648")]         # the paper's
-    assert [float(row[-4]) for row in rows] == pytest.approx([1 - result["curve"][0][-1] for result in results], abs=1e-3)
+    rows = [line.split() for line in out[out.index("openml: error"):].splitlines() if ", table" in line]
+    assert [(row[2], row[7]) for row in rows] == [("720", "0.338"), ("42192", "0.352")]         # the paper's, 1 - accuracy
+    task, model = looped_icl.load(results[1]["folder"])
+    xs, ys = task.sample(50, 41, generator(20_000), part="test")
+    wrong = model(xs, ys, 2)[0].argmax(-1) != ys
+    assert results[1]["curve"][0] == pytest.approx(wrong.double().mean(0).tolist())
+    for model, total in ("standard", 5.392), ("looped", 5.649):                  # of ten accuracies
+        assert sum(looped_icl.ACCURACY[model].values()) == pytest.approx(total)
     call_main(*flags, "--n-points", 11, "--points-start", 11, "--out-dir", tmp_path / "out")
-    assert "0.662" not in capsys.readouterr().out                               # other prompts than the paper's
+    assert "paper" not in capsys.readouterr().out.split("openml: error")[1]      # other prompts than the paper's
 
 
 # ---- Training and the command -----------------------------------------------------------------------------------------
@@ -771,9 +674,9 @@ def test_the_curriculum_of_the_paper():
     assert (args.loops, args.window, args.steps, args.batch_size, args.lr) == (70, 15, 500_000, 64, 1e-4)
     assert at(0) == (20, 26, 15) and at(499_999) == (20, 101, 70)
     args = settings()                                                            # nothing grows but the loops
-    assert args.curriculum_every is None and at(0) == (2, 6, 6) and at(419) == (2, 6, 18) and at(420) == at(1_099) == (2, 6, 20)
+    assert at(0) == (2, 6, 6) and at(419) == (2, 6, 18) and at(420) == at(1_099) == (2, 6, 20)
     args = settings("--dims-start", "1")
-    assert args.curriculum_every == 700 and at(0) == (1, 6, 6) and at(700) == (2, 6, 20)
+    assert at(0) == (1, 6, 6) and at(700) == (2, 6, 20)
 
 
 @pytest.mark.parametrize("flags, expected", [(["--schedule", "constant", "--warmup", "0"], [1, 1, 1, 1]),
@@ -782,7 +685,9 @@ def test_learning_rates(tmp_path, monkeypatch, flags, expected):
     rates = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(float(self.param_groups[0]["lr"]) / 1e-2), step(self))[1])
-    call_main(*TINY, "--lr", "1e-2", "--steps", "30", "--out-dir", tmp_path, *flags)
+    result, = call_main(*TINY, "--lr", "1e-2", "--beta2", "0.9", "--steps", "30", "--out-dir", tmp_path, *flags)
+    group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["betas"] == (0.9, 0.9)
     assert [rates[0], rates[15], rates[15], rates[29]] == pytest.approx(expected, abs=0.005) and len(rates) == 30
 
 
@@ -800,18 +705,10 @@ def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
     assert metrics[-1]["error"] < metrics[0]["error"]                            # on the same prompts
 
 
-def test_a_loaded_run_predicts_and_shows_its_attention(tmp_path):
+def test_a_loaded_run_predicts_as_its_results_say(tmp_path):
     results, = call_main(*TINY, "--out-dir", tmp_path)
     task, model = looped_icl.load(results["folder"])
     assert not model.training
-    xs, ys = task.sample(2, 6, generator())
-    predictions, attns = model(xs, ys, loops=4, return_attn=True)
-    torch.testing.assert_close(predictions, model(xs, ys, loops=4))
-    assert len(attns) == 4 and attns[0].shape == (2, 2, 11, 11)
-    for attn in attns:
-        torch.testing.assert_close(attn.sum(-1), torch.ones(2, 2, 11))
-        assert not attn.triu(1).any()
-    # the errors that the run reports are those of the loaded model
     xs, ys = task.sample(20, 6, generator(20_000), part="test")
     ours = (model(xs, ys, 4)[0] - ys).square().mean(0) / 3
     assert ours.tolist() == pytest.approx(results["curve"][0], rel=1e-4)
@@ -823,27 +720,14 @@ def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys)
     results = call_main(*flags)
     out = capsys.readouterr().out
     assert len(results) == 10
-    for wanted in ("Lasso", "tree on x", "tree on signs", "2-layer network", "skewed covariance", "w (control)",
-                   "looped, 4 loops", "90% interval", "2 layers", "of 12 layers'"):
+    for wanted in ("Lasso", "tree on x", "tree on signs", "2-layer network", "skewed covariance", "w (control)", "of 12 layers'"):
         assert wanted in out, wanted
-    tables = out[out.index("linear: the squared"):]
-    assert max(map(len, tables.splitlines()[:-1])) <= 100
+    tables = out[out.index("linear: error"):]
+    assert max(len(line) for line in tables.splitlines() if "figure: " not in line) <= 100
     assert (tmp_path / "looped_icl" / "errors.png").stat().st_size > 50_000
     # asked for again, all is read, and prints the same
     assert call_main(*flags) == results
     assert capsys.readouterr().out == "\n" + tables
-
-
-def test_all_models_of_a_preset_have_one_learning_rate():
-    for preset, lr in ("quick", 8e-3), ("medium", 2e-3), ("paper", 1e-4):
-        runs = runs_of("--preset", preset, "--model", *looped_icl.MODELS, "--inject", "add", "none")
-        assert len(runs) == 4 and {run.args.lr for run in runs} == {lr}
-
-
-def test_seeds_are_one_column_with_their_range(tmp_path, capsys):
-    results = call_main(*TINY, "--steps", "10", "--seed", "0", "1", "2", "--out-dir", tmp_path)
-    errors = [result["curve"][0][-1] for result in results]
-    assert len(set(errors)) == 3 and common.spread(errors) in capsys.readouterr().out
 
 
 def test_models_without_loops_are_trained_once_whatever_the_injection(tmp_path):
@@ -851,22 +735,14 @@ def test_models_without_loops_are_trained_once_whatever_the_injection(tmp_path):
     assert [(run.args.model, run.args.inject) for run in runs] == [("looped", "add"), ("looped", "none"), ("standard", None), ("tied", None)]
 
 
-def test_a_new_function_class_is_one_entry(tmp_path, monkeypatch, capsys):
+def test_a_new_function_class_is_a_function_and_a_row(tmp_path, monkeypatch, capsys):
     def square(xs, generator):
         """(w . x)^2 of one coordinate."""
         return looped_icl.randn(generator, len(xs), 1) * xs[..., 0].square()
-    toy = looped_icl.FunctionClass(square, lambda d: 1, ["averaging", "Lasso"], dict(looped_icl.SHORT, loops=2, window=1, steps=6, batch_size=4))
-    monkeypatch.setitem(looped_icl.TASKS, "square", toy)
-    result, = call_main("--preset", "paper", "--task", "square", "--n-embd", "16", "--n-dims", "2", "--dims-start", "1", "--n-points", "5",
-                        "--n-eval", "20", "--eval-loops", "9", "--ood", "--out-dir", tmp_path)
-    assert list(result["baselines"]) == ["averaging", "Lasso"] and len(result["by_loops"]) == 20
-    assert metrics_of(result)[-1]["step"] == 6
-    assert "square: squared error" in capsys.readouterr().out
-    monkeypatch.setitem(looped_icl.TASKS, "square", looped_icl.FunctionClass(square, lambda d: 1, ["Lassoo"], toy.settings))
-    with pytest.raises(KeyError, match="Lassoo"):                                # before it trains
-        call_main("--preset", "paper", "--task", "square", "--out-dir", tmp_path)
-    with pytest.raises(KeyError, match="cube"):
-        sample_prompts("cube", 2, 5, 3, generator())
+    monkeypatch.setitem(looped_icl.TASKS, "square", looped_icl.FunctionClass(square, lambda d: 1, ["averaging", "Lasso"]))
+    result, = call_main(*TINY, "--task", "square", "--steps", "2", "--ood", "--out-dir", tmp_path)
+    assert list(result["baselines"]) == ["averaging", "Lasso"] and len(result["by_loops"]) == 40
+    assert "square: error" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -879,48 +755,20 @@ def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thr
     assert by_loops[10 * b - 1] < 1.3 * by_loops[b - 1] < by_loops[0] / 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_graph_and_bfloat16(tmp_path):
-    call_main(*BOTH, "--device", "cuda", "--compile", "--dtype", "bfloat16", "--out-dir", tmp_path)
-
-
 # ---- What is trained on, measured and shown, once more in plain code --------------------------------------------------
 
 @pytest.mark.parametrize("flags, line", [
     (["--n-head", "3"], "n_embd 16 is not divisible by n_head 3"),
-    (["--n-points", "1"], "--n-points: 1 is not from 2"),
+    (["--n-points", "0"], "--n-points: 0 is not from 1"),
     (["--task", "linear", "openml", "--data-dir", "nowhere"], "nowhere has 0 tables"),
     (["--model", "standard", "--inject", "none"], "has no effect on what was asked for"),
-    (["--n-layer", "3"], "--n-layer has no effect"),
-    (["--held-out", "1"], "--held-out has no effect"),
-    (["--fetch", "720"], "--fetch has no effect"),
     (["--task", "decision-tree", "--dims-start", "3"], "--dims-start has no effect"),
-    (["--points-start", "6", "--n-dims", "2", "--curriculum-every", "3"], "--curriculum-every has no effect"),
     (["--schedule", "linear"], "invalid choice"),
 ])
 def test_what_cannot_be_is_one_line_before_anything_is_written(flags, line, tmp_path):
     with pytest.raises(common.UsageError) as error:
         call_main(*TINY, *flags, "--out-dir", tmp_path)
     assert line in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_a_part_is_at_most_the_whole():
-    args = settings("--n-points", "4", "--n-dims", "1", "--loops", "3")          # the curriculum begins at 6 and 2
-    assert looped_icl.curriculum(args, 0) == looped_icl.curriculum(args, 1_099) == (1, 4, 3)
-    model = InContextTransformer(3, 6, 1, 2, 16)
-    xs, ys = sample_prompts("linear", 4, 6, 3, generator())
-    torch.testing.assert_close(model(xs, ys, 3, 6), model(xs, ys, 3, 3))         # a window of all loops
-
-
-def test_a_table_held_out_is_what_accuracy_is_measured_on(tmp_path):
-    for i in range(2):
-        write_table(tmp_path / f"{i}.csv", seed=i)
-    flags = ["--task", "openml", "--n-dims", "20", "--steps", "2", "--data-dir", tmp_path, "--out-dir", tmp_path / "out"]
-    result, = call_main(*TINY, *flags)
-    task, model = looped_icl.load(result["folder"])
-    xs, ys = task.sample(20, 6, generator(20_000), part="test")
-    wrong = model(xs, ys, 4)[0].argmax(-1) != ys
-    assert result["curve"][0] == pytest.approx(wrong.double().mean(0).tolist())
 
 
 def test_errors_baselines_and_other_inputs_are_means_over_all_prompts_in_units_of_the_variance(tmp_path):
@@ -933,12 +781,11 @@ def test_errors_baselines_and_other_inputs_are_means_over_all_prompts_in_units_o
         return (predictions - ys).square().div(3).mean(0).tolist()
     assert result["curve"][0] == pytest.approx(mean(model(xs, ys, 4)[0]), rel=1e-4)
     assert len(result["by_loops"]) == 40
-    for name, curves in result["baselines"].items():
-        assert curves[0] == pytest.approx(mean(looped_icl.BASELINES[name](xs, ys)), rel=1e-4)
+    for name, curve in result["baselines"].items():
+        assert curve == pytest.approx(mean(looped_icl.BASELINES[name](xs, ys)), rel=1e-4)
     for name, x, y, variance in looped_icl.shifted_prompts(task, 300, 6, draw):
-        for key, predictions in ("ood", model(x, y, 4)[0]), ("ood of least squares", least_squares(x, y)):
-            expected = (predictions - y)[:, -1].square().mean().item() / variance
-            assert result[key][name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        for ours, predictions in zip(result["ood"][name], [model(x, y, 4)[0], least_squares(x, y)]):
+            assert ours == pytest.approx((predictions - y)[:, -1].square().mean().item() / variance, rel=1e-4, abs=1e-6)
     twelve = InContextTransformer(3, 6, 12, 2, 16)
     assert result["n_params_12"] == sum(p.numel() for p in twelve.parameters())
 
@@ -971,69 +818,43 @@ def test_the_loss_is_the_mean_over_loops_prompts_and_points():
     torch.testing.assert_close(looped_icl.loss_of(logits, labels.float()), expected)
 
 
-def test_the_settings_and_numbers_of_the_paper():
-    xs, ys = sample_prompts("sparse-linear", 4, 9, 6, generator())
-    assert torch.equal(lasso(xs, ys), lasso(xs, ys, 0.01))
-    keys = ["loops", "window", "n_points", "points_start", "points_step", "steps", "batch_size"]
-    paper = {name: tuple(row.settings[key] for key in keys) for name, row in looped_icl.TASKS.items()}
-    assert paper == {"linear": (20, 15, 41, 11, 2, 500_000, 64), "noisy-linear": (20, 15, 41, 11, 2, 500_000, 64),
-                     "sparse-linear": (20, 10, 41, 11, 2, 500_000, 64), "decision-tree": (70, 15, 101, 26, 5, 500_000, 64),
-                     "relu-2nn": (12, 5, 101, 26, 5, 500_000, 64), "openml": (30, 15, 41, 41, 2, 100_000, 40)}
-    for model, total in ("standard", 5.392), ("looped", 5.649):                  # of ten accuracies
-        assert sum(looped_icl.published(looped_icl.ACCURACY)[model].values()) == pytest.approx(total)
-
-
-def shown(capsys, *runs):
-    """The tables of made-up runs, lists of rows of words by title; and the panels."""
-    panels = looped_icl.show_curves(runs[0].args.task, runs)
-    tables = [table.splitlines() for table in capsys.readouterr().out.split("\n\n")]
-    return [[line.split() for line in table if line] for table in tables], panels
-
-
-def made_up(b, *flags):
+def made_up(b, by_loops, error, *flags):
     """A run with made-up results."""
     run, = runs_of(*flags)
     n = run.args.n_points
-    run.results = dict(curve=[[0.25] * n] * 3, by_loops=[0.5] * 10 * b, baselines={"averaging": [[0.75] * n] * 3})
+    run.results = dict(curve=[[error] * n] * 3, by_loops=by_loops * b, baselines={"least squares": [0.01] * n}, prompts="linear")
+    run.results.update(n_params=1, n_params_12=10)
     return run
 
 
-def test_examples_count_from_0_and_loops_from_1(capsys):
-    tables, panels = shown(capsys, made_up(4, *TINY))
-    by_examples, by_loops = [[list(x) for _, x, _, _ in curves] for _, curves in panels.values()]
-    assert by_examples == [[0, 1, 2, 3, 4, 5]] * 2 and by_loops == [list(range(1, 41))]
-    assert [row[1] for row in tables[0][2:]] == ["0", "1", "2", "3", "4", "5"]
-    assert [row[1] for row in tables[2][2:5]] == ["1", "2", "4"]
+def test_the_verdict_follows_from_the_numbers(capsys):
+    standard = made_up(0, [], 0.06, *SMALL, *LAYERS, "--model", "standard")
+    for at_b, at_10b, words in [(0.07, 0.07, "its answer stays past the b loops of training\n    error after b: 0.070, after 10 b: 0.070\n"
+                                             "    2 layers: 0.060, matched\n    least squares: 0.010, not matched"),
+                                (0.08, 0.07, "    2 layers: 0.060, not matched"), (0.07, 0.2, "its answer is lost"),
+                                (0.95, 0.95, "it has learned nothing")]:
+        looped_icl.verdict("linear", [made_up(4, [at_b] * 9 + [at_10b], at_b, *TINY), standard])
+        assert words in capsys.readouterr().out
+    looped_icl.verdict("linear", [standard])
+    assert "no looped model" in capsys.readouterr().out
 
 
-def test_curves_of_fewer_loops_end_and_the_papers_stand_beside_ours(capsys):
-    runs = made_up(20, "--preset", "paper"), made_up(12, "--preset", "paper", "--model", "tied")
-    assert runs[0].args.eval_loops == 500 and settings("--preset", "paper", "--task", "decision-tree").eval_loops == 200
-    assert settings().eval_loops == 20 and settings("--loops", "7").eval_loops == 7
-    (by_examples, baselines, by_loops), panels = shown(capsys, *runs)
-    rows = {row[1]: row[2:] for row in by_examples[2:]}
-    assert rows["0"] == ["0.250", "0.250"] and rows["19"] == ["0.250", "0.250", "0.060", "0.059"]
-    assert rows["30"] == ["0.250", "0.250", "0.001", "0.001"] and baselines[3][2:] == ["0.750"]
-    rows = {row[1]: row[2:] for row in by_loops[2:]}
-    assert rows["120"] == ["0.500", "0.500"] and rows["200"] == ["0.500"]
-    _, curves = panels["linear, by examples"]
-    assert [label for label, *_ in curves] == ["looped, 500 loops", "12 layers, tied", "paper, looped", "paper, standard", "averaging"]
-    _, panels = shown(capsys, made_up(20, "--preset", "paper", "--n-dims", "10"))
-    assert not any("paper" in label for label, *_ in panels["linear, by examples"][1])           # another setting
-
-
-def test_published_curves_have_a_number_for_every_example():
-    for task, text in looped_icl.CURVES.items():
-        header, *rows = [line.split() for line in text.strip().splitlines()]
-        assert [row[0] for row in rows] == ["looped", "standard"] and {len(row) for row in rows} == {len(header)}
-        assert max(map(int, header[1:])) < looped_icl.TASKS[task].settings["n_points"]
-        for name, *numbers in rows:
-            assert [float(number) for number in numbers] == list(looped_icl.published(text)[name].values())
-            values = list(map(float, numbers))
-            assert values == sorted(values, reverse=True)                        # the error falls
-
-
-def test_the_optimizer_is_told_what_the_flags_say(tmp_path):
-    result, = call_main(*TINY, "--beta2", "0.9", "--steps", "1", "--out-dir", tmp_path)
-    group, = torch.load(Path(result["folder"]) / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert group["betas"] == (0.9, 0.9)
+def test_the_papers_curves_stand_beside_ours_and_loops_are_counted_from_1(capsys):
+    runs = [made_up(20, [0.5] * 10, 0.25, "--preset", "paper"), made_up(12, [0.4] * 10, 0.25, "--preset", "paper", "--model", "tied")]
+    panels = looped_icl.figures("linear", runs)
+    (axis, by_examples), (_, by_loops) = panels.values()
+    assert [label for label, *_ in by_examples] == ["looped", "1 layer 12 times", "paper, looped", "paper, standard", "least squares"]
+    assert [list(xs) for label, xs, _, _ in by_loops] == [list(range(1, 201)), [20], list(range(1, 121)), [12]]
+    looped_icl.print_curves("title", axis["xlabel"], by_examples)
+    rows = {line.split()[1]: line.split()[2:] for line in capsys.readouterr().out.splitlines()[3:]}
+    assert rows["0"] == ["0.250", "0.250", "0.010"] and rows["40"] == ["0.250", "0.250", "0.010", "0.001", "0.001"]
+    assert rows["19"] == ["0.250", "0.250", "0.010", "0.060", "0.059"]
+    looped_icl.print_curves("title", "loops", by_loops)
+    rows = {line.split()[1]: line.split()[2:] for line in capsys.readouterr().out.splitlines()[3:]}
+    assert rows["1"] == rows["20"] == rows["120"] == ["0.500", "0.400"] and rows["200"] == ["0.500"]
+    other = looped_icl.by_examples("linear", [made_up(20, [0.5] * 10, 0.25, "--preset", "paper", "--n-dims", "10")])
+    assert not any("paper" in label for label, *_ in other)                      # another setting
+    for task, table in looped_icl.CURVES.items():
+        for curve in table.values():                                             # the errors fall
+            values = list(curve.values())
+            assert values == sorted(values, reverse=True) and max(map(int, curve)) < looped_icl.SETTINGS[task]["n_points"]
