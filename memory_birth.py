@@ -154,7 +154,8 @@ class BigramTask:
         generator is one of the task's device."""
         B, T, V, K = batch, self.seq_len, self.vocab_size, self.k
         how = dict(generator=generator, device=self.device)
-        if self.triggers == "random":          # K draws without replacement: a race, rates pi_u
+        if self.triggers == "random":
+            # K draws without replacement: times at rates pi_u, of which the K earliest win
             times = torch.empty(B, V, device=self.device).exponential_(generator=generator)
             q = (times / self.unigram).topk(K, largest=False).indices            # (B, K)
         else:
@@ -503,8 +504,8 @@ def measure(args, run):
 
 # ---- Theorem 3: three gradient steps (Sec. 6, App. B) -------------------------------------------
 
-# The theorem's setting, and what breaks it: embeddings that overlap; sequences stuck in a loop.
-# The embeddings, and whether there are self-loops in training
+# The theorem's setting, and two that break it, by embeddings that overlap or by sequences stuck in
+# a loop: (embeddings, whether training has self-loops)
 CASES = {
     "theorem": ("orthonormal", False),
     "gaussian": ("gaussian", False),
@@ -539,13 +540,13 @@ def theorem_init_(model, embedding):
     model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)           # b_i -> b_{i+n}
     model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
 
-# The steps: the matrix, what it gives all pairs, the diagonal on which those stand that it should
-# hold, and the mean that they get: of a logit, then of attention scores. (A logit above 1 makes the
-# model too sure of its answer for the gradients after it.)
+# A step's matrix, its scores for all pairs, the diagonal of the scores with the right pairs, and
+# the mean that the step gives these: of logits, then of attention scores. (Logits above 1 make the
+# model too sure of its answer for the gradients of the next steps.)
 STEPS = [
-    ("W_O2", output_scores, 0, 1.0),                         # v, v
-    ("W_K2", key_scores, 0, 5.0),                            # q, q
-    ("W_K1", position_scores, -1, 20.0),                     # t, t - 1
+    ("W_O2", output_scores, 0, 1.0),                         # pairs v, v
+    ("W_K2", key_scores, 0, 5.0),                            # pairs q, q
+    ("W_K1", position_scores, -1, 20.0),                     # pairs t, t - 1
 ]
 
 def three_steps(args, seed, case):
@@ -582,7 +583,7 @@ def three_steps(args, seed, case):
                 F.cross_entropy(logits, z[:, 1:][at], reduction="sum").backward(inputs=[W])
         with torch.no_grad():
             W.copy_(-W.grad)
-            mean = scores(model).diagonal(diagonal).mean().abs()     # the gradient gives the sign
+            mean = scores(model).diagonal(diagonal).mean().abs()     # keeps the gradient's sign
             if name != "W_O2":
                 mean /= math.sqrt(args.n_embd)               # as attention scores are
             if not 0 < mean < math.inf:
@@ -683,7 +684,7 @@ def verdict(run):
         levels = [f"{key} {born[0][key]:.2f}" for key in memories]
         last = min(memories, key=born[0].get)
         said.append(f"When the accuracy passes one half, at step {born[0]['step']}: "
-                    f"{', '.join(levels)}; {last} is behind (in the paper wk1).")
+                    f"{', '.join(levels)}; the last is {last}, in the paper wk1.")
     said.append(f"The accuracy ends at {run.results['accuracy']:.3f}.")
     return " ".join(said)
 
