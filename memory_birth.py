@@ -684,7 +684,7 @@ def verdict(run):
         levels = [f"{key} {born[0][key]:.2f}" for key in memories]
         last = min(memories, key=born[0].get)
         said.append(f"When the accuracy passes one half, at step {born[0]['step']}: "
-                    f"{', '.join(levels)}; the last is {last}, in the paper wk1.")
+                    f"{', '.join(levels)}. Least learned: {last} (in the paper wk1).")
     said.append(f"The accuracy ends at {run.results['accuracy']:.3f}.")
     return " ".join(said)
 

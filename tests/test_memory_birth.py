@@ -670,8 +670,8 @@ def test_the_verdict_is_what_the_metrics_say(tmp_path, capsys):
     run.results["accuracy"] = 0.99
     assert memory_birth.verdict(run) == (
         "simple model, seed 0: loss_global has made half of its fall by step 10. loss_in_context has made half of its fall by step 30. "
-        "Learned before the thaw at step 15: wo2. When the accuracy passes one half, at step 20: wo2 0.80, wk2 0.70, wk1_64 0.20; "
-        "the last is wk1_64, in the paper wk1. The accuracy ends at 0.990.")
+        "Learned before the thaw at step 15: wo2. When the accuracy passes one half, at step 20: wo2 0.80, wk2 0.70, wk1_64 0.20. "
+        "Least learned: wk1_64 (in the paper wk1). The accuracy ends at 0.990.")
     for line in run.metrics:
         line.update(wo2=0, accuracy=0.1)
     assert "step 15: nothing. No induction head" in memory_birth.verdict(run)
