@@ -452,13 +452,6 @@ def test_three_steps_print_the_theorem_beside_what_breaks_it(capsys):
 # ---- The command ------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_no_effect_makes_no_second_run():
-    runs = runs_of("--model", "simple", "full", "--n-layer", 1, 2, "--freeze", "none", "wo2:3")
-    assert [(run.args.model, run.args.n_layer, run.args.freeze) for run in runs] == [
-        ("simple", None, "none"), ("simple", None, "wo2:3"), ("full", 1, None), ("full", 2, None)]
-    assert len({run.folder for run in runs_of("--lr", "0.1", "--self-loops")} | {run.folder for run in runs_of()}) == 2
-
-
 def test_commands_that_train_different_things_have_different_folders():
     commands = [["--preset", "medium"], ["--preset", "paper"], ["--model", "full", "--n-layer", "1", "2", "--loss", "all"],
                 ["--preset", "paper", "--triggers", "fixed", "random", "--outputs", "uniform", "bigram"],
@@ -528,11 +521,6 @@ def test_compiled_in_bfloat16_on_cuda(tmp_path):
 # ---- The phenomenon ---------------------------------------------------------------------------------------------------
 
 
-def quick(tmp_path, *flags):
-    result, = call_main("--device", "cpu", "--out-dir", tmp_path, *flags)
-    return result
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [30, 31])
 def test_each_memory_waits_for_the_one_above_it(tmp_path, seed):
@@ -552,7 +540,7 @@ def test_each_memory_waits_for_the_one_above_it(tmp_path, seed):
 
 @pytest.mark.slow
 def test_self_loops_teach_wk2_first(tmp_path):
-    result = quick(tmp_path, "--self-loops", "--seq-len", 64, "--lr", 0.2, "--steps", 100, "--seed", 1)
+    result, = call_main("--device", "cpu", "--out-dir", tmp_path, "--self-loops", "--seq-len", 64, "--lr", 0.2, "--steps", 100, "--seed", 1)
     lines = metrics_of(result["folder"])
     wk2, wo2, accuracy = [[line[key] >= 0.5 for line in lines].index(True) for key in ("wk2", "wo2", "accuracy")]
     assert wk2 < wo2 < accuracy
