@@ -2,25 +2,24 @@
 Birth of a Transformer: A Memory Viewpoint.
 Bietti, Cabannes, Bouchacourt, Jegou, Bottou. NeurIPS 2023, arXiv 2306.00802.
 
-On sequences that mix global bigrams (those of English text) with bigrams private to a sequence, a
-two-layer transformer learns the global ones fast, then slowly builds an induction head. Each weight
-matrix is an associative memory, a sum of outer products of embeddings, and a probe reads off which
-pairs it holds. The memories are learned from the top down: what to output (W_O2), then which key to
-look for (W_K2), then how to attend to the previous token (W_K1).
+A sequence follows the bigrams of English text, but for a few triggers, characters whose successor
+is drawn anew for each sequence. A two-layer transformer learns the global bigrams fast. Then it
+slowly builds an induction head, which looks up what followed the trigger before. Each of its weight
+matrices is an associative memory, a sum of outer products of embeddings, and a probe reads off
+which pairs it holds. The paper's claim: the memories are learned from the top down. First W_O2,
+what to output, then W_K2, which key to look for, then W_K1, how to attend to the previous token.
 
-Freezing shows it. While W_O2 stays as it is at random, neither W_K2 nor W_K1 is learned. While W_K2
-does, W_O2 is learned, and W_K1 is not at T = 256 (at T = 32, the quick preset, it is, but slowly).
+What to look for. The in-context accuracy rises to nearly 1, and W_K1 (wk1_64) is behind W_O2 (wo2)
+and W_K2 (wk2) while it does. Freezing a matrix shows that it has to be so: while W_O2 stays random,
+nothing is learned. While W_K2 does, W_O2 is learned, and W_K1 is not (at T = 256; at T = 32, the
+quick preset, it is, but slowly).
 
-The order of the curves shows less. In the quick preset wo2 and wk2 rise before wk1 and the accuracy
-do, but which of the two is first depends on the probe and on the level: at 0.5 it is wo2, if a key
-is looked for among all characters (wk2); the authors look among the K fixed triggers (wk2 of K),
-which blurs it, and at 0.9 wk2 is first with either probe. wk2 is a fraction of five triggers, wo2
-of 65 characters, the last of which are slow. Self-loops put wk2 first at 0.5, too, also in the
-authors' own setting (d = 256, learning rate 0.03): once a trigger's output is the trigger itself,
-the sequence repeats it to the end, which teaches W_K2 its pairs. So does a loss on all tokens with
-fixed triggers (Fig. 4). The simple model's quick and medium presets leave both out, so that the
-loss on global tokens, which is not trained, rises; --preset paper has both, the full model
-self-loops.
+What not to conclude. Which of wo2 and wk2 passes a level first depends on the level and on the
+probe: wk2 looks for the key among all characters, the authors' probe (wk2_triggers) among the K
+fixed triggers. It also depends on self-loops: where a trigger's output is the trigger itself, the
+sequence repeats it to the end, which teaches W_K2 its pairs early. The quick and medium presets of
+the simple model have no self-loops, and no loss on global tokens, so that one rises; --preset paper
+has both.
 
     python memory_birth.py                          the birth of an induction head, in a minute
     python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
@@ -33,11 +32,11 @@ self-loops.
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
     The same with less frequent fixed triggers, without the ten most frequent characters:
     python memory_birth.py --preset paper --triggers fixed:10
-    Order of the curves, frozen or not; and at the authors' width and learning rate:
+    The order of the curves, frozen or not; and at the authors' width and learning rate:
     python memory_birth.py --freeze none wo2:300 wk1:300 wk2:300 --seed 20 21 22
     python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf \\
         --n-embd 256 --lr 0.03 --steps 200 --eval-every 10
-    Sec. 3, one layer against two, everything trained; small, and at the paper's size:
+    Sec. 3, one layer (paper: 55%) against two (99%), everything trained; at the paper's size:
     python memory_birth.py --model full --n-layer 1 2 --loss all
     python memory_birth.py --preset paper --model full --n-layer 1 2
     Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:
@@ -81,13 +80,12 @@ def shakespeare_pairs():
     return torch.from_numpy(low + 256 * middle + 65536 * high)
 
 def count_pairs(text):
-    """A text's characters, sorted; counts of adjacent pairs (V, V), and of characters (V,)."""
+    """A text's characters, sorted, and how often each follows each: (V, V), a row is a first."""
     chars = "".join(sorted(set(text)))
     V = len(chars)
     z = torch.tensor([chars.index(char) for char in text], dtype=torch.long)
     pair = z[:-1] * V + z[1:]                                # a number for each pair
-    pairs = torch.bincount(pair, minlength=V * V).view(V, V)
-    return chars, pairs, torch.bincount(z, minlength=V)
+    return chars, torch.bincount(pair, minlength=V * V).view(V, V)
 
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
@@ -108,28 +106,26 @@ class BigramTask:
         self.k = k
         self.seq_len = seq_len
         self.triggers = triggers
-        self.outputs = outputs
         self.device = device
         if vocab_size is not None:
             self.chars = "".join(map(chr, range(33, 33 + vocab_size)))
             pairs = torch.ones(vocab_size, vocab_size, dtype=torch.long)
-            counts = pairs.sum(0)
         elif text is not None:
-            self.chars, pairs, counts = count_pairs(Path(text).read_text(encoding="utf-8"))
+            self.chars, pairs = count_pairs(Path(text).read_text(encoding="utf-8"))
         else:
             self.chars = CHARS
             pairs = shakespeare_pairs()
-            counts = torch.maximum(pairs.sum(0), pairs.sum(1))   # pairs miss an end of the text
         self.vocab_size = V = len(self.chars)
         if not re.fullmatch(r"random|fixed(:\d+)?", triggers):
             raise ValueError(f"--triggers are random, fixed or fixed:OFFSET, not {triggers}")
         offset = int(triggers.partition(":")[2] or 0)
-        needed = max(2, offset + k)
-        if V < needed:
-            raise ValueError(f"{k} triggers need {needed} characters; there are {V}")
-        # the very last character of a text may have no successor: it gets pi_u
-        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts).to(device)
-        counts = counts.to(device)
+        if V < offset + k:
+            raise ValueError(f"{k} triggers need {offset + k} characters; there are {V}")
+        pairs = pairs.to(device)
+        # a text's first character follows none, and its last has no successor
+        counts = torch.maximum(pairs.sum(0), pairs.sum(1))                       # (V,)
+        # a last character that occurs only there gets pi_u as its successors
+        pairs = torch.where(pairs.sum(1, keepdim=True) > 0, pairs, counts)
         self.unigram = counts / counts.sum()                                     # pi_u (V,)
         self.bigram = pairs / pairs.sum(1, keepdim=True)                         # pi_b (V, V)
         self.fixed = self.unigram.topk(offset + k).indices[offset:]              # (K,)
@@ -158,7 +154,8 @@ class BigramTask:
         generator is one of the task's device."""
         B, T, V, K = batch, self.seq_len, self.vocab_size, self.k
         how = dict(generator=generator, device=self.device)
-        if self.triggers == "random":          # K draws without replacement: a race, rates pi_u
+        if self.triggers == "random":
+            # K draws without replacement: times at rates pi_u, of which the K earliest win
             times = torch.empty(B, V, device=self.device).exponential_(generator=generator)
             q = (times / self.unigram).topk(K, largest=False).indices            # (B, K)
         else:
@@ -316,13 +313,11 @@ def resolve(args):
         args.use_wf = args.freeze = None
     if args.vocab_size is not None:
         args.text = None
-    args.step_logits = None
 
 def build_task(args, outputs):
     """The task of a run, with outputs "uniform" or "bigram"."""
-    how = dict(text=args.text, device=args.device)
-    how.update(self_loops=args.self_loops, vocab_size=args.vocab_size)
-    return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, **how)
+    return BigramTask(args.n_triggers, args.seq_len, args.triggers, outputs, args.text, args.device,
+                      args.self_loops, args.vocab_size)
 
 def build(args):
     """The task and the model of a run. ValueError if --freeze names other matrices, or all."""
@@ -343,7 +338,7 @@ def load(folder, device="cpu"):
 
 def chunk_size(task):
     """Sequences to work on at once: on a CPU, a layer's attention weights fit its cache, 4 MB."""
-    if torch.device(task.device).type != "cpu":
+    if str(task.device) != "cpu":
         return 2**20
     return max(1, 2**20 // task.seq_len**2)
 
@@ -374,7 +369,6 @@ def train(args, run):
     if args.compile:
         model.compile()
     chunk = chunk_size(task)
-    bfloat16 = args.dtype == "bfloat16"
     frozen_until = parse_freeze(args.freeze)
     for step in run.steps(start, args.steps):
         if step == 0:
@@ -385,7 +379,7 @@ def train(args, run):
         scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
         weight = scored / scored.sum().clamp_min(1)          # the loss is a mean over the scored
         for z, w in zip(tokens.split(chunk), weight.split(chunk)):
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(z.device.type, torch.bfloat16, args.dtype == "bfloat16"):
                 logits = model(z[:, :-1])                                        # (chunk, T, V)
             targets = z[:, 1:].flatten()
             losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
@@ -409,25 +403,19 @@ def key_scores(model):
     return model.W_E @ model.W_K2 @ keys.mT
 
 @torch.no_grad()
-def position_scores(model, first=None):
-    """What W_K1 gives position t for position s: p_t . W_K1 p_s, entry t, s; s, t < first."""
-    P = model.P[:first]
-    return P @ model.W_K1 @ P.mT
+def position_scores(model):
+    """What W_K1 gives position t for position s: p_t . W_K1 p_s, entry t, s (T, T)."""
+    return model.P @ model.W_K1 @ model.P.mT
 
 def recall(scores, right):
     """Fraction of the rows of scores (n, m) whose argmax is the right one (n,)."""
     return (scores.argmax(1) == right).float().mean().item()
 
-def recall_wk1(model, first=None):
-    """Fraction of positions 1 <= t < first (None: of all) with argmax_s p_t . W_K1 p_s = t - 1."""
-    scores = position_scores(model, first)[1:]
-    return recall(scores, torch.arange(len(scores), device=scores.device))
-
 @torch.no_grad()
 def probes(model, task):
     """What a SimpleTransformer's matrices hold, a dict of numbers (Sec. 5).
 
-    wk1: fraction of positions t with argmax_s p_t . W_K1 p_s = t - 1.
+    wk1: fraction of positions t with argmax_s p_t . W_K1 p_s = t - 1; wk1_64: of the first 64.
     wk2: fraction of triggers q (of all characters if triggers are random) whose key is their own,
          argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q, over all characters q': chance is 1/V.
     wk2_triggers: the same over the K triggers q' alone, as the authors take it: chance is 1/K.
@@ -439,10 +427,15 @@ def probes(model, task):
     everyone = torch.arange(task.vocab_size, device=model.W_E.device)
     W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
     log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
-    negative_entropy = torch.special.xlogy(task.bigram, task.bigram)
-    kl = (negative_entropy - task.bigram * log_p).sum(1)                         # (V,)
+    kl = F.kl_div(log_p, task.bigram, reduction="none").sum(1)                   # (V,)
     keys = key_scores(model)
-    held = dict(wk1=recall_wk1(model), wo2=recall(output_scores(model), everyone))
+    positions = position_scores(model)
+    previous = torch.arange(len(positions) - 1, device=positions.device)
+    held = dict(
+        wk1=recall(positions[1:], previous),
+        wk1_64=recall(positions[1:64, :64], previous[:63]),
+        wo2=recall(output_scores(model), everyone),
+    )
     if task.triggers == "random":
         held["wk2"] = recall(keys, everyone)
     else:
@@ -460,8 +453,8 @@ def evaluate(model, task, n=256, seed=10_000):
     global: tokens that follow no trigger; in context: a trigger's second and later occurrences.
     attn_prev: fraction of the queries right after a trigger for which layer 1 attends most to the
     previous position; attn_match: fraction of the queries at a repeated trigger for which the last
-    layer attends most to a position that follows the same character; both of the best head (with
-    one layer, attn_match is None). UsageError if no trigger occurs twice.
+    layer attends most to a position that follows the same character; both of the best head.
+    UsageError if no trigger occurs twice.
     """
     tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
     z, y = tokens[:, :-1], tokens[:, 1:]                                         # (n, T)
@@ -490,46 +483,33 @@ def evaluate(model, task, n=256, seed=10_000):
         attn_prev=previous[:, after].float(),                                    # (H, some)
         attn_match=match[:, repeat].float(),
     )
-    numbers = {name: x.mean(-1).max().item() for name, x in values.items()}      # the best head's
-    if len(attns) == 1:
-        numbers["attn_match"] = None                         # one layer has no second
-    return numbers
+    return {name: x.mean(-1).max().item() for name, x in values.items()}         # the best head's
 
 def snapshot(args, model, task):
     """All that a line of metrics.jsonl holds: the loss that is trained, the accuracy, the rest."""
     metrics = evaluate(model, task)
     if args.model == "simple":
-        metrics.update(probes(model, task), wk1_64=recall_wk1(model, 64))
+        metrics.update(probes(model, task))
     loss = metrics["loss_all" if args.loss == "all" else "loss_in_context"]
     return dict(loss=loss, **metrics)                        # loss, accuracy: what run.log shows
 
-# The summary has the first evaluated step at which each of FIRSTS reaches each of LEVELS
-FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
-LEVELS = [0.5, 0.9]
-
 def measure(args, run):
-    """A finished run: its last evaluation, its accuracy on both outputs (Fig. 4, right), FIRSTS."""
+    """A finished run: its last evaluation, and its accuracy on both kinds of outputs (Fig. 4)."""
     task, model = load(run.folder, args.device)
     results = snapshot(args, model, task)
     for outputs in ("uniform", "bigram"):
         other = evaluate(model, build_task(args, outputs), n=1024)
         results[f"accuracy_{outputs}"] = other["accuracy"]
-    results["first"] = {}
-    for level in LEVELS:
-        first = results["first"][str(level)] = {}
-        for name in FIRSTS:
-            if name in results:                              # the full model has no memories
-                reached = [line["step"] for line in run.metrics if line[name] >= level]
-                first[name] = min(reached, default=None)
     return results
 
 # ---- Theorem 3: three gradient steps (Sec. 6, App. B) -------------------------------------------
 
-# The theorem's setting, and what breaks it: embeddings that overlap; sequences stuck in a loop
+# The theorem's setting, and two that break it, by embeddings that overlap or by sequences stuck in
+# a loop: (embeddings, whether training has self-loops)
 CASES = {
-    "theorem": dict(embedding="orthonormal", self_loops=False),
-    "gaussian": dict(embedding="gaussian", self_loops=False),
-    "self-loops": dict(embedding="orthonormal", self_loops=True),
+    "theorem": ("orthonormal", False),
+    "gaussian": ("gaussian", False),
+    "self-loops": ("orthonormal", True),
 }
 
 @torch.no_grad()
@@ -560,34 +540,31 @@ def theorem_init_(model, embedding):
     model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)           # b_i -> b_{i+n}
     model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
 
-@torch.no_grad()
-def mean_logit(model, name):
-    """The mean logit, or attention score, of the pairs that a memory should hold."""
-    if name == "W_O2":
-        return output_scores(model).diagonal().mean()                            # v, v
-    if name == "W_K2":
-        scores = key_scores(model).diagonal()                                    # q, W_OV1 q
-    else:
-        scores = position_scores(model).diagonal(-1)                             # t, t - 1
-    return scores.mean() / math.sqrt(model.W_E.shape[1])
+# A step's matrix, its scores for all pairs, the diagonal of the scores with the right pairs, and
+# the mean that the step gives these: of logits, then of attention scores. (Logits above 1 make the
+# model too sure of its answer for the gradients of the next steps.)
+STEPS = [
+    ("W_O2", output_scores, 0, 1.0),                         # pairs v, v
+    ("W_K2", key_scores, 0, 5.0),                            # pairs q, q
+    ("W_K1", position_scores, -1, 20.0),                     # pairs t, t - 1
+]
 
 def three_steps(args, seed, case):
     """From zero matrices, one large gradient step on W_O2, one on W_K2, one on W_K1.
 
     Each is taken with those before it in place, on --batch-size sequences of uniform bigrams with
-    random triggers, for the loss summed over triggers' second and later occurrences, and is as
-    large as gives its memory's pairs a mean logit of --step-logits, or of minus that if too few
-    sequences point it the wrong way. (A first one above 1 makes the model too sure of its answer
-    for the gradients after it.) Returns a row, probes and accuracy, for the start and for each
-    step, all on sequences without self-loops. ValueError if the sequences have no repeat.
+    random triggers, for the loss summed over triggers' second and later occurrences. The gradient
+    gives the direction, STEPS the size. Returns a row, probes and accuracy, for the start and for
+    each step, all on sequences without self-loops. ValueError if the sequences have no repeat.
     """
     common.seed_everything(seed)
     setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
                    vocab_size=args.vocab_size, device=args.device)
-    task = BigramTask(**setting, self_loops=CASES[case]["self_loops"])
+    embedding, self_loops = CASES[case]
+    task = BigramTask(**setting, self_loops=self_loops)
     test = BigramTask(**setting, self_loops=False)
     model = SimpleTransformer(args.vocab_size, args.seq_len, args.n_embd).to(args.device)
-    theorem_init_(model, CASES[case]["embedding"])
+    theorem_init_(model, embedding)
     data = torch.Generator(args.device).manual_seed(seed)
 
     def row(step):
@@ -595,7 +572,7 @@ def three_steps(args, seed, case):
         return {**about, **evaluate(model, test, n=4096), **probes(model, test)}
 
     rows = [row("start")]
-    for name, logit in zip(["W_O2", "W_K2", "W_K1"], args.step_logits):
+    for name, scores, diagonal, wanted in STEPS:
         W = getattr(model, name)
         for drawn in range(0, args.batch_size, 4096):
             tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
@@ -606,10 +583,12 @@ def three_steps(args, seed, case):
                 F.cross_entropy(logits, z[:, 1:][at], reduction="sum").backward(inputs=[W])
         with torch.no_grad():
             W.copy_(-W.grad)
-            size = mean_logit(model, name).abs()             # the sign is the gradient's own
-            if not 0 < size < math.inf:
+            mean = scores(model).diagonal(diagonal).mean().abs()     # keeps the gradient's sign
+            if name != "W_O2":
+                mean /= math.sqrt(args.n_embd)               # as attention scores are
+            if not 0 < mean < math.inf:
                 raise ValueError(f"the step on {name} has no direction: a larger --batch-size")
-            W *= logit / size
+            W *= wanted / mean
         rows.append(row(name))
     return rows
 
@@ -617,122 +596,157 @@ def show_three_steps(args):
     """--preset three-steps: the theorem beside what breaks it. Returns the rows of all cases."""
     rows = []
     cells = []
+    verdict = ""
     for seed, case in itertools.product(args.seed, CASES):
         try:
-            rows += three_steps(args, seed, case)
+            four = three_steps(args, seed, case)
         except ValueError as error:
             raise common.UsageError(error) from error
-    for row in rows:
-        about = f"seed {row['seed']}, {row['case']}, after {row['step']}"
-        for key in ("accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"):
-            cells.append((about, COLUMNS[key], row[key]))
+        rows += four
+        for row in four:
+            about = f"seed {seed}, {case}, after {row['step']}"
+            for key in ("accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"):
+                cells.append((about, key, row[key]))
+        accuracy = [row["accuracy"] for row in four]
+        rises = "rises" if accuracy == sorted(accuracy) else "does not rise"
+        verdict += f"\nSeed {seed}, {case}: the in-context accuracy {rises} with every step."
     title = "In-context accuracy, probes and attention, on sequences without self-loops"
     common.print_table(title, cells)
+    common.say(verdict)
     return rows
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# The metrics, by their names in tables and figures
-COLUMNS = dict(loss_global="global", loss_in_context="in context", accuracy="accuracy", wo2="wo2",
-               wk2="wk2", wk2_triggers="wk2 of K", wk1_64="wk1<64", wk1="wk1", wf="KL wf",
-               attn_prev="previous", attn_match="match")
-CURVES = {                                                   # Fig. 3: settings of an axis, curves
-    "losses": (dict(ylabel="loss (nats)"), ["loss_global", "loss_in_context"]),
-    "memories": (dict(ylabel="fraction", ylim=(-0.02, 1.02), yticks=[0, *LEVELS, 1]),
-                 ["accuracy", "wo2", "wk2", "wk1_64", "wk1"]),
+# The columns of a training curve: metrics
+SHOWN = ["loss_global", "loss_in_context", "accuracy", "wo2", "wk2", "wk1_64", "wf", "attn_prev",
+         "attn_match"]
+# The first steps at which these reach these levels
+FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
+LEVELS = [0.5, 0.9]
+# Fig. 3's panels: settings of an axis, and its curves
+CURVES = {
+    "losses": (dict(ylabel="loss (nats)"),
+               dict(loss_global="on global bigrams", loss_in_context="in context")),
+    "memories": (dict(ylabel="fraction right", ylim=(-0.02, 1.02)),
+                 dict(accuracy="in-context accuracy", wo2="W_O2: output",
+                      wk2="W_K2: key to look for", wk1_64="W_K1: previous token, first 64\n"
+                      "positions (later ones are hardly used)")),
 }
-# In-context accuracy (Sec. 3), by folders: they are named for what differs from the preset
-PAPER = {"paper,model=full,n_layer=1": "0.55", "paper,model=full": "0.99"}
 
-def columns(run):
-    """The metrics of a run that are shown: {key: name}, of COLUMNS."""
-    start = run.metrics[0]
-    names = {key: name for key, name in COLUMNS.items() if start.get(key) is not None}
-    if not run.args.use_wf:
-        names.pop("wf", None)
-    if run.args.seq_len <= 64:                               # wk1<64 is then wk1
-        names.pop("wk1_64", None)
-    return names
-
-def print_course(run):
+def print_curve(run):
     """A run's evaluations at log-spaced steps."""
-    log_spaced = np.geomspace(1, len(run.metrics) - 1, 24).round().astype(int)
+    log_spaced = np.geomspace(1, len(run.metrics) - 1, 16).round().astype(int)
     cells = []
     for i in sorted({0, *log_spaced}):
         line = run.metrics[i]
-        cells += [(line["step"], name, line[key]) for key, name in columns(run).items()]
+        for key in SHOWN:
+            if key in line and (key != "wf" or run.args.use_wf):
+                cells.append((line["step"], key, line[key]))
     common.print_table(f"""{run.args.label}, seed {run.args.seed}, by step
-Losses in nats, on global tokens and in context; in-context accuracy; probes (wk2 over all
-characters, wk2 of K over the K fixed triggers alone, chance 1/K); attention""", cells)
+Losses in nats; accuracy: in context. Fractions of a memory that are right: wo2 (what to output),
+wk2 (which key to look for), wk1_64 (the previous token, first 64 positions); wf: KL of W_F to the
+bigrams. Attention: layer 1 to the previous token, the last layer to what followed the same one""",
+                       cells)
 
 def print_summary(runs):
     """The end of each setting, and the first steps at each of LEVELS, over seeds."""
-    losses, accuracies, firsts = [], [], []
+    accuracies, firsts = [], []
     for run in runs:
         label = run.args.label
-        losses.append((label, "on global tokens", run.results["loss_global"]))
-        losses.append((label, "in context", run.results["loss_in_context"]))
         for outputs in ("uniform", "bigram"):
             accuracies.append((label, f"{outputs} outputs", run.results[f"accuracy_{outputs}"]))
-        accuracies.append((label, "paper", PAPER.get(run.folder.name.rpartition(",")[0], "-")))
-        for level, first in run.results["first"].items():
-            for key, step in first.items():
-                firsts.append((f"{label}, {level}", COLUMNS[key], step, ".0f"))
-    common.print_table("At the end: losses in nats", losses)
+        for level, key in itertools.product(LEVELS, FIRSTS):
+            if key in run.results:                           # the full model has no memories
+                steps = [line["step"] for line in run.metrics if line[key] >= level]
+                firsts.append((f"{label}, {level}", key, min(steps, default=None), ".0f"))
     common.print_table("At the end: in-context accuracy on both kinds of outputs", accuracies)
-    common.print_table("The first evaluated step at which each reaches a level", firsts)
+    common.print_table("""The first evaluated step at which each reaches a level
+(wk2 looks for a key among all characters, wk2_triggers among the fixed triggers)""", firsts)
+
+def verdict(run):
+    """What a run shows of the paper's claims, in words."""
+    said = [f"{run.args.label}, seed {run.args.seed}:"]
+    memories = [key for key in ("wo2", "wk2", "wk1_64") if key in run.results]
+    if run.args.loss == "all":
+        for key in ("loss_global", "loss_in_context"):
+            half = (run.metrics[0][key] + run.metrics[-1][key]) / 2
+            step = next(line["step"] for line in run.metrics if line[key] <= half)
+            said.append(f"{key} has made half of its fall by step {step}.")
+    thaw = max(parse_freeze(run.args.freeze).values(), default=0)
+    if thaw:
+        before = [line for line in run.metrics if line["step"] <= thaw][-1]
+        held = [key for key in memories if before[key] >= 0.5] or ["nothing"]
+        said.append(f"Learned before the thaw at step {thaw}: {', '.join(held)}.")
+    born = [line for line in run.metrics if line["accuracy"] >= 0.5]
+    if not born:
+        said.append("No induction head: the accuracy stays below one half.")
+    elif memories:
+        levels = [f"{key} {born[0][key]:.2f}" for key in memories]
+        last = min(memories, key=born[0].get)
+        said.append(f"When the accuracy passes one half, at step {born[0]['step']}: "
+                    f"{', '.join(levels)}. Least learned: {last} (in the paper wk1).")
+    said.append(f"The accuracy ends at {run.results['accuracy']:.3f}.")
+    return " ".join(said)
 
 def plot_curves(runs):
     """Fig. 3: losses, accuracy and memories against the step, a row for each setting."""
     panels = {}
     for run in runs:
-        names = columns(run)
         steps = [line["step"] for line in run.metrics]
-        for title, (axis, keys) in CURVES.items():
+        for title, (axis, names) in CURVES.items():
             axis = dict(axis, xlabel="step", xscale="symlog", xlim=(0, steps[-1]))
             _, curves = panels.setdefault(f"{run.args.label}: {title}", (axis, []))
-            for key in keys:
-                if key in names:                             # the full model has no memories
-                    curves.append((names[key], steps, [line[key] for line in run.metrics], {}))
-            y = curves[0][2]
-            for until in parse_freeze(run.args.freeze).values():
-                style = dict(color="black", linewidth=0.6)
-                curves.append((f"step {until}", [until, until], [min(y), max(y)], style))
+            for key, name in names.items():
+                if key in run.results:                       # the full model has no memories
+                    curves.append((name, steps, [line[key] for line in run.metrics], {}))
+            top = max(1, *curves[0][2])
+            for name, until in parse_freeze(run.args.freeze).items():
+                thaw = f"{MATRICES[name]} thaws", [until, until], [0, top], dict(color="black")
+                curves.append(thaw)
     common.plot(runs[0].folder.parent / "curves.png", panels, columns=2)
 
 @torch.no_grad()
 def plot_attention(runs, length=32):
-    """All layers' attention for one sequence, averaged over heads; a star marks a trigger."""
+    """All layers' attention for one sequence, the mean over heads.
+
+    A star marks a trigger, circles where an induction head looks: in layer 1 the token after a
+    trigger looks at the trigger, in the others a trigger looks at what followed it before.
+    """
     panels = {}
     for run in runs:
         task, model = load(run.folder, run.args.device)
         data = torch.Generator(run.args.device).manual_seed(1)
         tokens, occurrence = task.sample(1, data)
-        z = tokens[:, :-1][:, :length]                                           # (1, T)
-        names = []
-        for char, n in zip(z[0], occurrence[0]):
-            name = task.chars[char].replace("\n", "\\n").replace(" ", "\u2423")
-            names.append(name + "*" * (n > 0).item())
-        _, attns = model(z, return_attn=True)
-        axis = dict(xlabel="token looked at", ylabel="token")
+        trigger = occurrence[0, :length] > 0                                     # (T,)
+        z = tokens[0, :len(trigger)]
+        repeat = (z[:, None] == z).tril(-1) & trigger[:, None]                   # (T, T)
+        first = [(t + 1, t) for t in range(len(z) - 1) if trigger[t]]
+        later = [(t, s + 1) for t, s in repeat.nonzero().tolist()]
+        chars = task.chars.replace("\n", "\u21b5").replace(" ", "\u2423")
+        columns = [chars[i] for i in z]
+        rows = [char + "*" if hit else char for char, hit in zip(columns, trigger)]
+        axis = dict(xlabel="token looked at (red: by an induction head)", ylabel="token, * trigger")
+        _, attns = model(z[None], return_attn=True)
         for layer, attn in enumerate(attns, 1):
-            weights = attn[0].mean(0).cpu()                  # over heads (T, T)
-            panels[f"{run.args.label}, layer {layer}"] = weights, names, names, axis, []
+            weights = attn[0].mean(0).cpu()                                      # (T, T)
+            circles = first if layer == 1 else later
+            panels[f"{run.args.label}, layer {layer}"] = weights, rows, columns, axis, circles
     common.plot_matrices(runs[0].folder.parent / "attention.png", panels, columns=2)
 
 def show(runs):
-    """The tables of a sweep, and with --plot its figures."""
-    firsts = {}                                              # each setting's first seed
+    """The tables of a sweep, with --plot its figures, and what they show."""
     for run in runs:
         run.args.label = run.args.label or f"{run.args.model} model"
-        firsts.setdefault(run.args.label, run)
-    firsts = list(firsts.values())
-    for run in firsts:
-        print_course(run)
+    settings = [run for run in runs if run.args.seed == runs[0].args.seed]
+    for run in settings:
+        print_curve(run)
     print_summary(runs)
     if runs[0].args.plot:
         plot_curves(runs)
-        plot_attention(firsts)
+        plot_attention(settings)
+    common.say("")
+    for run in settings:
+        common.say(verdict(run))
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -770,8 +784,6 @@ def parse_args(argv=None):
         help="learning rate of SGD with momentum 0.9; full: of AdamW (default: the model's)")
     add("--weight-decay", type=common.non_negative, help="weight decay (default: the model's)")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
-    add("--step-logits", nargs=3, type=common.positive_float, default=[1.0, 5.0, 20.0],
-        help="three-steps: the mean logit that a step gives its memory, W_O2, W_K2, W_K1")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     add("--compile", action="store_true", help="torch.compile")
     return common.parse_args(parser, PRESETS, argv)
