@@ -504,7 +504,7 @@ def plot_matrices(path, panels, columns=3):
     """
     figure, axes = new_axes(panels, columns)
     for axis, (matrix, rows, names, settings, circles) in zip(axes, panels.values()):
-        axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
+        axis.imshow(np.asarray(matrix), cmap="Greys", vmin=0, vmax=1)
         axis.set_yticks(range(len(rows)), rows, fontsize=7)
         axis.set_xticks(range(len(names)), names, fontsize=7)
         for row, column in circles:
