@@ -144,9 +144,9 @@ class BigramTask:
         # more, at own_entry + v: a trigger with output o has start = own_entry + o and width = 1.
         # Example: "abaca" has a -> b, b -> a, a -> c, c -> a, so successors = b c a a, a b c,
         # start = 0 2 3, width = 2 1 1, own_entry = 4. Trigger a with output c: start 6, width 1.
-        everyone = torch.arange(V, device=device)
-        listed = everyone.repeat(V).repeat_interleave(pairs.flatten())
-        self.successors = torch.cat([listed, everyone])
+        all_chars = torch.arange(V, device=device)
+        listed = all_chars.repeat(V).repeat_interleave(pairs.flatten())          # b for each a -> b
+        self.successors = torch.cat([listed, all_chars])
         self.width = pairs.sum(1)                                                # (V,)
         self.start = self.width.cumsum(0) - self.width                           # (V,)
         self.own_entry = len(listed)
@@ -158,7 +158,7 @@ class BigramTask:
             weights = weights - weights.diag().diag()
         if (weights.sum(1) == 0).any():
             raise ValueError("a character that only itself follows needs self-loops")
-        self.outputs_upto = weights.cumsum(1)                                    # (V, V)
+        self.cumulative = weights.cumsum(1)                                      # (V, V)
 
     def sample(self, batch, generator):
         """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0.
@@ -171,9 +171,9 @@ class BigramTask:
             q = torch.multinomial(self.unigram.expand(B, V), K, generator=generator)     # (B, K)
         else:
             q = self.fixed.expand(B, K)
-        upto = self.outputs_upto[q]                                              # (B, K, V)
-        draw = torch.randint(LARGE, (B, K, 1), **how) % upto[:, :, -1:]
-        o = torch.searchsorted(upto, draw, right=True).squeeze(2)                # (B, K)
+        cumulative = self.cumulative[q]                                          # (B, K, V)
+        draw = torch.randint(LARGE, (B, K, 1), **how) % cumulative[:, :, -1:]
+        o = torch.searchsorted(cumulative, draw, right=True).squeeze(2)          # (B, K)
         # each sequence's own start and width, in which a trigger has one successor
         start = self.start.expand(B, V).scatter(1, q, self.own_entry + o)        # (B, V)
         width = self.width.expand(B, V).scatter(1, q, 1)
@@ -444,7 +444,7 @@ def probes(model, task):
     wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
          triggers; a model without W_F counts as W_F = 0.
     """
-    everyone = torch.arange(task.vocab_size, device=model.W_E.device)
+    all_chars = torch.arange(task.vocab_size, device=model.W_E.device)
     W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
     log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
     kl = F.kl_div(log_p, task.bigram, reduction="none").sum(1)                   # (V,)
@@ -454,15 +454,15 @@ def probes(model, task):
     held = dict(
         wk1=recall(positions[1:], previous),
         wk1_64=recall(positions[1:64, :64], previous[:63]),
-        wo2=recall(output_scores(model), everyone),
+        wo2=recall(output_scores(model), all_chars),
     )
     if task.triggers == "random":
-        held["wk2"] = recall(keys, everyone)
+        held["wk2"] = recall(keys, all_chars)
     else:
         q = task.fixed
         held["wk2"] = recall(keys[q], q)
-        held["wk2_triggers"] = recall(keys[q][:, q], everyone[:task.k])
-        kl = kl[torch.isin(everyone, q, invert=True)]
+        held["wk2_triggers"] = recall(keys[q][:, q], all_chars[:task.k])
+        kl = kl[torch.isin(all_chars, q, invert=True)]
     held["wf"] = kl.mean().item() if len(kl) else 0.0
     return held
 
@@ -483,8 +483,8 @@ def evaluate(model, task, n=256, seed=10_000):
     if not repeat.any():
         raise common.UsageError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
     chunks = []
-    for some in z.split(chunk_size(task)):
-        logits, attns = model(some, return_attn=True)
+    for part in z.split(chunk_size(task)):
+        logits, attns = model(part, return_attn=True)
         chunks.append((logits, attns[0].argmax(-1), attns[-1].argmax(-1)))
     logits, first, last = [torch.cat(parts) for parts in zip(*chunks)]
     losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
@@ -618,23 +618,23 @@ def show_three_steps(args):
     """--preset three-steps: the theorem beside what breaks it. Returns the rows of all cases."""
     rows = []
     cells = []
-    verdict = ""
+    said = ""
     for seed, case in itertools.product(args.seed, CASES):
         try:
-            four = three_steps(args, seed, case)
+            case_rows = three_steps(args, seed, case)
         except ValueError as error:
             raise common.UsageError(error) from error
-        rows += four
-        for row in four:
+        rows += case_rows
+        for row in case_rows:
             about = f"seed {seed}, {case}, after {row['step']}"
             for key in ("accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"):
                 cells.append((about, key, row[key]))
-        accuracy = [row["accuracy"] for row in four]
+        accuracy = [row["accuracy"] for row in case_rows]
         rises = "rises" if accuracy == sorted(accuracy) else "does not rise"
-        verdict += f"\nSeed {seed}, {case}: the in-context accuracy {rises} with every step."
+        said += f"\nSeed {seed}, {case}: the in-context accuracy {rises} with every step."
     title = "In-context accuracy, probes and attention, on sequences without self-loops"
     common.print_table(title, cells)
-    common.say(verdict)
+    common.say(said)
     return rows
 
 # ---- Tables and figures -------------------------------------------------------------------------
@@ -699,14 +699,13 @@ def verdict(run):
         before = [line for line in run.metrics if line["step"] <= thaw][-1]
         held = [key for key in memories if before[key] >= 0.5] or ["nothing"]
         said.append(f"Learned before the thaw at step {thaw}: {', '.join(held)}.")
-    born = [line for line in run.metrics if line["accuracy"] >= 0.5]
-    if not born:
+    born = next((line for line in run.metrics if line["accuracy"] >= 0.5), None)
+    if born is None:
         said.append("No induction head: the accuracy stays below one half.")
     elif memories:
-        levels = [f"{key} {born[0][key]:.2f}" for key in memories]
-        last = min(memories, key=born[0].get)
-        step = born[0]["step"]
-        said.append(f"When the accuracy passes one half, at step {step}: {', '.join(levels)}.")
+        levels = ", ".join(f"{key} {born[key]:.2f}" for key in memories)
+        last = min(memories, key=born.get)
+        said.append(f"When the accuracy passes one half, at step {born['step']}: {levels}.")
         said.append(f"Least learned of these: {last} (in the paper wk1).")
     said.append(f"The accuracy ends at {run.results['accuracy']:.3f}.")
     return "\n  ".join(said)
