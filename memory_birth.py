@@ -2,24 +2,29 @@
 Birth of a Transformer: A Memory Viewpoint.
 Bietti, Cabannes, Bouchacourt, Jegou, Bottou. NeurIPS 2023, arXiv 2306.00802.
 
-A sequence follows the bigrams of English text, but for a few triggers, characters whose successor
-is drawn anew for each sequence. A two-layer transformer learns the global bigrams fast. Then it
-slowly builds an induction head, which looks up what followed the trigger before. Each of its weight
-matrices is an associative memory, a sum of outer products of embeddings, and a probe reads off
-which pairs it holds. The paper's claim: the memories are learned from the top down. First W_O2,
-what to output, then W_K2, which key to look for, then W_K1, how to attend to the previous token.
+A sequence follows the bigrams of English text, except after a few characters, the triggers. The
+successor of a trigger, its output, is drawn once for each sequence:
 
-What to look for. The in-context accuracy rises to nearly 1, and W_K1 (wk1_64) is behind W_O2 (wo2)
-and W_K2 (wk2) while it does. Freezing a matrix shows that it has to be so: while W_O2 stays random,
-nothing is learned. While W_K2 does, W_O2 is learned, and W_K1 is not (at T = 256; at T = 32, the
-quick preset, it is, but slowly).
+    theXr weXk maneX    The trigger e has the output X here, in another sequence perhaps a comma.
 
-What not to conclude. Which of wo2 and wk2 passes a level first depends on the level and on the
-probe: wk2 looks for the key among all characters, the authors' probe (wk2_triggers) among the K
-fixed triggers. It also depends on self-loops: where a trigger's output is the trigger itself, the
+A two-layer transformer learns the global bigrams fast. Then it slowly builds an induction head,
+which looks up what followed the trigger before. The in-context accuracy counts how often it is
+right from a trigger's second occurrence on. Each weight matrix is an associative memory, a sum of
+outer products of embeddings, and a probe reads off which pairs it holds. The paper's claim: the
+memories are learned from the top down. First W_O2, what to output, then W_K2, which key to look
+for, then W_K1, how to attend to the previous token.
+
+What to look for. The in-context accuracy rises to nearly 1. While it does, W_K1 (its probe is
+wk1_64, at the first 64 positions) is behind W_O2 (wo2) and W_K2 (wk2). Freezing a matrix at its
+random start shows why. While W_O2 is frozen, nothing is learned. While W_K2 is frozen, W_O2 is
+learned, but W_K1 is not (at T = 256; in the quick preset, at T = 32, it is, slowly).
+
+What not to conclude. Whether wo2 or wk2 is the first to pass a level depends on the level and on
+the probe: wk2 looks for the key among all characters, the authors' probe (wk2_triggers) among the K
+fixed triggers. It also depends on self-loops: if a trigger's output is the trigger itself, the
 sequence repeats it to the end, which teaches W_K2 its pairs early. The quick and medium presets of
-the simple model have no self-loops, and no loss on global tokens, so that one rises; --preset paper
-has both.
+the simple model have no self-loops. They train on in-context predictions alone, so that the loss on
+global tokens rises. --preset paper has self-loops, and trains on all tokens.
 
     python memory_birth.py                          the birth of an induction head, in a minute
     python memory_birth.py --preset medium --plot   Fig. 3, all five panels, T = 256
@@ -66,13 +71,14 @@ import common
 
 CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
-# draw % n is uniform up to n / LARGE, 8e-5 for Tiny Shakespeare
+# A random integer below LARGE, modulo n, is a nearly uniform draw from 0 ... n-1: the probabilities
+# are off by a factor of at most 1 + n / LARGE, for Tiny Shakespeare 1.00008.
 LARGE = 2**31 - 1
 
 def shakespeare_pairs():
     """The 1,115,393 adjacent pairs of Tiny Shakespeare, counted: (V, V) int64, V = 65.
 
-    A row is a first character. The counts are PAIRS, at the end of this file.
+    Entry a, b: how often b follows a. The counts are PAIRS, at the end of this file.
     """
     packed = base64.b85decode("".join(PAIRS.split()))
     planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(3, 65, 65)
@@ -80,7 +86,7 @@ def shakespeare_pairs():
     return torch.from_numpy(low + 256 * middle + 65536 * high)
 
 def count_pairs(text):
-    """A text's characters, sorted, and how often each follows each: (V, V), a row is a first."""
+    """A text's characters, sorted, and entry a, b: how often b follows a (V, V)."""
     chars = "".join(sorted(set(text)))
     V = len(chars)
     z = torch.tensor([chars.index(char) for char in text], dtype=torch.long)
@@ -90,11 +96,14 @@ def count_pairs(text):
 class BigramTask:
     """Sequences z_1 ... z_{T+1} over V characters (Sec. 3).
 
-    For each sequence, K triggers q_k (fixed: the K most frequent characters; fixed:10: the K most
-    frequent after the first ten; random: drawn from pi_u without replacement) get an output o_k
-    (uniform over V; bigram: from pi_b(.|q_k)). z_1 ~ pi_u, and z_t = o_k where z_{t-1} = q_k, else
-    z_t ~ pi_b(.|z_{t-1}). pi_u and pi_b are the character and pair frequencies of `text`, a path;
-    None is Tiny Shakespeare, unless vocab_size gives a number of characters, pi_u and pi_b uniform.
+    z_1 ~ pi_u, the frequencies of the characters. Then z_t ~ pi_b(.|z_{t-1}), the frequencies of
+    the pairs, except that z_t = o_k if z_{t-1} is the trigger q_k. Each sequence has K triggers:
+
+    triggers  fixed: the K most frequent characters; fixed:10: the K most frequent after the first
+              ten; random: drawn from pi_u without replacement
+    outputs   uniform: o_k is drawn from all characters; bigram: from pi_b(.|q_k)
+    text      the path of the text whose frequencies are taken; None: Tiny Shakespeare, or, with
+              vocab_size, that many characters with uniform pi_u and pi_b
 
     A sequence with o_k = q_k is stuck from q_k on; without self_loops o_k is another character.
     OSError for a text that cannot be read, ValueError for too few characters or successors, or for
@@ -131,56 +140,62 @@ class BigramTask:
         self.fixed = self.unigram.topk(offset + k).indices[offset:]              # (K,)
 
         # To draw from pi_b: all successors in one list, sorted by the character before. Those of a
-        # are successors[start[a] : start[a] + width[a]]. Example: "abaac" has a -> a, b, c, b -> a,
-        # so a: [a, b, c], b: [a]. Behind them each character v stands once more, at own_entry + v:
-        # a trigger with output o has start = own_entry + o and width = 1.
-        everyone = torch.arange(V, device=device)
-        listed = everyone.repeat(V).repeat_interleave(pairs.flatten())
-        self.successors = torch.cat([listed, everyone])
+        # are successors[start[a] : start[a] + width[a]]. Behind them each character v stands once
+        # more, at own_entry + v: a trigger with output o has start = own_entry + o and width = 1.
+        # Example: "abaca" has a -> b, b -> a, a -> c, c -> a, so successors = b c a a, a b c,
+        # start = 0 2 3, width = 2 1 1, own_entry = 4. Trigger a with output c: start 6, width 1.
+        all_chars = torch.arange(V, device=device)
+        listed = all_chars.repeat(V).repeat_interleave(pairs.flatten())          # b for each a -> b
+        self.successors = torch.cat([listed, all_chars])
         self.width = pairs.sum(1)                                                # (V,)
         self.start = self.width.cumsum(0) - self.width                           # (V,)
         self.own_entry = len(listed)
 
-        # To draw o_k: weights summed up along each row; o_k is the first column above a draw
+        # To draw o_k: weights 2 0 1 are summed up to 2 2 3. A draw from 0, 1, 2 gives the first
+        # column whose sum is larger, here column 0, 0, 2.
         weights = pairs if outputs == "bigram" else torch.ones_like(pairs)
         if not self_loops:
             weights = weights - weights.diag().diag()
         if (weights.sum(1) == 0).any():
             raise ValueError("a character that only itself follows needs self-loops")
-        self.outputs_upto = weights.cumsum(1)                                    # (V, V)
+        self.cumulative = weights.cumsum(1)                                      # (V, V)
 
     def sample(self, batch, generator):
-        """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0. The
-        generator is one of the task's device."""
+        """Tokens (B, T+1), and occurrence (B, T): n at a trigger's n-th time so far, else 0.
+
+        The generator is on the task's device.
+        """
         B, T, V, K = batch, self.seq_len, self.vocab_size, self.k
         how = dict(generator=generator, device=self.device)
         if self.triggers == "random":
-            # K draws without replacement: times at rates pi_u, of which the K earliest win
-            times = torch.empty(B, V, device=self.device).exponential_(generator=generator)
-            q = (times / self.unigram).topk(K, largest=False).indices            # (B, K)
+            q = torch.multinomial(self.unigram.expand(B, V), K, generator=generator)     # (B, K)
         else:
             q = self.fixed.expand(B, K)
-        upto = self.outputs_upto[q]                                              # (B, K, V)
-        draw = torch.randint(LARGE, (B, K, 1), **how) % upto[:, :, -1:]
-        o = torch.searchsorted(upto, draw, right=True).squeeze(2)                # (B, K)
-        # each sequence's own tables, in which the triggers have one successor
+        cumulative = self.cumulative[q]                                          # (B, K, V)
+        draw = torch.randint(LARGE, (B, K, 1), **how) % cumulative[:, :, -1:]
+        o = torch.searchsorted(cumulative, draw, right=True).squeeze(2)          # (B, K)
+        # each sequence's own start and width, in which a trigger has one successor
         start = self.start.expand(B, V).scatter(1, q, self.own_entry + o)        # (B, V)
         width = self.width.expand(B, V).scatter(1, q, 1)
 
-        draw = torch.randint(LARGE, (T + 1, B, 1), **how)
+        draw = torch.randint(LARGE, (T + 1, B, 1), **how)    # time first: draw[t] is for a batch
         z = torch.empty_like(draw)
         z[0, :, 0] = torch.multinomial(self.unigram, B, replacement=True, generator=generator)
-        for t in range(T):                                   # a chain is sequential in t alone
+        for t in range(T):
             which = draw[t] % width.gather(1, z[t])                              # (B, 1)
             z[t + 1] = self.successors[start.gather(1, z[t]) + which]
         tokens = z[:, :, 0].T.contiguous()                                       # (B, T+1)
         hit = tokens[:, None, :T] == q[:, :, None]                               # (B, K, T)
+        # along T, for each trigger: hit F T F T -> 0 1 0 2
         return tokens, (hit.cumsum(2) * hit).sum(1)
 
 # ---- The model ----------------------------------------------------------------------------------
 
 def attend(query, key, value, mask):
-    """softmax(query key^T + mask) value, for (B, T, d) each; with it the weights (B, T, T)."""
+    """softmax(query key^T + mask) value, and the weights (B, T, T), the softmax.
+
+    query and key (B, T, d); value (B, T, any width).
+    """
     attn = (query @ key.mT + mask).softmax(-1)
     return attn @ value, attn
 
@@ -227,10 +242,10 @@ class SimpleTransformer(nn.Module):
         #     h = x + softmax(x (W_K1 / sqrt_d) x^T + mask) x W_OV1^T
         #     g = h + softmax(h (W_K2 / sqrt_d) h^T + mask) h W_OV2^T
         #     logits = (g + g W_F^T) W_U^T
-        # Faster, and the same: matrices are multiplied with each other first. W x_t is
-        # (W W_E)(z_t) + W p_t, a product for each character and not for each token. And with
-        # U = W_U + W_U W_F, logits = g U^T = h U^T + attention (h (U W_OV2)^T), whose values have
-        # V columns in place of d.
+        # The same, faster: matrices are multiplied with each other first. W x_t is computed as
+        # (W W_E)(z_t) + W p_t, for each character and position once, not for each token. And with
+        # U = W_U + W_U W_F, logits = g U^T = h U^T + attention (h (U W_OV2)^T): the values of the
+        # second attention have V columns in place of d.
         x = self.embed(tokens)                                                   # (B, T, d)
         key = self.embed(tokens, self.W_K1 / sqrt_d)
         y, attn1 = attend(x, key, self.embed(tokens, W_OV1), mask)
@@ -245,7 +260,7 @@ class SimpleTransformer(nn.Module):
         return logits, [attn1.unsqueeze(1), attn2.unsqueeze(1)]
 
     def embed(self, tokens, W=None):
-        """W x_t for all tokens, (B, T, d); x_t without W."""
+        """W x_t for all tokens, (B, T, d); x_t if there is no W."""
         E = self.W_E
         P = self.P[:tokens.shape[1]]
         if W is not None:
@@ -256,8 +271,9 @@ class SimpleTransformer(nn.Module):
 class FullTransformer(nn.Module):
     """The full model of Sec. 3: GPT-2's blocks, learned positions, everything trained.
 
-    The authors' has ReLU, no biases, and an MLP that reads the norm of the block's input. Torch's
-    initialisation: with GPT-2's, N(0, 0.02), the induction head takes several times as long.
+    The authors' model has ReLU, no biases, and an MLP that reads the norm of the block's input.
+    PyTorch's initialisation: with GPT-2's, N(0, 0.02), the induction head takes several times as
+    long to appear.
     """
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
@@ -280,9 +296,9 @@ class FullTransformer(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         return (logits, attns) if return_attn else logits
 
-# ---- Settings, and what they make (App. E) ------------------------------------------------------
+# ---- Settings (App. E), and the task and model that they make ------------------------------------
 
-# Names on the command line and in the tables
+# Trained matrices of the simple model: the name on the command line and in the tables, the model's
 MATRICES = {"wk1": "W_K1", "wk2": "W_K2", "wo2": "W_O2", "wf": "W_F"}
 
 PRESETS = {                                                  # what differs from the flags' defaults
@@ -291,8 +307,9 @@ PRESETS = {                                                  # what differs from
     "paper": dict(loss=["all"], triggers=["random"], use_wf=True),
     "three-steps": dict(n_triggers=2, vocab_size=24, seq_len=32, n_embd=136, batch_size=128_000),
 }
-OWN = ["seq_len", "batch_size", "steps", "lr", "weight_decay", "self_loops", "eval_every"]
-SETTINGS = {                                                 # of OWN, if no flag gives them
+# The flags whose default depends on preset and model, and a row of defaults for each of these
+COLUMNS = ["seq_len", "batch_size", "steps", "lr", "weight_decay", "self_loops", "eval_every"]
+SETTINGS = {
     ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),  # slow enough to date the memories
     ("quick", "full"): (64, 64, 1_000, 3e-3, 1e-2, True, 20),    # the full model's lr is our choice
     ("medium", "simple"): (256, 128, 1_000, 0.2, 1e-4, False, 20),
@@ -304,7 +321,7 @@ SWEEP = ["model", "n_layer", "loss", "triggers", "outputs", "freeze", "seed"]
 
 def resolve(args):
     """Completes a run's settings. Unused ones become None."""
-    for key, value in zip(OWN, SETTINGS[args.preset, args.model]):
+    for key, value in zip(COLUMNS, SETTINGS[args.preset, args.model]):
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.model == "simple":
@@ -320,7 +337,7 @@ def build_task(args, outputs):
                       args.self_loops, args.vocab_size)
 
 def build(args):
-    """The task and the model of a run. ValueError if --freeze names other matrices, or all."""
+    """The task and the model of a run. ValueError if --freeze names all matrices, or others."""
     task = build_task(args, args.outputs)
     V, T, d = task.vocab_size, args.seq_len, args.n_embd
     if args.model == "simple":
@@ -337,15 +354,15 @@ def load(folder, device="cpu"):
     return common.load(folder, build, device)
 
 def chunk_size(task):
-    """Sequences to work on at once: on a CPU, a layer's attention weights fit its cache, 4 MB."""
+    """Sequences to work on at once: few enough that attention weights, 4 MB, fit a CPU's cache."""
     if str(task.device) != "cpu":
         return 2**20
     return max(1, 2**20 // task.seq_len**2)
 
 def parse_freeze(text):
-    """E.g. wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: until when each stays frozen.
+    """wk1:300+wk2:300 -> {"wk1": 300, "wk2": 300}: the step until which each stays frozen.
 
-    ValueError for another form.
+    ValueError for text of another form.
     """
     if text in (None, "none"):
         return {}
@@ -373,7 +390,7 @@ def train(args, run):
     for step in run.steps(start, args.steps):
         if step == 0:
             run.log(0, **snapshot(args, model, task))
-        for name, until in frozen_until.items():             # without a gradient, it is not updated
+        for name, until in frozen_until.items():             # the optimizer skips what has no grad
             getattr(model, MATRICES[name]).requires_grad_(step >= until)
         tokens, occurrence = task.sample(args.batch_size, data)                  # (B, T+1), (B, T)
         scored = torch.ones_like(occurrence) if args.loss == "all" else occurrence >= 2
@@ -393,18 +410,21 @@ def train(args, run):
 
 @torch.no_grad()
 def output_scores(model):
-    """What attending to the character v adds to the logit of j, without W_F: entry v, j (V, V)."""
+    """Entry v, j: what attending to the character v adds to the logit of j, without W_F (V, V)."""
     return model.W_E @ (model.W_U @ model.W_O2 @ model.W_V2).mT
 
 @torch.no_grad()
 def key_scores(model):
-    """What W_K2 gives a query q for a token after q': W_E(q) . W_K2 W_O1 W_V1 W_E(q'), (V, V)."""
+    """Entry q, q': the score of the query q for a token that followed q' (V, V).
+
+    W_E(q) . W_K2 W_O1 W_V1 W_E(q'), as layer 1 has written W_O1 W_V1 W_E(q') into that token.
+    """
     keys = model.W_E @ (model.W_O1 @ model.W_V1).mT
     return model.W_E @ model.W_K2 @ keys.mT
 
 @torch.no_grad()
 def position_scores(model):
-    """What W_K1 gives position t for position s: p_t . W_K1 p_s, entry t, s (T, T)."""
+    """Entry t, s: the score of the query at position t for position s, p_t . W_K1 p_s (T, T)."""
     return model.P @ model.W_K1 @ model.P.mT
 
 def recall(scores, right):
@@ -416,15 +436,15 @@ def probes(model, task):
     """What a SimpleTransformer's matrices hold, a dict of numbers (Sec. 5).
 
     wk1: fraction of positions t with argmax_s p_t . W_K1 p_s = t - 1; wk1_64: of the first 64.
-    wk2: fraction of triggers q (of all characters if triggers are random) whose key is their own,
+    wk2: fraction of triggers q (of all characters if triggers are random) with
          argmax_q' W_E(q) . W_K2 W_O1 W_V1 W_E(q') = q, over all characters q': chance is 1/V.
-    wk2_triggers: the same over the K triggers q' alone, as the authors take it: chance is 1/K.
+    wk2_triggers: the same over the K triggers q' alone, which is the authors' probe: chance is 1/K.
          Only with fixed triggers.
     wo2: fraction of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
     wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
          triggers; a model without W_F counts as W_F = 0.
     """
-    everyone = torch.arange(task.vocab_size, device=model.W_E.device)
+    all_chars = torch.arange(task.vocab_size, device=model.W_E.device)
     W_F = torch.zeros_like(model.W_K2) if model.W_F is None else model.W_F
     log_p = (model.W_E @ (model.W_U @ W_F).mT).log_softmax(-1)
     kl = F.kl_div(log_p, task.bigram, reduction="none").sum(1)                   # (V,)
@@ -434,15 +454,15 @@ def probes(model, task):
     held = dict(
         wk1=recall(positions[1:], previous),
         wk1_64=recall(positions[1:64, :64], previous[:63]),
-        wo2=recall(output_scores(model), everyone),
+        wo2=recall(output_scores(model), all_chars),
     )
     if task.triggers == "random":
-        held["wk2"] = recall(keys, everyone)
+        held["wk2"] = recall(keys, all_chars)
     else:
         q = task.fixed
         held["wk2"] = recall(keys[q], q)
-        held["wk2_triggers"] = recall(keys[q][:, q], everyone[:task.k])
-        kl = kl[torch.isin(everyone, q, invert=True)]
+        held["wk2_triggers"] = recall(keys[q][:, q], all_chars[:task.k])
+        kl = kl[torch.isin(all_chars, q, invert=True)]
     held["wf"] = kl.mean().item() if len(kl) else 0.0
     return held
 
@@ -450,10 +470,11 @@ def probes(model, task):
 def evaluate(model, task, n=256, seed=10_000):
     """On n fresh sequences, the same at every call: losses in nats, accuracy, attention.
 
-    global: tokens that follow no trigger; in context: a trigger's second and later occurrences.
-    attn_prev: fraction of the queries right after a trigger for which layer 1 attends most to the
-    previous position; attn_match: fraction of the queries at a repeated trigger for which the last
-    layer attends most to a position that follows the same character; both of the best head.
+    loss_global: at all tokens that are no trigger.
+    loss_in_context, accuracy: at a trigger's second and later occurrences.
+    attn_prev: at tokens after a trigger, how often layer 1 attends most to the previous position.
+    attn_match: at a trigger's second and later occurrences, how often the last layer attends most
+         to a position that follows the same character. Both of the best head.
     UsageError if no trigger occurs twice.
     """
     tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
@@ -462,16 +483,16 @@ def evaluate(model, task, n=256, seed=10_000):
     if not repeat.any():
         raise common.UsageError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
     chunks = []
-    for some in z.split(chunk_size(task)):
-        logits, attns = model(some, return_attn=True)
+    for part in z.split(chunk_size(task)):
+        logits, attns = model(part, return_attn=True)
         chunks.append((logits, attns[0].argmax(-1), attns[-1].argmax(-1)))
     logits, first, last = [torch.cat(parts) for parts in zip(*chunks)]
     losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
     right = (logits.argmax(-1) == y).float()
-    # where each head looks, (H, n, T), in the first layer and the last
+    # (H, n, T): the position to which each head of the first and of the last layer attends most
     first, last = first.transpose(0, 1), last.transpose(0, 1)
     previous = first == torch.arange(-1, z.shape[1] - 1, device=z.device)
-    # is the token before the position looked at the same as the query's?
+    # is the token before this position the same as the query's?
     before = F.pad(z[:, :-1], (1, 0), value=-1).expand_as(last)                  # (H, n, T)
     match = before.gather(2, last) == z
     after = F.pad(occurrence[:, :-1] > 0, (1, 0))            # the position before is a trigger
@@ -486,7 +507,7 @@ def evaluate(model, task, n=256, seed=10_000):
     return {name: x.mean(-1).max().item() for name, x in values.items()}         # the best head's
 
 def snapshot(args, model, task):
-    """All that a line of metrics.jsonl holds: the loss that is trained, the accuracy, the rest."""
+    """A line of metrics.jsonl: the training loss, on fresh sequences, and all measurements."""
     metrics = evaluate(model, task)
     if args.model == "simple":
         metrics.update(probes(model, task))
@@ -504,8 +525,8 @@ def measure(args, run):
 
 # ---- Theorem 3: three gradient steps (Sec. 6, App. B) -------------------------------------------
 
-# The theorem's setting, and two that break it, by embeddings that overlap or by sequences stuck in
-# a loop: (embeddings, whether training has self-loops)
+# The theorem's setting, and two that break it, the first by embeddings that overlap, the second by
+# sequences stuck in a loop: (embeddings, whether training has self-loops)
 CASES = {
     "theorem": ("orthonormal", False),
     "gaussian": ("gaussian", False),
@@ -514,14 +535,14 @@ CASES = {
 
 @torch.no_grad()
 def theorem_init_(model, embedding):
-    """In place: trained matrices zero, the frozen ones as in the theorem, embeddings of norm 1.
+    """In place: trained matrices become zero, the frozen ones the theorem's, embeddings of norm 1.
 
-    orthonormal: the rows of W_E, P, W_OV1 W_E, W_OV1 P and W_U are different members of one
-    orthonormal basis, which takes d >= 3 V + 2 T, and W_V2 is orthogonal. gaussian: all are random,
-    so that any two of them overlap by about 1/sqrt(d). ValueError if d is smaller.
+    orthonormal: the embeddings, W_OV1 times each of them, and the rows of W_U are different members
+    of one orthonormal basis, which takes d >= 3 V + 2 T; W_V2 is orthogonal. gaussian: all are
+    random, so that any two of them overlap by about 1/sqrt(d). ValueError if d < 3 V + 2 T.
     """
     V, d = model.W_E.shape
-    n = V + len(model.P)
+    n = V + len(model.P)                                     # embeddings
     if d < 2 * n + V:
         raise ValueError(f"{V} characters and {len(model.P)} positions need --n-embd {2 * n + V}")
     for W in model.parameters():
@@ -540,9 +561,9 @@ def theorem_init_(model, embedding):
     model.W_V1.copy_(basis.roll(-n, 0).mT @ basis)           # b_i -> b_{i+n}
     model.W_V2.copy_(torch.linalg.qr(torch.randn(d, d)).Q)
 
-# A step's matrix, its scores for all pairs, the diagonal of the scores with the right pairs, and
-# the mean that the step gives these: of logits, then of attention scores. (Logits above 1 make the
-# model too sure of its answer for the gradients of the next steps.)
+# For each step: its matrix, the scores of all pairs, the diagonal on which the right pairs stand,
+# and the mean of their scores after the step (logits, then attention scores). With logits above 1
+# the model would be too sure of its answers for the gradients of the next steps.
 STEPS = [
     ("W_O2", output_scores, 0, 1.0),                         # pairs v, v
     ("W_K2", key_scores, 0, 5.0),                            # pairs q, q
@@ -552,10 +573,11 @@ STEPS = [
 def three_steps(args, seed, case):
     """From zero matrices, one large gradient step on W_O2, one on W_K2, one on W_K1.
 
-    Each is taken with those before it in place, on --batch-size sequences of uniform bigrams with
-    random triggers, for the loss summed over triggers' second and later occurrences. The gradient
-    gives the direction, STEPS the size. Returns a row, probes and accuracy, for the start and for
-    each step, all on sequences without self-loops. ValueError if the sequences have no repeat.
+    Each starts from the result of those before, and takes the gradient on --batch-size sequences of
+    uniform bigrams with random triggers, of the loss summed over triggers' second and later
+    occurrences. The gradient gives the direction, STEPS the size. Returns rows for the start and
+    for each step: probes and evaluations, on sequences without self-loops. ValueError if the
+    sequences have no repeat.
     """
     common.seed_everything(seed)
     setting = dict(k=args.n_triggers, seq_len=args.seq_len, triggers="random",
@@ -577,7 +599,7 @@ def three_steps(args, seed, case):
         for drawn in range(0, args.batch_size, 4096):
             tokens, occurrence = task.sample(min(4096, args.batch_size - drawn), data)
             scored = occurrence >= 2
-            some = scored.any(1)                             # the others have no repeat to learn
+            some = scored.any(1)                             # sequences with something to learn
             for z, at in zip(tokens[some].split(256), scored[some].split(256)):
                 logits = model(z[:, :-1])[at]
                 F.cross_entropy(logits, z[:, 1:][at], reduction="sum").backward(inputs=[W])
@@ -585,7 +607,7 @@ def three_steps(args, seed, case):
             W.copy_(-W.grad)
             mean = scores(model).diagonal(diagonal).mean().abs()     # keeps the gradient's sign
             if name != "W_O2":
-                mean /= math.sqrt(args.n_embd)               # as attention scores are
+                mean /= math.sqrt(args.n_embd)               # as in the softmax of the attention
             if not 0 < mean < math.inf:
                 raise ValueError(f"the step on {name} has no direction: a larger --batch-size")
             W *= wanted / mean
@@ -596,34 +618,34 @@ def show_three_steps(args):
     """--preset three-steps: the theorem beside what breaks it. Returns the rows of all cases."""
     rows = []
     cells = []
-    verdict = ""
+    said = ""
     for seed, case in itertools.product(args.seed, CASES):
         try:
-            four = three_steps(args, seed, case)
+            case_rows = three_steps(args, seed, case)
         except ValueError as error:
             raise common.UsageError(error) from error
-        rows += four
-        for row in four:
+        rows += case_rows
+        for row in case_rows:
             about = f"seed {seed}, {case}, after {row['step']}"
             for key in ("accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"):
                 cells.append((about, key, row[key]))
-        accuracy = [row["accuracy"] for row in four]
+        accuracy = [row["accuracy"] for row in case_rows]
         rises = "rises" if accuracy == sorted(accuracy) else "does not rise"
-        verdict += f"\nSeed {seed}, {case}: the in-context accuracy {rises} with every step."
+        said += f"\nSeed {seed}, {case}: the in-context accuracy {rises} with every step."
     title = "In-context accuracy, probes and attention, on sequences without self-loops"
     common.print_table(title, cells)
-    common.say(verdict)
+    common.say(said)
     return rows
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# The columns of a training curve: metrics
+# The metrics of a training curve's table
 SHOWN = ["loss_global", "loss_in_context", "accuracy", "wo2", "wk2", "wk1_64", "wf", "attn_prev",
          "attn_match"]
-# The first steps at which these reach these levels
+# The metrics and the levels of the table of first steps
 FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
 LEVELS = [0.5, 0.9]
-# Fig. 3's panels: settings of an axis, and its curves
+# Fig. 3's panels: settings of an axis, and the metrics that it draws with their legends
 CURVES = {
     "losses": (dict(ylabel="loss (nats)"),
                dict(loss_global="on global bigrams", loss_in_context="in context")),
@@ -649,7 +671,7 @@ bigrams. Attention: layer 1 to the previous token, the last layer to what follow
                        cells)
 
 def print_summary(runs):
-    """The end of each setting, and the first steps at each of LEVELS, over seeds."""
+    """The accuracies at the end, and the first steps at LEVELS: median and range over seeds."""
     accuracies, firsts = [], []
     for run in runs:
         label = run.args.label
@@ -664,7 +686,7 @@ def print_summary(runs):
 (wk2 looks for a key among all characters, wk2_triggers among the fixed triggers)""", firsts)
 
 def verdict(run):
-    """What a run shows of the paper's claims, in words."""
+    """What a run shows of the paper's claims, a sentence a line."""
     said = [f"{run.args.label}, seed {run.args.seed}:"]
     memories = [key for key in ("wo2", "wk2", "wk1_64") if key in run.results]
     if run.args.loss == "all":
@@ -677,16 +699,16 @@ def verdict(run):
         before = [line for line in run.metrics if line["step"] <= thaw][-1]
         held = [key for key in memories if before[key] >= 0.5] or ["nothing"]
         said.append(f"Learned before the thaw at step {thaw}: {', '.join(held)}.")
-    born = [line for line in run.metrics if line["accuracy"] >= 0.5]
-    if not born:
+    born = next((line for line in run.metrics if line["accuracy"] >= 0.5), None)
+    if born is None:
         said.append("No induction head: the accuracy stays below one half.")
     elif memories:
-        levels = [f"{key} {born[0][key]:.2f}" for key in memories]
-        last = min(memories, key=born[0].get)
-        said.append(f"When the accuracy passes one half, at step {born[0]['step']}: "
-                    f"{', '.join(levels)}. Least learned: {last} (in the paper wk1).")
+        levels = ", ".join(f"{key} {born[key]:.2f}" for key in memories)
+        last = min(memories, key=born.get)
+        said.append(f"When the accuracy passes one half, at step {born['step']}: {levels}.")
+        said.append(f"Least learned of these: {last} (in the paper wk1).")
     said.append(f"The accuracy ends at {run.results['accuracy']:.3f}.")
-    return " ".join(said)
+    return "\n  ".join(said)
 
 def plot_curves(runs):
     """Fig. 3: losses, accuracy and memories against the step, a row for each setting."""
@@ -707,9 +729,9 @@ def plot_curves(runs):
 
 @torch.no_grad()
 def plot_attention(runs, length=32):
-    """All layers' attention for one sequence, the mean over heads.
+    """Each layer's attention on one sequence, the mean over heads.
 
-    A star marks a trigger, circles where an induction head looks: in layer 1 the token after a
+    Stars mark triggers. Circles mark where an induction head looks: in layer 1 the token after a
     trigger looks at the trigger, in the others a trigger looks at what followed it before.
     """
     panels = {}
@@ -719,9 +741,10 @@ def plot_attention(runs, length=32):
         tokens, occurrence = task.sample(1, data)
         trigger = occurrence[0, :length] > 0                                     # (T,)
         z = tokens[0, :len(trigger)]
+        # [t, s]: the trigger at t has occurred at s before
         repeat = (z[:, None] == z).tril(-1) & trigger[:, None]                   # (T, T)
-        first = [(t + 1, t) for t in range(len(z) - 1) if trigger[t]]
-        later = [(t, s + 1) for t, s in repeat.nonzero().tolist()]
+        to_previous = [(t + 1, t) for t in range(len(z) - 1) if trigger[t]]
+        to_match = [(t, s + 1) for t, s in repeat.nonzero().tolist()]
         chars = task.chars.replace("\n", "\u21b5").replace(" ", "\u2423")
         columns = [chars[i] for i in z]
         rows = [char + "*" if hit else char for char, hit in zip(columns, trigger)]
@@ -729,12 +752,12 @@ def plot_attention(runs, length=32):
         _, attns = model(z[None], return_attn=True)
         for layer, attn in enumerate(attns, 1):
             weights = attn[0].mean(0).cpu()                                      # (T, T)
-            circles = first if layer == 1 else later
+            circles = to_previous if layer == 1 else to_match
             panels[f"{run.args.label}, layer {layer}"] = weights, rows, columns, axis, circles
     common.plot_matrices(runs[0].folder.parent / "attention.png", panels, columns=2)
 
 def show(runs):
-    """The tables of a sweep, with --plot its figures, and what they show."""
+    """Prints the tables of a sweep and its verdicts; with --plot draws its figures."""
     for run in runs:
         run.args.label = run.args.label or f"{run.args.model} model"
     settings = [run for run in runs if run.args.seed == runs[0].args.seed]
@@ -766,7 +789,7 @@ def parse_args(argv=None):
     add("--triggers", nargs="+", default=["fixed"],
         help="fixed, the most frequent; fixed:10, without the first ten; random, drawn anew")
     add("--outputs", nargs="+", choices=["uniform", "bigram"], default=["uniform"],
-        help="of a trigger: any, or as in pi_b")
+        help="a trigger's output: uniform over characters, or drawn from pi_b")
     add("--self-loops", action=switch,
         help="an output may be the trigger itself (default: the model's)")
     add("--text", help="a text for the bigrams (default: Tiny Shakespeare)")
@@ -774,7 +797,7 @@ def parse_args(argv=None):
     add("--seq-len", type=common.number(int, 4, 2**14),
         help="T, predictions a sequence (default: the model's)")
     add("--loss", nargs="+", choices=["all", "in-context"], default=["in-context"],
-        help="tokens: all, or repeated triggers'")
+        help="on all tokens, or at a trigger's second and later occurrences")
     add("--freeze", nargs="+", default=["none"],
         help="matrices (wk1, wk2, wo2, wf) frozen until a step, as in wk1:300+wk2:300; none")
     add("--batch-size", type=count, help="sequences a step (default: the model's)")
@@ -789,7 +812,7 @@ def parse_args(argv=None):
     return common.parse_args(parser, PRESETS, argv)
 
 def main(argv=None):
-    """Trains what the flags ask for, prints the tables, and returns a list of results."""
+    """Trains what the flags ask for, prints the tables, and returns a dict of results a run."""
     args = parse_args(argv)
     if args.preset == "three-steps":
         return show_three_steps(args)

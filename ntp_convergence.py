@@ -15,23 +15,25 @@ two-level order each token is upper or lower, and each upper token is above each
 The model is one layer of attention. W_KQ gives each token of a sentence a score with the query; the
 softmax of the scores is the attention, which has to go to the optimal token. W_OV turns the token
 that gets the attention into the logits of the next token. Many matrices solve this task. The
-max-margin solution of each, W_OV* and W_KQ*, is the one of smallest norm with which the right token
-leads all others by at least 1, in logit or in score, as in a support vector machine.
+max-margin solution of each, W_OV* and W_KQ*, is the matrix of smallest norm with which the right
+token leads all others by at least 1, in logit or in score, as in a support vector machine.
 
-The claim: two-stage normalised gradient descent (all steps have the same length; stage 1 trains
-W_OV on the pairs v, n(v), stage 2 trains W_KQ on the sentences) turns each matrix to the direction
-of its max-margin solution, although no term of the loss asks for it. The cosine between the two
-goes to 1 at a sub-linear rate, the norm grows linearly, and the loss goes to its minimum
-exponentially fast (Theorems 1, 2). The model then also predicts what follows an unseen sentence if
-the training sentences imply which of its tokens is optimal (Theorem 3).
+Training has two stages: stage 1 trains W_OV on the pairs v, n(v), stage 2 trains W_KQ on the
+sentences. Both use normalised gradient descent, whose steps all have the same length. The claim: it
+turns each matrix to the direction of its max-margin solution, although no term of the loss asks for
+it. The cosine between the two goes to 1 at a sub-linear rate, the norm grows linearly, and the loss
+goes to its minimum exponentially fast (Theorems 1, 2). The model then also predicts what follows an
+unseen sentence if the training sentences imply which of its tokens is optimal (Theorem 3).
 
 What to look for: both cosines pass 0.99, and 1 - cosine falls roughly like a power of the step;
 both norms are straight lines; the log of the loss above its minimum ends as a straight line; the
-accuracy on unseen sentences is 1 if the data decide which token is optimal. If the data do not, but
-the theorem's extension of their order does, the accuracy is 1 for two-level orders. Total orders
-have chains a > b > c, where b is optimal in one sentence and beaten in another. Then W_KQ* itself
-has ties and errors: of a > b, b > d, a > c it gives a, b, c, d the scores 1, 0, 0, -1, so that b
-ties with c and with all tokens that the data do not compare.
+accuracy on unseen sentences is 1 if the data decide which token is optimal.
+
+The theorem also extends the order of the data, to tokens that they do not compare (in
+extended_orders below). If only this extension decides, the accuracy is 1 for two-level orders.
+Total orders have chains a > b > d, where b is optimal in one sentence and beaten in another. Then
+W_KQ* itself has ties and errors: if the data say a > b, b > d and a > c, it gives a, b, c, d the
+scores 1, 0, 0, -1, so that b ties with c, and with all tokens that no sentence compares.
 
 The vocabulary, d = 20 and the step sizes of normalised gradient descent are the paper's. Ours are
 the numbers of steps, the 200 sentences of 5 tokens, the random weights of the pairs in stage 1
@@ -77,12 +79,12 @@ class Task(NamedTuple):
     next_tokens: np.ndarray                    # (N,) n(x*)
     collocation: np.ndarray                    # (V,) n, a permutation
     optimal: np.ndarray                        # (N,) x*
-    orders: np.ndarray                         # (V, V, V) bool, [q, a, b]: a >_q b; None: a file
+    orders: np.ndarray                         # (V, V, V) bool, [q, a, b]: a >_q b; None for a file
     weights: np.ndarray                        # (V,) of the pairs v, n(v) in stage 1, sum 1
 
 def closure(orders):
     """The transitive closure of relations (..., V, V): a > b and b > c also give a > c."""
-    for _ in range(orders.shape[-1].bit_length()):
+    for _ in range(orders.shape[-1].bit_length()):           # each round joins chains twice as long
         ones = orders.astype(np.float32)
         orders = orders | (ones @ ones > 0)
     return orders
@@ -97,7 +99,7 @@ def make_orders(vocab_size, kind, rng):
     if kind == "two-level":
         upper = rng.random((V, V)) < 0.5                     # (query, token)
         return upper[:, :, None] & ~upper[:, None, :]
-    rank = np.argsort(rng.random((V, V)), axis=1)            # (query, token)
+    rank = np.argsort(rng.random((V, V)), axis=1)            # (query, token): permutations
     orders = rank[:, :, None] > rank[:, None, :]
     if kind == "partial":
         orders = closure(orders & (rng.random((V, V, V)) < 0.25))
@@ -108,7 +110,7 @@ def optimal_token(sentences, orders):
     tokens = sentences.T                                     # (L, N)
     query = tokens[-1]
     best = np.full(len(sentences), -1)
-    for token in tokens:
+    for token in tokens:                                     # (N,): of each sentence the i-th
         above_or_same = orders[query, token, tokens] | (token == tokens)             # (L, N)
         best = np.where(above_or_same.all(axis=0), token, best)
     return best
@@ -120,7 +122,7 @@ def draw_sentences(n, length, orders, rng):
     1,000 has an optimal token: long sentences seldom do.
     """
     found = np.empty((0, length), dtype=int)
-    for _ in range(250):
+    for _ in range(250):                                     # 250 times 4 n are 1,000 n
         sentences = rng.integers(len(orders), size=(4 * n, length))
         has_one = optimal_token(sentences, orders) >= 0
         found = np.concatenate([found, sentences[has_one]])
@@ -135,8 +137,8 @@ def draw_dataset(vocab_size, n_sentences, length, seed, order):
     orders = make_orders(vocab_size, order, rng)
     sentences, optimal = draw_sentences(n_sentences, length, orders, rng)
     if len(sentences) < n_sentences:
-        found = f"only {len(sentences)} of {1_000 * n_sentences} random sentences"
-        raise ValueError(f"{found} have an optimal token: take shorter ones or total orders")
+        raise ValueError(f"only {len(sentences)} of {1_000 * n_sentences} random sentences have an "
+                         "optimal token: take shorter ones or total orders")
     return sentences, collocation[optimal], collocation, optimal, orders
 
 def make_dataset(vocab_size, n_sentences, length, seed, order="total"):
@@ -149,7 +151,7 @@ def make_dataset(vocab_size, n_sentences, length, seed, order="total"):
 def said_orders(sentences, optimal, vocab_size):
     """What the sentences say: (V, V, V) bool, [q, a, b]: with query q, a is optimal beside b."""
     said = np.zeros((vocab_size,) * 3, dtype=bool)
-    said[sentences[:, -1:], optimal[:, None], sentences] = True
+    said[sentences[:, -1:], optimal[:, None], sentences] = True          # (N, 1), (N, 1), (N, L)
     return said & ~np.eye(vocab_size, dtype=bool)            # no token is above itself
 
 def extended_orders(sentences, optimal, vocab_size):
@@ -168,15 +170,15 @@ def extended_orders(sentences, optimal, vocab_size):
     return closure(said | above_unseen | below_unseen)
 
 def check_realizable(sentences, next_tokens, collocation):
-    """The optimal tokens (N,) of a realizable dataset: one that some orders of the queries explain.
+    """The optimal tokens (N,) of a dataset, if it is realizable: if some orders explain it.
 
-    ValueError if it is not realizable: the collocation is no permutation, the next token of a
-    sentence is n(v) of none of its tokens v, or what the sentences say of a query has a cycle.
+    ValueError if none do: the collocation is no permutation, the next token of a sentence is n(v)
+    for none of its tokens v, or what the sentences say about a query has a cycle.
     """
     V = len(collocation)
     if sorted(collocation) != list(range(V)):
         raise ValueError("not realizable: each token must follow exactly one token")
-    optimal = np.argsort(collocation)[next_tokens]           # n^-1
+    optimal = np.argsort(collocation)[next_tokens]           # argsort inverts a permutation
     missing = (sentences != optimal[:, None]).all(axis=1)
     if missing.any():
         sentence = sentences[missing][0]
@@ -234,20 +236,21 @@ class OneLayer(nn.Module):
         logits = (attn.unsqueeze(1) @ values).squeeze(1)     # (N, V)
         return (logits, attn) if return_attn else logits
 
-# The plain form of gradients() below, with which a test compares it:
+# The function gradients() below does what these two lines do, and a test compares both:
 #
 #     loss = weights @ F.cross_entropy(model(sentences), next_tokens, reduction="none")
 #     loss, *torch.autograd.grad(loss, [model.W_OV, model.W_KQ])
 #
-# Autograd loses all digits where they matter here. At a loss of 1e-17 the probability p of the
-# next token rounds to 1, and its gradient p - 1 to 0. Yet normalised gradient descent divides by
-# the norm, so that it needs the direction of a gradient of any size. Two differences of nearly
-# equal numbers lose the digits. Both can be avoided:
+# But autograd loses all digits of a tiny gradient. At a loss of 1e-17 the probability p of the next
+# token rounds to 1, and its gradient p - 1 to 0. Normalised gradient descent divides by the norm,
+# so it needs the direction of a gradient of any size. The digits are lost in two differences of
+# nearly equal numbers, and both can be avoided:
 #
 # 1. p - 1 = -sigmoid(z) and loss = log(1 + e^z), where
 #    z = log(sum of e^logit over the other tokens) - logit of the next token.
-# 2. The gradient by the scores of a sentence, mixture * (by_mixture - mean), sums to 0. The entry
-#    of the token with the most attention is minus the sum of the others, which are tiny and exact.
+# 2. The gradient by the scores of a sentence, mixture * (by_mixture - mean), sums to 0. Its entry
+#    for the token with the most attention is computed as minus the sum of the others, which are
+#    tiny and exact.
 
 def loss_and_residual(logits, next_tokens):
     """The cross-entropy of each row (N,) in nats, and its gradient by the logits (N, V)."""
@@ -278,7 +281,7 @@ def gradients(model, sentences, next_tokens, weights):
     others = by_scores.scatter(1, largest, 0).sum(1, keepdim=True)
     by_scores = by_scores.scatter(1, largest, -others)
 
-    # score = x^T W_KQ q: first added up for each pair of query and token
+    # score = x^T W_KQ q: the gradients are first added up for each pair of query q and token x
     by_query = attn.new_zeros(V, V).index_add_(0, sentences[:, -1], by_scores)       # (q, x)
     by_W_KQ = model.E @ by_query.mT @ model.E.mT                                     # (d, d)
     return weights @ losses, by_W_OV, by_W_KQ
@@ -289,20 +292,20 @@ def max_margin(A):
     """argmin |w| subject to A w >= 1, for A (m, n): w (n,) = A^T dual, and dual (m,).
 
     Hildreth's method (1957) maximises the dual, sum(dual) - |A^T dual|^2 / 2 for dual >= 0, one
-    multiplier at a time: it moves to where its constraint holds with equality, or to 0. ValueError
-    if this does not converge, as when no w meets all constraints.
+    multiplier dual[i] at a time: it is moved to where constraint i holds with equality, but not
+    below 0. ValueError if this does not converge, as when no w meets all constraints.
     """
     G = A @ A.T
     dual = np.zeros(len(A))
     margins = np.zeros(len(A))                               # A w = G dual
     for _ in range(100_000):
-        largest = 0.0
-        for i, size in enumerate(G.diagonal()):
-            change = max(-dual[i], (1 - margins[i]) / size)
+        largest = 0.0                                        # change of a margin in this round
+        for i, slope in enumerate(G.diagonal()):             # of margins[i] against dual[i]
+            change = max(-dual[i], (1 - margins[i]) / slope)
             if change != 0:
                 dual[i] += change
                 margins += change * G[i]
-                largest = max(largest, abs(change) * size)
+                largest = max(largest, abs(change) * slope)
         if largest < 1e-11:
             return A.T @ dual, dual
     raise ValueError("no max-margin solution: the constraints cannot all be met")
@@ -351,7 +354,8 @@ def max_margin_kq(embedding, sentences, optimal):
 
 # ---- Training (Algorithm 1) ---------------------------------------------------------------------
 
-# Step sizes of W_OV and W_KQ in units of 1 / sqrt(d): normalised (Algorithm 1), plain, Adam
+# Step sizes of W_OV and W_KQ in units of 1 / sqrt(d). ngd: normalised gradient descent
+# (Algorithm 1); gd: plain gradient descent
 STEP_SIZES = {"ngd": (0.2, 0.05), "gd": (40.0, 40.0), "adam": (0.05, 0.05)}
 PRESETS = {"quick": {}, "medium": dict(seed=list(range(10))), "paper": {}}
 SWEEP = ["optimizer", "stages", "order", "embedding", "weights", "seed"]
@@ -399,21 +403,21 @@ def examples(task, device):
     def tensors(*arrays):
         return [torch.from_numpy(x).to(device) for x in arrays]
 
-    pairs = tensors(np.arange(V)[:, None], task.collocation, task.weights)
-    return pairs, tensors(task.sentences, task.next_tokens, np.full(N, 1 / N))
+    stage_1 = tensors(np.arange(V)[:, None], task.collocation, task.weights)
+    return stage_1, tensors(task.sentences, task.next_tokens, np.full(N, 1 / N))
 
 def marks(steps):
-    """The steps to measure at: some spaced by their logarithms, some evenly, and the last one."""
+    """The steps to measure at: 25 log-spaced ones and 25 evenly spaced ones, without doubles."""
     spaced = [*np.geomspace(1, steps, 25), *np.linspace(0, steps, 26)[1:]]
     return {round(t) for t in spaced}
 
 def train(args, run):
     """One run: stage 1 on the pairs, stage 2 on the sentences; or both at once (joint)."""
     task, model = build(args)
-    pairs, sentences = examples(task, args.device)
+    stage_1, stage_2 = examples(task, args.device)
     E = model.E.cpu().numpy()
-    best = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
-    best = [torch.from_numpy(W).to(model.E) for W in best]   # W_OV*, W_KQ*
+    solutions = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
+    solutions = [torch.from_numpy(W).to(model.E) for W in solutions]     # W_OV*, W_KQ*
     V = len(task.collocation)
     descent = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
     optimizer = descent([
@@ -432,14 +436,13 @@ def train(args, run):
         train_ov = joint or step < steps_ov
         train_kq = step >= steps_ov
         if step == steps_ov and not joint:
-            stage_2 = "stage 2 starts; W_KQ is trained, the loss is that of the sentences"
-            common.say(f"{run.folder.name}, step {step:,}: {stage_2}")
+            common.say(f"{run.folder.name}, step {step:,}: stage 2 starts, on the sentences' loss")
         optimizer.zero_grad()
         if train_ov:
-            _, model.W_OV.grad, _ = gradients(model, *pairs)
+            _, model.W_OV.grad, _ = gradients(model, *stage_1)
         if train_kq:
-            loss, by_W_OV, model.W_KQ.grad = gradients(model, *sentences)
-            below = (loss < 1e-3) & (model.first < 0)        # an `if` would make a GPU wait
+            loss, by_W_OV, model.W_KQ.grad = gradients(model, *stage_2)
+            below = (loss < 1e-3) & (model.first < 0)        # an `if` would wait for the GPU
             model.first = torch.where(below, step - steps_ov, model.first)
         if joint:
             model.W_OV.grad += by_W_OV
@@ -449,54 +452,55 @@ def train(args, run):
                 W.grad /= W.grad.norm().clamp_min(1e-150)
         optimizer.step()
         if step + 1 in measured:
-            now = panels(model, task, best)
+            metrics = panels(model, task, solutions)
             name = "kq" if train_kq else "ov"
-            if now[f"gradient_{name}"] < 1e-150:
+            if metrics[f"gradient_{name}"] < 1e-150:
                 raise common.RunError(f"gradient underflows at step {step + 1}: take fewer steps")
-            now["stage"] = 0 if joint else STAGE[name]
-            now["t"] = step + 1 - steps_ov if train_kq else step + 1
-            run.log(step + 1, loss=now[f"loss_{name}"], cosine=now[f"cosine_{name}"], **now)
+            metrics["stage"] = 0 if joint else STAGE[name]
+            metrics["t"] = step + 1 - steps_ov if train_kq else step + 1
+            shown = dict(loss=metrics[f"loss_{name}"], cosine=metrics[f"cosine_{name}"])
+            run.log(step + 1, **shown, **metrics)
 
 # ---- Measurement --------------------------------------------------------------------------------
 
 MATRICES = {"ov": "W_OV", "kq": "W_KQ"}
-STAGE = {"ov": 1, "kq": 2}                                   # that trains the matrix
+STAGE = {"ov": 1, "kq": 2}                                   # in which the matrix is trained
 
-def cosine(W, W_best):
+def cosine(W, solution):
     """The cosine of the angle between two matrices; 0 if W is 0."""
-    return ((W * W_best).sum() / W.norm().clamp_min(1e-300) / W_best.norm()).item()
+    return ((W * solution).sum() / W.norm().clamp_min(1e-300) / solution.norm()).item()
 
 @torch.no_grad()
-def panels(model, task, best):
-    """What Fig. 2 shows of a model; best: the max-margin solutions W_OV* and W_KQ* (tensors).
+def panels(model, task, solutions):
+    """What Fig. 2 shows of a model, given the max-margin solutions W_OV* and W_KQ* (tensors).
 
     Losses in nats, cosines with the solutions, Frobenius norms, accuracy on the training
     sentences, and the norms of both gradients. excess is the loss of the sentences above its
     minimum: the loss with this W_OV if all attention is on x*.
     """
-    pairs, sentences = examples(task, model.E.device)
-    loss_ov, by_W_OV, _ = gradients(model, *pairs)
-    loss_kq, _, by_W_KQ = gradients(model, *sentences)
-    x, next_tokens, _ = sentences
-    logits = model(x)
+    stage_1, stage_2 = examples(task, model.E.device)
+    loss_ov, by_W_OV, _ = gradients(model, *stage_1)
+    loss_kq, _, by_W_KQ = gradients(model, *stage_2)
+    sentences, next_tokens, _ = stage_2
+    logits = model(sentences)
     losses, _ = loss_and_residual(logits, next_tokens)
     lowest, _ = loss_and_residual(model.token_logits()[task.optimal], next_tokens)
     right = logits.argmax(1) == next_tokens
     return {
         "accuracy": right.double().mean().item(),
         "loss_ov": loss_ov.item(),
-        "cosine_ov": cosine(model.W_OV, best[0]),
+        "cosine_ov": cosine(model.W_OV, solutions[0]),
         "norm_ov": model.W_OV.norm().item(),
         "loss_kq": loss_kq.item(),
         "excess": (losses - lowest).mean().item(),
-        "cosine_kq": cosine(model.W_KQ, best[1]),
+        "cosine_kq": cosine(model.W_KQ, solutions[1]),
         "norm_kq": model.W_KQ.norm().item(),
         "gradient_ov": by_W_OV.norm().item(),
         "gradient_kq": by_W_KQ.norm().item(),
     }
 
 def of_stage(metrics, name):
-    """The lines of metrics.jsonl during which a matrix is trained; joint training is stage 0."""
+    """The lines of metrics.jsonl while a matrix is trained; joint training is stage 0."""
     return [line for line in metrics if line["stage"] in (0, STAGE[name])]
 
 # The panels of Fig. 2: the y-axis, and the scales on which Theorems 1 and 2 expect a straight line
@@ -507,7 +511,7 @@ PANELS = {
 }
 
 def curves(metrics, name):
-    """The panels of one matrix, arrays (T,) against its step t. total: loss, minimum included."""
+    """The panels of one matrix, arrays (T,), and its steps t; total: the loss with its minimum."""
     lines = of_stage(metrics, name)
 
     def column(key):
@@ -515,7 +519,7 @@ def curves(metrics, name):
 
     return {
         "t": column("t"),
-        "loss": column("loss_ov" if name == "ov" else "excess"),         # W_OV can reach 0
+        "loss": column("loss_ov" if name == "ov" else "excess"),         # loss_ov has the minimum 0
         "total": column(f"loss_{name}"),
         "direction": 1 - column(f"cosine_{name}"),
         "norm": column(f"norm_{name}"),
@@ -526,10 +530,10 @@ def on_scale(x, scale):
     return np.log(x) if scale == "log" else x
 
 def fit(curve, panel):
-    """The straight line of a panel by least squares: slope, R^2, and both ends: t (2,), y (2,).
+    """The straight line of a panel by least squares: slope, R^2, and its ends: t (2,), y (2,).
 
-    Each is None for fewer than 3 points. The fit leaves out what is rounding error, the first half
-    of the loss, and the first 100 steps of the direction, which has hardly begun to change.
+    Each is None for fewer than 3 points. The fit leaves out rounding errors, the first half of the
+    steps for the loss, and the first 100 for the direction, which has hardly begun to change.
     """
     t, y = curve["t"], curve[panel]
     begin = {"loss": t[-1] / 2, "direction": 100, "norm": 1}[panel]
@@ -540,9 +544,9 @@ def fit(curve, panel):
     _, x_scale, y_scale = PANELS[panel]
     x, y = on_scale(t[used], x_scale), on_scale(y[used], y_scale)
     slope, offset = np.polyfit(x, y, 1)
-    left = ((y - slope * x - offset) ** 2).sum()
+    unexplained = ((y - slope * x - offset) ** 2).sum()
     total = ((y - y.mean()) ** 2).sum()
-    r_squared = 1 - left / total
+    r_squared = 1 - unexplained / total
     ends = np.array([begin, t[-1]])
     line = slope * on_scale(ends, x_scale) + offset
     return float(slope), float(r_squared), ends, np.exp(line) if y_scale == "log" else line
@@ -572,14 +576,17 @@ def leads(scores, sentences, optimal):
 def generalisation(model, task, seed, n=20_000):
     """Theorem 3: accuracy on unseen sentences, in groups by what decides which token x* is optimal.
 
-    decided: the order that the data imply. extended: only extended_orders; of these, top: x* is
-    optimal in the data and never beaten; chain: x* is optimal in one sentence and beaten in
-    another; new: x* is compared in none. truth: extended again, but x* is that of the true orders.
-    undecided: all others; x* is that of the true orders.
+    decided    the order that the data imply
+    extended   only extended_orders. Three parts:
+      top      x* is optimal in some sentence of the data, beaten in none
+      chain    x* is optimal in one sentence, beaten in another
+      new      x* is compared in no sentence
+    truth      the sentences of extended again, but with the x* of the true orders
+    undecided  neither; x* is that of the true orders
 
-    For each group: fraction_ of the unseen sentences; accuracy_: how often the model predicts
-    n(x*); exact_: how often the exact W_KQ* gives x* the highest score; ties_: how often its best
-    other token has the same score, to 1e-6 (wrong in exact_). None if a group has no sentences.
+    For each group: fraction_ of the unseen sentences; accuracy_, how often the model predicts
+    n(x*); exact_, how often the exact W_KQ* gives x* the highest score; ties_, how often another
+    token has the same score, to 1e-6 (wrong in exact_). None if a group has no sentences.
     """
     V = len(task.collocation)
     unseen, truth = unseen_sentences(task, n, np.random.default_rng(seed + 20_000))
@@ -610,7 +617,7 @@ def generalisation(model, task, seed, n=20_000):
     results = {}
     for name, (group, optimal) in groups.items():
         results[f"fraction_{name}"] = mean(group)
-        group = group & (optimal >= 0)
+        group = group & (optimal >= 0)                       # a file has no true orders
         best = optimal[group]
         lead = leads(scores, unseen[group], best)
         results[f"accuracy_{name}"] = mean(predicted[group] == task.collocation[best])
@@ -671,8 +678,8 @@ def print_theorems(runs):
                 cells.append((f"{label}: slope", matrix, slope, ".5f"))
                 cells.append((f"{label}: R^2", matrix, r_squared, ".5f"))
         cells.append(("steps to a loss of 1e-3", "W_KQ", found["steps_to_1e_3"], ".0f"))
-    about = "the cosine at the end, and straight lines fitted against the step t of each stage"
-    common.print_table(f"Theorems 1 and 2: {about}", cells)
+    common.print_table("Theorems 1 and 2: the cosine at the end, and straight lines fitted against "
+                       "the step t of the stage", cells)
 
 GROUPS = {                                                   # of generalisation()
     "decided": "decided by the data",
@@ -688,7 +695,7 @@ TRAINED = """Theorem 3: accuracy on unseen sentences, by what decides which toke
 EXACT = "The same if all attention goes to the token that the exact W_KQ* scores highest"
 
 def print_unseen(runs, title, measures):
-    """Theorem 3 for one setting: median and range over seeds. measures: as generalisation()'s."""
+    """Theorem 3 for one setting: median and range over seeds. measures: {name: column title}."""
     cells = []
     for run in runs:
         for group, row in GROUPS.items():
@@ -733,7 +740,7 @@ def plot(runs):
             axis = dict(xlabel=f"training steps of {matrix}", ylabel=what)
             axis.update(xscale=x_scale, yscale=y_scale)
             if x_scale == "linear":
-                axis["xticks"] = np.linspace(0, curve["t"][-1], 5)       # else they may overlap
+                axis["xticks"] = np.linspace(0, curve["t"][-1], 5)       # so that none overlap
             panels[f"{matrix}: {panel}"] = axis, drawn
     common.plot(runs[0].folder.parent / "fig2.png", panels)
 
@@ -755,7 +762,7 @@ def parse_args(argv=None):
     choice("--order", ORDERS, "the strict order of each query")
     choice("--embedding", ["orthonormal", "gaussian"], "of the tokens")
     choice("--weights", ["random", "uniform"], "of the pairs in stage 1")
-    add("--sentences", help="a file of sentences and what follows each, to train on instead")
+    add("--sentences", help="a file of sentences and their next tokens, to train on instead")
     choice("--optimizer", list(STEP_SIZES), "normalised gradient descent, plain, or Adam")
     choice("--stages", ["two", "joint"], "W_OV, then W_KQ; or both at once")
     add("--steps-ov", type=common.positive_int, default=2_000, help="steps of stage 1")
@@ -766,7 +773,7 @@ def parse_args(argv=None):
     return common.parse_args(parser, PRESETS, argv)
 
 def show(runs):
-    """Prints each setting's tables and verdict (Fig. 2 of its first run); draws Fig. 2."""
+    """Each setting's tables (Fig. 2: of its first seed) and verdict; with --plot draws Fig. 2."""
     if runs[0].args.plot:
         plot(runs)
     for label in dict.fromkeys(run.args.label for run in runs):
@@ -779,7 +786,7 @@ def show(runs):
         verdict(seeds)
 
 def main(argv=None):
-    """Trains what the flags ask for, shows it; returns the results, a dict a run."""
+    """Trains what the flags ask for, prints the tables, and returns a dict of results a run."""
     args = parse_args(argv)
     runs = common.sweep(args, SWEEP, build, resolve)
     return common.complete(runs, train, measure, show)

@@ -651,18 +651,23 @@ def test_the_tables_have_each_number_under_its_name(tmp_path, capsys):
 
 def test_the_verdict_is_what_the_metrics_say(tmp_path, capsys):
     run, lines = shown(["--freeze", "wo2:15", "--loss", "all", "--out-dir", tmp_path], capsys)
-    assert " ".join(lines[-1]) == memory_birth.verdict(run)
+    said = memory_birth.verdict(run).splitlines()
+    assert lines[-len(said):] == [line.split() for line in said]
     values = dict(step=[0, 10, 20, 30], loss_global=[4, 3, 2, 2], loss_in_context=[4, 4, 4, 2], wo2=[0, .5, .8, 1], wk2=[0, .4, .7, 1],
                   wk1_64=[0, .1, .2, 1], accuracy=[0, .1, .6, .99])
     run.metrics = [dict(zip(values, line)) for line in zip(*values.values())]
     run.results["accuracy"] = 0.99
     assert memory_birth.verdict(run) == (
-        "simple model, seed 0: loss_global has made half of its fall by step 10. loss_in_context has made half of its fall by step 30. "
-        "Learned before the thaw at step 15: wo2. When the accuracy passes one half, at step 20: wo2 0.80, wk2 0.70, wk1_64 0.20. "
-        "Least learned: wk1_64 (in the paper wk1). The accuracy ends at 0.990.")
+        "simple model, seed 0:\n"
+        "  loss_global has made half of its fall by step 10.\n"
+        "  loss_in_context has made half of its fall by step 30.\n"
+        "  Learned before the thaw at step 15: wo2.\n"
+        "  When the accuracy passes one half, at step 20: wo2 0.80, wk2 0.70, wk1_64 0.20.\n"
+        "  Least learned of these: wk1_64 (in the paper wk1).\n"
+        "  The accuracy ends at 0.990.")
     for line in run.metrics:
         line.update(wo2=0, accuracy=0.1)
-    assert "step 15: nothing. No induction head" in memory_birth.verdict(run)
+    assert "step 15: nothing.\n  No induction head" in memory_birth.verdict(run)
 
 
 @pytest.mark.parametrize("model, expected", [("simple", dict(momentum=0.9)), ("full", dict(betas=(0.9, 0.99)))])
