@@ -7,20 +7,21 @@ the embeddings and the unembedding: it still learns modular addition, associativ
 addition, balancing parentheses, even some language. The abilities were there; training picks the
 subspace that uses them. This takes a wide model.
 
-The last lines of the output say which models solve a task: a random transformer, of which only
-embeddings and unembedding are trained, if it is wide; full training solves parentheses at both
-widths. In this training the narrow random model only notices that an odd number of brackets cannot
-be balanced, which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.md).
+The last lines of the output name what each model solves. A random transformer, of which only the
+embeddings and the unembedding are trained, solves parentheses at width 128 but not at width 16;
+full training solves them at both widths. The narrow random model learns only that an odd number of
+brackets cannot be balanced, which gives an accuracy of 0.683. Larger batches and more steps raise
+it to 0.84 (RESULTS.md).
 
     python random_transformer.py                             parentheses, widths 128 and 16
     python random_transformer.py --preset medium --plot      the threshold in width, four tasks
     python random_transformer.py --preset table1             Table 1; add --seed 0 1 2 3 4 5 6 7 8 9
 
-    Table 2, what has to be trained, and Tables 4 and 5, the subspace (of the smaller presets in
-    results.json alone):
+    Table 2, which matrices have to be trained; Tables 4 and 5, the subspace (with the smaller
+    presets only in results.json):
     python random_transformer.py --preset paper --n-embd 1024 \
         --train full embeddings token_unembed embed unembed
-    Table 3, bits a parameter (the authors' script trained at --lr 5e-3); Table 6, parameters:
+    Table 3, bits a parameter (the authors' script used --lr 5e-3); Table 6, parameter counts:
     python random_transformer.py --preset paper --task memorize --n-embd 128
     python random_transformer.py --preset params
     Table 9, linear attention; the threshold in width at the paper's size:
@@ -29,14 +30,14 @@ be balanced, which gives 0.683; with larger batches and more steps it gets to 0.
     Fig. 2, the attention of associative recall; Fig. 3, the circle of modular addition:
     python random_transformer.py --preset paper --task needle --n-embd 1024 --plot
     python random_transformer.py --preset paper --task modadd --n-embd 1024 --plot
-    Fig. 4, a language model of TinyStories (downloaded, or --text FILE), and its prose; its loss
-    is of words, the paper's of BPE tokens:
+    Fig. 4, a language model of TinyStories (downloaded, or --text FILE) and a text that it writes;
+    the loss is that of a word, in the paper that of a BPE token:
     python random_transformer.py --preset paper --task lm --n-embd 16 32 64 128 256 512 --plot
     Fig. 6, imitation of random transformers of many widths:
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
-To reuse a task, take Task and its own base class (HashedTask or Lookup); for Transformer take
-init_, Block, SumOfValues, and common's CausalSelfAttention, MLP and gpt2_init_.
+To reuse a task, copy Task and the task's base class (HashedTask or Lookup). To reuse Transformer,
+copy init_, Block and SumOfValues as well, and CausalSelfAttention, MLP and gpt2_init_ from common.
 """
 import ast
 import functools
@@ -57,14 +58,16 @@ import common
 # ---- The task (App. D.1) ------------------------------------------------------------------------
 
 class Task:
-    """A distribution of sequences; the model is trained and tested on some tokens, the answers.
+    """A distribution of sequences. Only some of their tokens, the answers, have to be predicted.
 
-    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer;
-    test_set: such a pair, always the same. T - 1 <= block_size tokens are fed to the model.
-    ValueError if there is no task of that size.
+    A task defines
+        sizes         the allowed values of `size`; ValueError for others
+        vocab_size
+        block_size    the model reads the first T - 1 tokens, at most block_size
+        sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer
+        test_set      a pair tokens, scored that is always the same
     """
-    trivial = None                                           # an answer without the ability; its
-                                                             # accuracy is then named `chance`
+    trivial = None                                           # a guess without the ability, in words
     metric, unit = "accuracy", "test accuracy"               # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
@@ -75,7 +78,7 @@ class Task:
 
     @functools.cached_property
     def n_answers(self):
-        """The most answers that a sequence can have: those of the test set."""
+        """The largest number of answers in a sequence, found in the test set."""
         return self.test_set[1].sum(1).max().item()
 
     def rand(self, generator, *shape):
@@ -87,27 +90,28 @@ class Task:
         return torch.randint(low, high, shape, generator=generator, device=self.device)
 
     def held_out(self, tokens):
-        """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
+        """Which sequences of tokens (B, T) are only for the test: (B,) bool. Here none."""
         return tokens.new_zeros(len(tokens), dtype=torch.bool)
 
     def losses(self, logits, targets, tokens):
-        """The loss of each answer in nats, (B, Q): cross-entropy.
+        """The loss of each of Q answers in nats, (B, Q): cross-entropy.
 
-        logits (B, Q, V); targets (B, Q), -100 for none, whose loss is 0; tokens (B, T).
+        logits (B, Q, V); targets (B, Q), -100 if there is no answer: loss 0; tokens (B, T).
         """
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view_as(targets)
 
     def scored_from(self, tokens, first):
-        """tokens (B, T), and that all of them from position `first` on are answers."""
+        """Returns tokens, scored (B, T): all tokens from position `first` on are answers."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
         return tokens, (position >= first).expand_as(tokens)
 
 class HashedTask(Task):
-    """A task that holds out a twentieth of all sequences, told by a hash of their tokens.
+    """A task that holds out a twentieth of all sequences, chosen by a hash of their tokens.
 
-    Short sequences are drawn again and again: of a test set drawn like the training data, training
-    would have seen most. Were 4,000 draws held out by name, training would lack every short one.
+    There are few short sequences, and each is drawn often. In a test set drawn like the training
+    data, training would have seen them all; without the sequences of that test set, training would
+    see none of them. The hash holds out a twentieth of the short ones, too.
     """
     PRIME = 1_000_003
 
@@ -118,7 +122,7 @@ class HashedTask(Task):
         return torch.randint(self.PRIME, (1_000,), generator=generator).to(self.device)
 
     def held_out(self, tokens):
-        """Which of tokens (B, T) are for the test alone, the same in every run: (B,) bool."""
+        """Which sequences of tokens (B, T) are only for the test, in every run: (B,) bool."""
         weights = self.hash_weights[:tokens.shape[1]]
         return (tokens * weights).sum(1) % self.PRIME % 20 == 0
 
@@ -126,18 +130,18 @@ class HashedTask(Task):
     def test_set(self):
         """The first 4,000 sequences drawn that are held out."""
         generator = torch.Generator(self.device).manual_seed(10**9)
-        parts, n = [], 0
-        while n < 4_000:
-            tokens, scored = self.sample(20_000, generator)
-            held_out = self.held_out(tokens)
-            parts.append((tokens[held_out], scored[held_out]))
-            n += len(parts[-1][0])
-        return [torch.cat(part)[:4_000] for part in zip(*parts)]
+        tokens, scored = self.sample(0, generator)           # (N, T) each; N grows from 0
+        while len(tokens) < 4_000:
+            new_tokens, new_scored = self.sample(20_000, generator)
+            held_out = self.held_out(new_tokens)
+            tokens = torch.cat([tokens, new_tokens[held_out]])
+            scored = torch.cat([scored, new_scored[held_out]])
+        return tokens[:4_000], scored[:4_000]
 
 class Lookup(Task):
-    """Sequences x, y, z, of which z is the answer: one for each pair of `size` x and `size` y.
+    """Sequences x, y, z with the answer z: one for each x and y in 0 .. size - 1.
 
-    columns(x, y, generator) -> x, y, z of all of them, (size^2,) each.
+    A subclass defines train_rows (n, 3) and columns(x, y, generator) -> x, y, z, (size^2,) each.
     """
     sizes = range(5, 2_000)
     block_size = 5                                           # the paper's: more than is used
@@ -146,6 +150,7 @@ class Lookup(Task):
     def __init__(self, size, device):
         super().__init__(size, device)
         generator = torch.Generator().manual_seed(0)
+        # all pairs; with size 2, x is 0 0 1 1 and y is 0 1 0 1
         x, y = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T
         columns = self.columns(x, y, generator)
         self.table = torch.stack(columns, dim=1).to(device)  # (size^2, 3)
@@ -153,7 +158,7 @@ class Lookup(Task):
 
     @property
     def chance(self):
-        """How often a number of `size` is right."""
+        """The accuracy of always guessing the same number."""
         return 1 / self.size
 
     def sample(self, batch, generator):
@@ -161,7 +166,7 @@ class Lookup(Task):
         return self.scored_from(self.train_rows[rows], 2)
 
 class Modadd(Lookup):
-    """a, b, (a + b) mod p. Of all p^2 pairs a fixed 5% are held out for the test."""
+    """a, b, (a + b) mod p. A fixed 5% of all p^2 pairs are held out for the test."""
 
     def __init__(self, size=199, device="cpu"):
         super().__init__(size, device)
@@ -173,8 +178,10 @@ class Modadd(Lookup):
         return a, b, (a + b) % self.size
 
 class Memorize(Lookup):
-    """x, y, z: a fixed random z for each pair; y's ids begin at `size`. The test set is the
-    training set, shuffled, so that a part of it has all x."""
+    """x, y, z: a fixed random z for each pair. The token of y is size + y.
+
+    The test set is the training set, shuffled so that its first rows have all values of x.
+    """
 
     def __init__(self, size=512, device="cpu"):
         super().__init__(size, device)
@@ -186,10 +193,12 @@ class Memorize(Lookup):
         return x, self.size + y, torch.randint(self.size, x.shape, generator=generator)
 
 class Needle(HashedTask):
-    """Associative recall: k ~ U[1, size] pairs of marker and value, then a marker's query, a value.
+    """Associative recall: k ~ U[1, size] pairs of marker and value, then a query and its value.
 
-    Markers 128..157, distinct and shuffled; values 1..127; the query is the marker + 30; 0 pads.
-    With 4 pairs at most, the released code draws its markers from 4, and not from 30.
+        156 119   147 97   177   97   0 0        k = 2; 177 asks for the value of 177 - 30 = 147
+
+    Markers are distinct, 128..157; values 1..127; 0 pads. For a size of 4 the released code draws
+    the markers from only 4 ids, this one from all 30.
     """
     sizes = range(1, 31)
     vocab_size = 256
@@ -199,33 +208,36 @@ class Needle(HashedTask):
     def sample(self, batch, generator):
         n = self.size
         k = self.randint(generator, 1, n + 1, batch, 1)
-        markers = 128 + self.rand(generator, batch, 30).argsort(1)[:, :n]    # (B, n)
+        shuffled = 128 + self.rand(generator, batch, 30).argsort(1)          # (B, 30)
+        markers = shuffled[:, :n]                            # (B, n), distinct
         values = self.randint(generator, 1, 128, batch, n)   # (B, n)
-        asked = (self.rand(generator, batch, 1) * k).long()  # which of the k pairs
+        asked = (self.rand(generator, batch, 1) * k).long()  # (B, 1): which of the k pairs
         pairs = torch.stack([markers, values], dim=2).flatten(1)             # (B, 2n)
         position = torch.arange(2 * n + 2, device=self.device)
-        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)   # (B, 2n + 2)
+        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)   # (B, 2n + 2): k pairs, zeros
         tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)
         tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))
         return tokens, position == 2 * k + 1
 
     @functools.cached_property
     def chance(self):
-        """How often the prompt's most frequent value (of several, any) is the answer."""
+        """The accuracy of guessing the prompt's most frequent value, or one of several."""
         tokens, scored = self.test_set                       # (N, T) each
         values = tokens.masked_fill(scored, 0)[:, 1::2]      # (N, size + 1), 0 for none
         counts = F.one_hot(values, 128).sum(1)               # (N, 128)
         counts[:, 0] = 0
-        guess = (counts == counts.amax(1, keepdim=True)).float()
-        right = guess.gather(1, tokens[scored][:, None])[:, 0]               # (N,)
-        return (right / guess.sum(1)).mean().item()
+        guesses = (counts == counts.amax(1, keepdim=True)).float()           # 1 for each of these
+        right = guesses.gather(1, tokens[scored][:, None])[:, 0]             # (N,)
+        return (right / guesses.sum(1)).mean().item()
 
 class Addition(HashedTask):
-    """a + b = sum, then a stop; a and b uniform over numbers of `size` digits, lowest digit first.
+    """a + b = sum, stop: a and b uniform over the numbers of `size` digits, lowest digit first.
 
-    Digits 0-9, + 10, = 11, pad 12; the answers: digits of the sum 20-29, stop 30. So the paper's
-    text; its released code scores from the second digit to one pad after the stop. The two do not
-    compare: the best guess from a position and the token before it makes 0.211 here, 0.288 there.
+        2 1 + 3 9 =   25 20 21 stop              size 2: 12 + 93 = 105
+
+    Digits 0-9, + 10, = 11, pad 12; the answers: digits of the sum 20-29, stop 30. This follows the
+    paper's text. Its released code scores from the second digit to one pad after the stop, which is
+    easier: the best guess from the position and the previous token has 0.211 here, 0.288 there.
     """
     sizes = range(1, 18)
     vocab_size = 31
@@ -254,18 +266,20 @@ class Addition(HashedTask):
 
     @functools.cached_property
     def chance(self):
-        """How often the most frequent answer of its position is right."""
+        """The accuracy of guessing the most frequent answer of each position."""
         tokens, scored = self.test_set                       # (N, T) each
         counts = F.one_hot(tokens * scored, 31).sum(0)[:, 20:]               # (T, 11)
         return (counts.amax(1).sum() / scored.sum()).item()
 
 class Parens(HashedTask):
-    """Up to 2 size brackets, "(" 1 and ")" 2, then "?" 3, and a label: 2 for balanced, else 1.
+    """At most 2 * size brackets, "(" 1 and ")" 2, then "?" 3 and a label: 2 for balanced, else 1.
 
-    A third are uniformly random strings, the rest random balanced ones, of which half are left as
-    they are. All others get swaps with probability 1/2, and flips with probability 1/2. All strings
-    of up to 8 brackets are for training (in the released code they are in the test set as well): of
-    so few, none follows from the others.
+        1 1 2 2   3   2   0 0                    (()) is balanced; 0 pads
+
+    A third of the strings are uniformly random, the rest random balanced ones. Half of the balanced
+    ones stay as they are; to every other string, swaps are applied with probability 1/2, and flips
+    with probability 1/2. Strings of up to 8 brackets are never held out: they are too few to learn
+    one from the others. (In the released code they are in both the training and the test set.)
     """
     sizes = range(5, 40)
     vocab_size = 4
@@ -273,32 +287,32 @@ class Parens(HashedTask):
     trivial = "even lengths are balanced"
 
     def held_out(self, tokens):
-        has_nine_brackets = (tokens[:, :9] != 3).all(1)      # "?" comes later
+        has_nine_brackets = (tokens[:, :9] != 3).all(1)      # no "?" among the first nine
         return super().held_out(tokens) & has_nine_brackets
 
     @functools.cached_property
     def chance(self):
-        """How often a string of even length is balanced, or one of odd length is not."""
+        """The accuracy of guessing "balanced" if and only if the length is even."""
         tokens, scored = self.test_set                       # (N, T) each
         length = (tokens == 3).int().argmax(1)               # (N,)
         return (tokens[scored] == 2 - length % 2).float().mean().item()
 
     def balanced(self, pairs, generator):
-        """Random balanced strings g(pairs) for (B,) -> is_close (B, 2 self.size), true at each ")".
+        """Random balanced strings g(pairs): pairs (B,) -> is_close (B, 2 * size), true at each ")".
 
         g(1) = "()", and g(t) is "(" g(t-1) ")" or g(u) g(t-u) with u ~ U[1, t-1], each with
-        probability 1/2. All parts of all strings grow at once. `t` holds, where a part g(t)
-        starts, its t, else 0; a round replaces each part by what it consists of. For instance
+        probability 1/2. If a part g(t) starts at a position, `t` holds its t there, else 0. A round
+        replaces all parts of all strings by what they consist of. For instance
 
             g(3)           t 3 . . . . .        splits with u = 1, into g(1) and g(2)
-            g(1)  g(2)     t 1 . 2 . . .        g(1) closes at 1; g(2) wraps g(1), closes at 5
+            g(1)  g(2)     t 1 . 2 . . .        g(1) closes at 1; g(2) wraps g(1) and closes at 5
             ( ) ( g(1) )   t . . . 1 . .        g(1) closes at 4
             ( ) ( ( )  )   t . . . . . .        is_close at 1, 4 and 5
         """
         B = len(pairs)
         N = 2 * self.size + 2
-        nowhere = N - 1                                      # a place that is cut off in the end
-        start = torch.arange(N, device=self.device).expand(B, N)
+        unused = N - 1                                       # a position that is cut off at the end
+        start = torch.arange(N, device=self.device).expand(B, N)             # each position
         is_close = torch.zeros(B, N, dtype=torch.bool, device=self.device)
         t = torch.zeros_like(start)
         t[:, 0] = pairs
@@ -306,24 +320,26 @@ class Parens(HashedTask):
             coin, uniform = self.rand(generator, 2, B, N)
             wraps = (t == 1) | ((t > 1) & (coin < 0.5))      # "(" g(t-1) ")"
             splits = (t > 0) & ~wraps                        # g(u) g(t-u)
-            close = torch.where(wraps, start + 2 * t - 1, nowhere)
+            close = torch.where(wraps, start + 2 * t - 1, unused)
             is_close.scatter_(1, close, True)
-            inner = torch.where(wraps, t - 1, 0)             # starts one place further on
+            inner = torch.where(wraps, t - 1, 0)             # g(t-1) starts one further right
             u = torch.where(splits, 1 + (uniform * (t - 1)).long(), 0)       # g(u) starts here
-            rest = torch.where(splits, t - u, 0)             # g(t-u) starts 2u further on
-            rest_start = torch.where(splits, start + 2 * u, nowhere)
-            t = u + F.pad(inner, (1, -1))
+            rest = torch.where(splits, t - u, 0)             # g(t-u) starts 2u further right
+            rest_start = torch.where(splits, start + 2 * u, unused)
+            t = u + F.pad(inner, (1, -1))                    # inner, moved by one
             t = t.scatter_add(1, rest_start, rest)
         return is_close[:, :N - 2]
 
     def geometric(self, batch, generator):
-        """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
+        """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1). 0.3 is in [1/4, 1/2]: 2."""
         uniform = self.rand(generator, batch, 1)
         return 1 - uniform.clamp_min(2**-20).log2().ceil().long()
 
     def swap(self, is_close, length, generator):
-        """Tries a geometric number of random pairs of positions, one after the other, and swaps
-        those whose first is left of the second. length (B, 1)."""
+        """Draws a geometric number of pairs of positions (i, j), and swaps each that has i < j.
+
+        is_close (B, N), length (B, 1) -> is_close (B, N).
+        """
         B = len(is_close)
         n_tries = self.geometric(B, generator)               # (B, 1)
         for n in range(21):
@@ -335,14 +351,14 @@ class Parens(HashedTask):
         return is_close
 
     def flip(self, is_close, length, generator):
-        """Flips a geometric number of random positions, or, with probability 2/3, twice as many."""
+        """Flips a geometric number of positions or, with probability 2/3, twice as many."""
         B = len(is_close)
         twice = self.rand(generator, B, 1) < 2 / 3
         n_flips = self.geometric(B, generator) * (1 + twice.long())          # (B, 1), at most 42
         position = (self.rand(generator, B, 42) * length).long()             # (B, 42)
-        counts = (torch.arange(42, device=self.device) < n_flips).long()     # only the first ones
+        counts = (torch.arange(42, device=self.device) < n_flips).long()     # 1 .. 1 0 .. 0
         times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, counts)
-        return is_close ^ (times % 2 == 1)                   # flipped twice is as it was
+        return is_close ^ (times % 2 == 1)                   # two flips cancel
 
     def sample(self, batch, generator):
         N = 2 * self.size
@@ -361,7 +377,7 @@ class Parens(HashedTask):
         is_close = torch.where(swaps, self.swap(is_close, length, generator), is_close)
         flips = mutates & coin(0.5)
         is_close = torch.where(flips, self.flip(is_close, length, generator), is_close)
-        # balanced: never more closed than opened, and in the end as many
+        # balanced: no prefix has more ")" than "(", and the string has as many of both
         position = torch.arange(N + 2, device=self.device)
         inside = position[:N] < length                       # (B, N)
         depth = torch.where(inside, 1 - 2 * is_close.long(), 0).cumsum(1)
@@ -374,11 +390,11 @@ class Parens(HashedTask):
         return tokens, position == length + 1
 
 class Imitate(Task):
-    """40 random tokens; the answer, whose token is a mere 0, is a random transformer's distribution
-    over the next one.
+    """40 random tokens, for which a random transformer, the target, predicts the next token.
 
-    This target has 3 layers and 2 heads; its query, key and value weights are GPT-2's x10, its MLP
-    output weights x20, its unembedding has standard deviation 2 / sqrt(width).
+    The model learns this distribution; the answer's token is a placeholder, 0. The target has 3
+    layers, 2 heads and GPT-2's initialisation, but its query, key and value weights are multiplied
+    by 10, its MLP output weights by 20, and its unembedding has standard deviation 2 / sqrt(width).
     """
     sizes = range(2, 2_000, 2)
     vocab_size = 512
@@ -388,7 +404,7 @@ class Imitate(Task):
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
         with torch.random.fork_rng(), torch.no_grad():
-            # The same target for every student, and no student's own initial weights
+            # all models imitate the same target; its seed is none that a model is likely to have
             common.seed_everything(10**9)
             self.target = Transformer(self.vocab_size, self.block_size, 3, 2, width)
             for block in self.target.h:
@@ -419,14 +435,14 @@ class Imitate(Task):
         log_p = self.log_probs(self.test_set[0][:500])[:, 0] # (500, V)
         p = log_p.exp()
         entropy = -(p * log_p).sum(1).mean()
-        kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()
+        kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()  # each output and the one before it
         return [entropy.item(), kl.item()]
 
 class LM(Task):
-    """Windows of a text's words and punctuation marks: the size - 1 most frequent, an unknown 0.
+    """Windows of a text's words and punctuation marks: the size - 1 most frequent, 0 for others.
 
-    The test's 200 windows come from TinyStories' own validation split, or, of another text, from
-    its last 5%, which is not trained on.
+    The 200 test windows come from TinyStories' own validation split. Of another text the last 5%
+    are held out for them.
     """
     sizes = range(2, 10**6)
     block_size = 512
@@ -436,7 +452,7 @@ class LM(Task):
         super().__init__(size, device)
         path = text or tinystories("train")
         most_common = Counter(words_of(path)).most_common(self.size - 1)
-        self.words = ["<unknown>", *dict(most_common)]
+        self.words = ["<unknown>", *dict(most_common)]       # most_common: pairs (word, count)
         self.vocab_size = len(self.words)
         ids = self.ids(path)
         if text:
@@ -448,16 +464,16 @@ class LM(Task):
         self.test_set = self.windows(self.test_ids, 200, torch.Generator(device).manual_seed(0))
 
     def ids(self, path):
-        """A text as numbers (n,) int32: each word's place in self.words, 0 where it has none."""
+        """A text as numbers (n,) int32: each word's index in self.words, 0 if it has none."""
         index = {word: i for i, word in enumerate(self.words)}
         ids = np.fromiter((index.get(word, 0) for word in words_of(path)), np.int32)
         return torch.from_numpy(ids).to(self.device)
 
     def windows(self, ids, batch, generator):
-        """Windows of 513 words that begin anywhere in ids: (B, 513)."""
+        """Windows of 513 words that begin anywhere in ids: tokens, scored (B, 513)."""
         starts = self.randint(generator, 0, len(ids) - self.block_size, batch, 1)
-        place = starts + torch.arange(self.block_size + 1, device=self.device)
-        return self.scored_from(ids[place].long(), 1)
+        position = starts + torch.arange(self.block_size + 1, device=self.device)
+        return self.scored_from(ids[position].long(), 1)
 
     def sample(self, batch, generator):
         return self.windows(self.train_ids, batch, generator)
@@ -471,9 +487,9 @@ def words_of(path):
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/TinyStories-{}.txt"
 
 def tinystories(split):
-    """The path of TinyStories' split, train or valid, downloaded to the cache folder on first use.
+    """The path of a split of TinyStories, train or valid, downloaded to ~/.cache on first use.
 
-    It is checked against the SHA-256 of the repository's Git LFS pointer. OSError if it fails.
+    OSError if the download fails or does not have the SHA-256 in the repository's Git LFS pointer.
     """
     path = Path.home() / f".cache/nanotheory/TinyStories-{split}.txt"
     if path.exists():
