@@ -66,8 +66,10 @@ class Task:
         block_size    the model reads the first T - 1 tokens, at most block_size
         sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer
         test_set      a pair tokens, scored that is always the same
+        trivial       in words, a guess that does not need the ability, or None
+        chance        the accuracy of that guess
     """
-    trivial = None                                           # a guess without the ability, in words
+    trivial = None
     metric, unit = "accuracy", "test accuracy"               # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
@@ -392,7 +394,7 @@ class Parens(HashedTask):
 class Imitate(Task):
     """40 random tokens, for which a random transformer, the target, predicts the next token.
 
-    The model learns this distribution; the answer's token is a placeholder, 0. The target has 3
+    The model learns the target's distribution; the answer is a placeholder, 0. The target has 3
     layers, 2 heads and GPT-2's initialisation, but its query, key and value weights are multiplied
     by 10, its MLP output weights by 20, and its unembedding has standard deviation 2 / sqrt(width).
     """
@@ -404,7 +406,7 @@ class Imitate(Task):
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
         with torch.random.fork_rng(), torch.no_grad():
-            # all models imitate the same target; its seed is none that a model is likely to have
+            # the same target for all models, whose own random numbers fork_rng leaves as they are
             common.seed_everything(10**9)
             self.target = Transformer(self.vocab_size, self.block_size, 3, 2, width)
             for block in self.target.h:
@@ -517,11 +519,11 @@ TASKS = {
 # ---- The model ----------------------------------------------------------------------------------
 
 class SumOfValues(common.CausalSelfAttention):
-    """Linear attention: the sum of the values so far (App. E, as far as we know)."""
+    """Linear attention: the sum of the values so far, our reading of App. E."""
 
     def __init__(self, n_embd, dropout=0.0):
         super().__init__(n_embd, 1, dropout)
-        self.c_attn = nn.Linear(n_embd, n_embd)              # values alone
+        self.c_attn = nn.Linear(n_embd, n_embd)              # only values
 
     def forward(self, x):
         """x (B, T, C) -> y (B, T, C)."""
@@ -542,7 +544,7 @@ class Block(nn.Module):
         self.mlp = common.MLP(n_embd, dropout)
 
     def forward(self, x, at=None):
-        """x (B, T, C) -> x (B, T, C), or (B, Q, C) at the positions `at` (B, Q) alone.
+        """x (B, T, C) -> x (B, T, C), or (B, Q, C), only at the positions `at` (B, Q).
 
         `at` is for the last block, whose MLP is only needed where an answer is predicted.
         """
@@ -555,8 +557,8 @@ class Block(nn.Module):
 def init_(model, init):
     """Random weights of a Transformer, in place; biases are zero. Standard deviations:
 
-    gpt2: GPT-2's, 0.02; what writes to the residual stream 0.02 / sqrt(2 n_layer).
-    paper: the paper's text, as an independent replication reads it: 0.02; in the MLP 0.01.
+    gpt2: 0.02, and 0.02 / sqrt(2 n_layer) of each c_proj, which writes to the residual stream.
+    paper: 0.02, and 0.01 in the MLP; the paper's text, as an independent replication reads it.
     """
     common.gpt2_init_(model, len(model.h))
     if init == "paper":
@@ -582,13 +584,13 @@ class Transformer(nn.Module):
         init_(self, init)
 
     def forward(self, tokens, at=None):
-        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) only at the positions `at` (B, Q)."""
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V), only at the positions `at` (B, Q)."""
         return self.lm_head(self.ln_f(self.hidden_states(tokens, at)[-1]))
 
     def hidden_states(self, tokens, at=None):
-        """tokens (B, T) -> the states after the embedding and after each layer, (B, T, C) each.
+        """tokens (B, T) -> n_layer + 1 states (B, T, C), after the embedding and after each layer.
 
-        With `at` (B, Q) the last is (B, Q, C), only at these positions.
+        With `at` (B, Q) the last state is (B, Q, C), only at these positions.
         """
         x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
         states = [F.dropout(x, self.dropout, self.training)]
@@ -597,7 +599,7 @@ class Transformer(nn.Module):
         return [*states, self.h[-1](states[-1], at)]
 
     def attention(self, tokens):
-        """tokens (B, T) -> each layer's attention weights, (B, H, T, T); if softmax."""
+        """tokens (B, T) -> each layer's attention weights (B, H, T, T), of softmax attention."""
         states = self.hidden_states(tokens)
         return [block.attn(block.ln_1(x), return_attn=True)[1] for block, x in zip(self.h, states)]
 
@@ -611,14 +613,14 @@ class Recurrent(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, tokens, at=None):
-        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions `at` (B, Q) alone."""
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V), only at the positions `at` (B, Q)."""
         h, _ = self.rnn(self.wte(tokens))
         return self.lm_head(h if at is None else h.take_along_dim(at[..., None], 1))
 
 RECURRENT = {"lstm": nn.LSTM, "rnn": nn.RNN}
 MODELS = ["transformer", "linear", *RECURRENT]
 
-# What is trained, by module (Table 2). A recurrent network has no wpe and a transformer no rnn
+# The modules that are trained (Table 2). A recurrent network has no wpe, a transformer no rnn
 TRAINABLE = {
     "full": ["wte", "wpe", "h", "rnn", "ln_f", "lm_head"],
     "embeddings": ["wte", "wpe", "lm_head"],                 # the paper's random transformer
@@ -628,7 +630,7 @@ TRAINABLE = {
 }
 
 def train_only(model, which):
-    """Freezes all but the parts that TRAINABLE[which] names, and returns their parameters."""
+    """Freezes all modules but those in TRAINABLE[which], and returns the trained parameters."""
     for name, part in model.named_children():
         part.requires_grad_(name in TRAINABLE[which])
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -648,8 +650,9 @@ PRESETS = {                                                  # what differs from
 PRESETS["table1"] = dict(PRESETS["paper"], model=["transformer", "lstm"])
 PRESETS["params"] = PRESETS["paper"]                         # Table 6: counts, trains nothing
 
-# What a task decides, unless a flag does. The paper's epochs: modadd 5,000, memorize 21,000 (in the
-# released code without replacement), lm 5 (layers, heads and dropout as released)
+# Each task's values of the flags that are not given. The paper counts epochs: 5,000 for modadd,
+# 21,000 for memorize (without replacement in the released code), 5 for lm. The layers, heads and
+# dropout of lm are the released code's
 SETTINGS = """
 task     preset   size   steps batch_size   lr n_layer n_head dropout weight_decay
 modadd   small      59     600       1500 5e-3       2      4     0.0         1e-3
@@ -670,27 +673,27 @@ lm       paper   10000  230000         20 6e-4       4      8     0.1          0
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
 def rows_of(table):
-    """The rows of a table in text, as dicts by column."""
+    """The rows of a table in text, as dicts: {column: text}."""
     header, *rows = [line.split() for line in table.splitlines() if line]
     return [dict(zip(header, row)) for row in rows]
 
 def settings_of(task, preset):
-    """A task's settings: {flag: value}. preset: small or paper."""
+    """A row of SETTINGS: {flag: value}. preset: small or paper."""
     row, = [row for row in rows_of(SETTINGS) if (row["task"], row["preset"]) == (task, preset)]
     return {key: ast.literal_eval(row[key]) for key in list(row)[2:]}
 
 def resolve(args):
-    """Completes a run's settings by the task's own. Unused settings become None."""
+    """Fills in the flags that were not given, in place. Unused settings become None."""
     own = settings_of(args.task, "small" if args.preset in SMALL else "paper")
     if args.model == "lstm":
         own["lr"] = 5e-3
-    elif args.train == "full":                               # at 5e-3 width 128 fails at parens
+    elif args.train == "full":                               # with 5e-3, width 128 fails at parens
         own["lr"] = min(own["lr"], 1e-3)
     for key, value in own.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.task == "imitate":
-        args.size = None                                     # target_width is its size
+        args.size = None                                     # its size is target_width
     else:
         args.target_width = None
     if args.task != "lm":
@@ -698,14 +701,14 @@ def resolve(args):
     if args.model != "transformer":
         args.n_head = None                                   # a sum of values has no heads
     if args.model in RECURRENT:
-        args.n_layer = None                                  # two layers
-        args.init = None                                     # torch's
+        args.n_layer = None                                  # always two layers
+        args.init = None                                     # PyTorch's default
         if args.train == "token_unembed":
-            args.train = "embeddings"                        # the same: there are no positions
+            args.train = "embeddings"                        # the same, without position embeddings
 
 @functools.lru_cache(maxsize=8)
 def make_task(name, size, text, device):
-    """A task of some size. Runs share it, as its test set can take seconds."""
+    """A task of a given size, shared by all runs, since its test set can take seconds."""
     own = dict(text=text) if name == "lm" else {}
     return TASKS[name](size, device=device, **own)
 
@@ -726,32 +729,32 @@ def load(folder, device="cpu"):
 # ---- Training (App. D.3) ------------------------------------------------------------------------
 
 def learning_rate(step, args):
-    """Linear warm-up to args.lr, then a cosine to 0 (in the authors' code, not in the paper)."""
+    """Linear warm-up to args.lr, then a cosine to 0 (from the authors' code, not the paper)."""
     warm = min(1, (step + 1) / args.warmup)
     done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * warm * (1 + math.cos(math.pi * done)) / 2
 
 def answers(tokens, scored, n):
-    """Where up to n answers of a sequence are predicted, and what they are.
+    """Where the answers of each sequence, at most n, are predicted, and what they are.
 
-    tokens, scored (B, T) -> at (B, n); targets (B, n), -100 for none.
-    An answer is predicted one position before its own: with n = 3,
+    tokens, scored (B, T) -> at (B, n); targets (B, n), -100 if a sequence has fewer answers.
+    An answer is predicted at the position before its own. With n = 3:
 
         tokens   5  6  7 20 21 12     scored   .  .  .  x  x  .     at  2 3 0   targets  20 21 -100
     """
     predicts_answer = scored[:, 1:]                          # (B, T - 1): the next token is one
     next_token = tokens[:, 1:].masked_fill(~predicts_answer, -100)
-    # Sorted: the positions of the answers, in order, then other ones, whose next_token is -100
+    # the positions of the True entries, in order, then the others, whose next_token is -100
     at = predicts_answer.int().argsort(dim=1, descending=True, stable=True)[:, :n]
     return at, next_token.gather(1, at)
 
 def train(args, run):
-    """One run of the sweep; goes on from its checkpoint if there is one."""
+    """Trains one run of the sweep, from its checkpoint if there is one."""
     task, model = build(args)
     trained = train_only(model, args.train)
     matrices = [weights for weights in trained if weights.dim() > 1]
     vectors = [weights for weights in trained if weights.dim() == 1]         # biases and norms
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)] # the released code's
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)] # as in released code
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     data = torch.Generator(args.device).manual_seed(args.seed)
     start = run.restore(model, optimizer, data)
@@ -761,7 +764,7 @@ def train(args, run):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         tokens, scored = task.sample(args.batch_size, data)  # (B, T) each
-        scored = scored & ~task.held_out(tokens)[:, None]    # learn nothing from test sequences
+        scored = scored & ~task.held_out(tokens)[:, None]    # nothing is learned from the test set
         at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             logits = model(tokens[:, :-1], at)               # (B, Q, V)
@@ -772,7 +775,7 @@ def train(args, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            model.eval()                                     # without dropout
+            model.eval()                                     # no dropout
             tokens, scored = task.test_set
             score = evaluate(model, task, tokens[:1_000], scored[:1_000])[task.metric]
             run.log(step + 1, loss=loss.item(), **{f"test_{task.metric}": score})
@@ -784,8 +787,9 @@ def train(args, run):
 def evaluate(model, task, tokens, scored):
     """Mean loss (nats) and accuracy over the answers of tokens, scored (N, T) each."""
     loss, right, n = 0.0, 0, 0
-    size = 20_000 // tokens.shape[1]                         # sequences at once
-    for tokens, scored in zip(tokens.split(size), scored.split(size)):
+    size = 20_000 // tokens.shape[1]                         # sequences in a batch
+    batches = zip(tokens.split(size), scored.split(size))
+    for tokens, scored in batches:
         at, targets = answers(tokens, scored, task.n_answers)
         logits = model(tokens[:, :-1], at).float()
         losses = task.losses(logits, targets, tokens)
@@ -795,38 +799,42 @@ def evaluate(model, task, tokens, scored):
     return dict(loss=loss / n, accuracy=right / n)
 
 def explained_variance(hidden, top=10):
-    """Fraction of the variance of hidden (N, d) in its top components and neurons (Tables 4, 5)."""
+    """Fraction of the variance of hidden (N, d) in its top components, and in its top neurons.
+
+    Tables 4 and 5. Returns two numbers between 0 and 1.
+    """
     covariance = hidden.double().T.cov(correction=0)         # (d, d)
     fractions = []
+    # the variance along each principal component, then that of each neuron
     for variances in (torch.linalg.eigvalsh(covariance), covariance.diagonal()):
         largest = variances.sort(descending=True).values[:top]
         fractions.append((largest.sum() / variances.sum()).item())
     return tuple(fractions)
 
 def find_needles(attns, tokens, scored):
-    """Fig. 2 as numbers: layer 1's attention from each value to its marker, the last layer's from
-    the query to the value that it asks for; mean over positions and sequences, best head.
+    """Fig. 2 as two numbers, mean attention weights of the best head.
 
-    attns: (B, H, T, T) each; tokens and scored (B, T + 1).
+    The first is layer 1's attention from each value to its marker, the second the last layer's from
+    the query to the value that it asks for. attns: (B, H, T, T) each; tokens, scored (B, T + 1).
     """
-    rows, query = scored[:, 1:].nonzero().T                  # one query a sequence
-    # from each position to the one before it; of values, which stand at 1, 3, .., to their markers
-    to_marker = attns[0].diagonal(-1, 2, 3)[..., ::2]        # (B, H, values)
-    value_at = torch.arange(1, tokens.shape[1] - 1, 2, device=tokens.device)
-    to_marker = to_marker.transpose(1, 2)[value_at < query[:, None]].mean(0) # (H,)
-    asked = tokens[rows, query] - 30                         # (B,)
-    is_asked = tokens[:, :-1] == asked[:, None]              # (B, T): its marker
-    answer_at = is_asked.int().argmax(1) + 1                 # (B,): after it
-    to_value = attns[-1][rows, :, query, answer_at].mean(0)  # (H,)
+    rows, query_at = scored[:, 1:].nonzero().T               # (B,) each: one query a sequence
+    value_at = torch.arange(1, tokens.shape[1] - 1, 2, device=tokens.device) # after its marker
+    to_marker = attns[0][:, :, value_at, value_at - 1].transpose(1, 2)       # (B, values, H)
+    is_value = value_at < query_at[:, None]                  # (B, values), false for padding
+    to_marker = to_marker[is_value].mean(0)                  # (H,)
+    marker = tokens[rows, query_at] - 30                     # (B,): the one that is asked for
+    marker_at = (tokens == marker[:, None]).int().argmax(1)  # (B,)
+    to_value = attns[-1][rows, :, query_at, marker_at + 1].mean(0)           # (H,)
     return [to_marker.max().item(), to_value.max().item()]
 
 @torch.no_grad()
 def circuit(model, task):
-    """Fig. 3 as numbers, after Zhong et al. 2023: [gradient symmetricity, distance irrelevance].
+    """Fig. 3 as two numbers, [gradient symmetricity, distance irrelevance] of Zhong et al. 2023.
 
-    The first is the mean cosine of the gradients of a logit with respect to the embeddings of a and
-    of b; the second the spread of the right answer's logit among pairs of equal a - b, relative to
-    its spread among all pairs. A pizza has 1 and 0, a clock 0 and 1.
+    A model can add a and b, two points of a circle, by their product (a clock) or by their sum (a
+    pizza). Symmetricity is the mean cosine similarity between the gradients of a logit with respect
+    to a's and to b's embedding. Irrelevance is the standard deviation of the correct logit among
+    the pairs with the same a - b, relative to that among all. Clock: 0 and 1; pizza: 1 and 0.
     """
     p = task.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -837,17 +845,17 @@ def circuit(model, task):
         logits = model.lm_head(model.ln_f(states[-1][:, -1]))                # (500, V)
         gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
-    right = []                                               # the logit of a + b, for all pairs
+    correct = []                                             # the logit of a + b, for all pairs
     for pairs in task.table.split(5_000):
-        right.append(model(pairs[:, :2])[:, -1].gather(1, pairs[:, 2:]))
-    right = torch.cat(right).view(p, p)
+        correct.append(model(pairs[:, :2])[:, -1].gather(1, pairs[:, 2:]))
+    correct = torch.cat(correct).view(p, p)                  # row a, column b
     a = torch.arange(p)
-    by_distance = right[a, (a - a[:, None]) % p]             # row d: all pairs a, a - d
-    spread = by_distance.std(1, correction=0).mean() / right.std(correction=0)
-    return [symmetricity.item(), spread.item()]
+    by_distance = correct[a, (a - a[:, None]) % p]           # row d, column a: the pair a, a - d
+    irrelevance = by_distance.std(1, correction=0).mean() / correct.std(correction=0)
+    return [symmetricity.item(), irrelevance.item()]
 
 def write_prose(model, task, seed, n_words=60):
-    """A text that the language model writes, from the test's first word on."""
+    """A text that the language model writes after the first word of the test text."""
     generator = torch.Generator(task.device).manual_seed(seed)
     ids = task.test_ids[None, :1].long()                     # (1, 1)
     for _ in range(n_words):
@@ -857,7 +865,7 @@ def write_prose(model, task, seed, n_words=60):
 
 @torch.no_grad()
 def measure(args, run):
-    """The scores on the whole test set, and what else applies to a run, from its checkpoint."""
+    """Loss and accuracy of a trained run on its whole test set, and its task's other numbers."""
     task, model = load(run.folder, args.device)
     found = evaluate(model, task, *task.test_set)
     if task.trivial:
@@ -865,10 +873,12 @@ def measure(args, run):
     if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]      # (n, T) each
-        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0 # F F T F -> T T T F
+        # the positions up to the last answer, without the padding: F F T F -> T T T F
+        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0
         states = model.hidden_states(tokens[:, :-1])
         fractions = [explained_variance(state[inside]) for state in states]
-        found["components"], found["neurons"] = map(list, zip(*fractions))
+        found["components"] = [principal for principal, _ in fractions]
+        found["neurons"] = [neuron for _, neuron in fractions]
         if args.task == "modadd":
             found["circuit"] = circuit(model, task)
     if args.task == "needle" and args.model == "transformer":
@@ -883,7 +893,7 @@ def measure(args, run):
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# Accuracies, medians of 10 restarts (Tables 1, 2); of memorize bits a parameter (Table 3)
+# Median accuracies of 10 restarts (Tables 1, 2); for memorize bits a parameter (Table 3)
 PUBLISHED = """
 model,train,width              modadd needle addition parens memorize
 transformer,embeddings,1024     1.000  1.000    1.000  1.000        -
@@ -899,13 +909,14 @@ transformer,full,128                -      -        -      -     2.88
 """
 
 def published_row(args):
-    """The row of PUBLISHED for a run's model, what is trained, and width; {} if there is none."""
+    """The row of PUBLISHED for a run's model, training and width; {} if there is none."""
     rows = {row["model,train,width"]: row for row in rows_of(PUBLISHED)}
     return rows.get(f"{args.model},{args.train},{args.n_embd}", {})
 
 def published(args):
-    """The paper's number for a run's setting, or "-". Its learning rates are not all known."""
+    """The paper's number if a run has the paper's settings, else "-"."""
     for key, value in settings_of(args.task, "paper").items():
+        # not all of the paper's learning rates are known; None: the model has no such setting
         if key != "lr" and getattr(args, key) not in (None, value):
             return "-"
     return published_row(args).get(args.task, "-")
@@ -916,52 +927,53 @@ IN_WORDS = {
 }
 
 def in_words(args):
-    """What is trained, and the model if it is another; of imitation also the student's width."""
+    """What is trained; also a model other than the transformer, and for imitate the width."""
     words = IN_WORDS[args.train]
     if args.model != "transformer":
         words = f"{args.model}, {words}"
     return f"{words}, width {args.n_embd}" if args.task == "imitate" else words
 
 def row_of(args):
-    """The name of a run's row, but for the seed."""
+    """The name of a run's row in the tables. Seeds share it."""
     if args.task == "imitate":
         return f"imitate {args.target_width}: {in_words(args)}"
     return f"{args.task}: {in_words(args)}, width {args.n_embd}"
 
 def bits(args, results):
-    """Table 3: log2 n bits for each of the n x n pairs that is recalled, a trained parameter."""
+    """Table 3: bits a trained parameter. Each of the n x n pairs that is recalled has log2 n."""
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
 def compared(run):
-    """A run's score and what stands beside it: a trivial answer's, and the paper's."""
+    """A run's score, and for comparison the trivial guess's and the paper's: {column: score}."""
     args, task = run.args, TASKS[run.args.task]
     found = {"measured": run.results[task.metric]}
     if task.trivial:
         found["trivial"] = run.results["trivial"]
-    if args.task != "memorize" and published(args) != "-":   # of memorize these are bits
+    if args.task != "memorize" and published(args) != "-":   # memorize's are bits, not accuracies
         found["paper"] = published(args)
     return found
 
-SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] of seeds
-(lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
-include a pad and leave out the first digit). Random: only embeddings and unembedding are trained.
-Trivial answers: any number (modadd), the prompt's most frequent value (needle), one answer at each
-position (addition), even lengths are balanced (parens)"""
+SCORES = """Accuracy on held-out sequences, median [lowest, highest] of the seeds (memorize: on its
+training set; lm: loss, imitate: KL, both in nats; addition: the paper's numbers may count a pad and
+not the first digit). Random: only the embeddings and the unembedding are trained. Trivial guesses:
+any number (modadd), the prompt's most frequent value (needle), one answer at each position
+(addition), even lengths are balanced (parens)"""
 
 DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 100)]]
-FINDINGS = {                                                 # a title and the names of the numbers
+# key in results.json: (title of the table, names of its numbers)
+FINDINGS = {
     "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
     "circuit": ("The circuit (Fig. 3): a pizza has 1 and 0, a clock 0 and 1",
         ["gradient symmetricity", "distance irrelevance"]),
     "target": ("The target of imitation, in nats (paper: 2.89 to 3.02, 0.8 to 3.3)",
-        ["entropy of an output", "KL between two"]),
+        ["entropy of an output", "KL between two outputs"]),
     "components": ("Fraction of variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
     "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
 }
 
 def print_scores(runs):
-    """Tables 1 to 3, with the paper's numbers and a trivial answer's."""
+    """Tables 1 to 3, beside the paper's numbers and those of trivial guesses."""
     cells = []
     for run in runs:
         row = row_of(run.args)
@@ -973,7 +985,7 @@ def print_scores(runs):
     common.print_table(SCORES, cells)
 
 def print_findings(runs):
-    """The numbers of Figs. 2, 3 and 6, Tables 4 and 5 in the paper's presets, and prose."""
+    """The numbers of Figs. 2, 3 and 6, at the paper's size Tables 4 and 5, and texts of lm."""
     for key, (title, columns) in FINDINGS.items():
         cells = []
         for run in runs:
@@ -987,31 +999,31 @@ def print_findings(runs):
             common.say(textwrap.fill(run.results["prose"], 100))
 
 def print_verdict(runs):
-    """What is solved, on one seed at least, and whether random transformers need width for it."""
-    solved = {}                                              # what is trained, width -> tasks
+    """The tasks that are solved on at least one seed, and those for which width matters."""
+    solved = {}                                              # (what is trained, width): tasks
     for run in runs:
         if run.args.task in FOUR:
             tasks = solved.setdefault((in_words(run.args), run.args.n_embd), set())
             if run.results["accuracy"] >= 0.95:
                 tasks.add(run.args.task)
     if solved:
-        common.say("\nSolved, with an accuracy of at least 0.95 on one seed or more")
+        common.say("\nSolved: an accuracy of at least 0.95 on at least one seed")
     for (words, width), tasks in solved.items():
         common.say(f"  {words}, width {width}: {', '.join(sorted(tasks)) or 'nothing'}")
     random = {width: tasks for (words, width), tasks in solved.items() if words == "random"}
     if random:
-        tasks = random[max(random)] - random[min(random)]
-        names = ", ".join(sorted(tasks)) or "no task"
-        common.say(f"That random transformers compute if they are wide is seen here for {names}")
+        tasks = random[max(random)] - random[min(random)]    # by the widest, not by the narrowest
+        names = ", ".join(sorted(tasks)) or "nothing"
+        common.say(f"Solved by the widest random transformer but not by the narrowest: {names}")
 
 def n_numbers(parameters):
-    """How many numbers some parameters hold together."""
+    """The number of weights in a list of parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 def print_parameters(runs):
-    """Table 6: parameters by part, and how many are trained. Returns a dict a run.
+    """Table 6: the parameters of each module, and how many are trained. Returns a dict a run.
 
-    (The paper's 99,328 of modadd is 97 x 1024: p = 97.)
+    For modadd's embedding the paper has 99,328 = 97 x 1024, so p = 97 there.
     """
     cells, results = [], []
     for run in runs:
@@ -1031,25 +1043,26 @@ LOOKS = {
 }
 
 def plot_widths(runs):
-    """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
+    """The score against the width, for imitate against the target's width (Figs. 4, 6).
 
-    Hollow marks are the paper's numbers, where the setting is the paper's.
+    Hollow marks are the paper's numbers, if the settings are the paper's.
     """
-    lines, colors, panels = {}, {}, {}
+    lines = {}                                               # a curve: {width: score}
+    colors, panels = {}, {}
     for run in runs:
         args = run.args
         for kind, score in compared(run).items():
-            of = TASKS[args.task].trivial if kind == "trivial" else in_words(args)
-            seed = args.seed if kind == "measured" else None # the others have no band
+            what = TASKS[args.task].trivial if kind == "trivial" else in_words(args)
+            seed = args.seed if kind == "measured" else None # only measured scores have a band
             if score != "fails":
-                line = lines.setdefault((args.task, kind, of, seed), {})
+                line = lines.setdefault((args.task, kind, what, seed), {})
                 line[args.target_width or args.n_embd] = float(score)
-    for (name, kind, of, _), line in lines.items():
+    for (name, kind, what, _), line in lines.items():
         widths, scores = zip(*sorted(line.items()))
         x = np.log2(widths)
         axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=x, xticklabels=widths)
-        look = dict(color=colors.setdefault(of, f"C{len(colors)}")) | LOOKS[kind]
-        panels.setdefault(name, (axis, []))[1].append((f"{kind}: {of}", x, scores, look))
+        look = dict(color=colors.setdefault(what, f"C{len(colors)}")) | LOOKS[kind]
+        panels.setdefault(name, (axis, []))[1].append((f"{kind}: {what}", x, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
 @torch.no_grad()
@@ -1057,9 +1070,9 @@ def plot_attention(run):
     """Fig. 2: the attention of each head for one prompt of needle, up to 8 pairs long."""
     task, model = load(run.folder)
     tokens, scored = task.test_set
-    query = scored.int().argmax(1) - 1                       # (N,)
-    longest = torch.where(query <= 16, query, 0).argmax()    # of those whose tokens can be read
-    prompt = tokens[longest, :query[longest] + 1]            # (T,)
+    query_at = scored.int().argmax(1) - 1                    # (N,)
+    longest = torch.where(query_at <= 16, query_at, 0).argmax()              # more is hard to read
+    prompt = tokens[longest, :query_at[longest] + 1]         # (T,)
     names = prompt.tolist()
     axis = dict(xlabel="looks at", ylabel="marker (128 ..), value, query")
     panels = {}
@@ -1094,9 +1107,9 @@ def parse_args(argv=None):
         help="what is trained; embeddings: the paper's random transformer")
     add("--n-embd", nargs="+", type=count, default=[128, 16], help="widths")
     add("--init", choices=["gpt2", "paper"], default="gpt2",
-        help="random weights of a transformer; gpt2: standard deviation 0.02, "
-        "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
-    add("--n-layer", type=count, help=f"layers, but of lstm and rnn {own}")
+        help="standard deviation of a transformer's initial weights; gpt2: 0.02, and 0.02 / "
+        "sqrt(2 layers) if they write to the residual stream; paper: 0.02, and 0.01 in the MLP")
+    add("--n-layer", type=count, help=f"layers of a transformer {own}")
     add("--n-head", type=count, help=f"heads a layer of a softmax transformer {own}")
     add("--size", type=count,
         help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "
@@ -1106,7 +1119,8 @@ def parse_args(argv=None):
     add("--steps", type=count, help=f"training steps {own}")
     add("--batch-size", type=count, help=f"sequences a step {own}")
     add("--lr", type=common.positive_float,
-        help=f"peak learning rate of AdamW; full: at most 1e-3; LSTM 5e-3 {own}")
+        help="peak learning rate of AdamW (default: the task's own; with --train full at most "
+        "1e-3; with --model lstm 5e-3)")
     add("--warmup", type=count, default=100, help="steps of linear warm-up, before a cosine to 0")
     add("--weight-decay", type=common.non_negative, help=f"weight decay of AdamW {own}")
     add("--eval-every", type=count, default=100, help="steps between evaluations")
@@ -1116,7 +1130,7 @@ def parse_args(argv=None):
     return common.parse_args(parser, PRESETS, argv)
 
 def show(runs):
-    """The tables of a sweep, with --plot its figures, and what they show."""
+    """Prints the tables of a sweep and a summary, and draws its figures with --plot."""
     print_scores(runs)
     print_findings(runs)
     if runs[0].args.plot:
@@ -1135,7 +1149,7 @@ def main(argv=None):
     if args.preset == "params":
         return print_parameters(runs)
     if args.preset == "table1":
-        runs = [run for run in runs if published_row(run.args)]              # no narrow LSTM
+        runs = [run for run in runs if published_row(run.args)]              # not a narrow LSTM
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":
