@@ -98,7 +98,7 @@ class Task:
     def losses(self, logits, targets, tokens):
         """The loss of each of Q answers in nats, (B, Q): cross-entropy.
 
-        logits (B, Q, V); targets (B, Q), -100 if there is no answer: loss 0; tokens (B, T).
+        logits (B, Q, V); targets (B, Q), -100 (no answer) is ignored: loss 0; tokens (B, T).
         """
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view_as(targets)
@@ -111,9 +111,9 @@ class Task:
 class HashedTask(Task):
     """A task that holds out a twentieth of all sequences, chosen by a hash of their tokens.
 
-    There are few short sequences, and each is drawn often. In a test set drawn like the training
-    data, training would have seen them all; without the sequences of that test set, training would
-    see none of them. The hash holds out a twentieth of the short ones, too.
+    There are few short sequences, and each is drawn often. If the test set were only drawn with
+    another seed, training would have seen all its short sequences; if training left these out, it
+    would see none. The hash holds out a twentieth of the short ones as of the long ones.
     """
     PRIME = 1_000_003
 
@@ -154,9 +154,8 @@ class Lookup(Task):
         generator = torch.Generator().manual_seed(0)
         # all pairs; with size 2, x is 0 0 1 1 and y is 0 1 0 1
         x, y = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T
-        columns = self.columns(x, y, generator)
-        self.table = torch.stack(columns, dim=1).to(device)  # (size^2, 3)
-        self.shuffled = self.table[torch.randperm(size**2, generator=generator)]
+        self.table = torch.stack(self.columns(x, y, generator), dim=1).to(device)
+        self.shuffled = self.table[torch.randperm(size**2, generator=generator)]     # (size^2, 3)
 
     @property
     def chance(self):
@@ -217,18 +216,18 @@ class Needle(HashedTask):
         pairs = torch.stack([markers, values], dim=2).flatten(1)             # (B, 2n)
         position = torch.arange(2 * n + 2, device=self.device)
         tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)   # (B, 2n + 2): k pairs, zeros
-        tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)
-        tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))
+        tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)             # the query
+        tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))               # the answer
         return tokens, position == 2 * k + 1
 
     @functools.cached_property
     def chance(self):
-        """The accuracy of guessing the prompt's most frequent value, or one of several."""
+        """The accuracy of guessing the prompt's most frequent value; of several, a random one."""
         tokens, scored = self.test_set                       # (N, T) each
         values = tokens.masked_fill(scored, 0)[:, 1::2]      # (N, size + 1), 0 for none
         counts = F.one_hot(values, 128).sum(1)               # (N, 128)
         counts[:, 0] = 0
-        guesses = (counts == counts.amax(1, keepdim=True)).float()           # 1 for each of these
+        guesses = (counts == counts.amax(1, keepdim=True)).float()           # (N, 128)
         right = guesses.gather(1, tokens[scored][:, None])[:, 0]             # (N,)
         return (right / guesses.sum(1)).mean().item()
 
@@ -387,7 +386,7 @@ class Parens(HashedTask):
         label = 1 + is_balanced.long()[:, None]              # (B, 1)
         brackets = torch.where(inside, 1 + is_close.long(), 0)
         tokens = F.pad(brackets, (0, 2))                     # (B, N + 2)
-        tokens.scatter_(1, length, 3)
+        tokens.scatter_(1, length, 3)                        # "?"
         tokens.scatter_(1, length + 1, label)
         return tokens, position == length + 1
 
@@ -481,7 +480,7 @@ class LM(Task):
         return self.windows(self.train_ids, batch, generator)
 
 def words_of(path):
-    """The words and punctuation marks of a text file, one after the other."""
+    """The words and punctuation marks of a text file, one after the other: She, isn't, here, ."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             yield from re.findall(r"<\|endoftext\|>|\w+(?:'\w+)*|[^\w\s]", line)
@@ -522,7 +521,7 @@ class SumOfValues(common.CausalSelfAttention):
     """Linear attention: the sum of the values so far, our reading of App. E."""
 
     def __init__(self, n_embd, dropout=0.0):
-        super().__init__(n_embd, 1, dropout)
+        super().__init__(n_embd, 1, dropout)                 # c_proj and dropout are as they were
         self.c_attn = nn.Linear(n_embd, n_embd)              # only values
 
     def forward(self, x):
@@ -568,8 +567,10 @@ def init_(model, init):
             block.mlp.c_proj.weight.normal_(std=0.01)
 
 class Transformer(nn.Module):
-    """GPT-2 with an unembedding of its own. Parameters a layer: 12 d^2 + 13 d;
-    with linear attention 10 d^2 + 11 d."""
+    """GPT-2, but embedding and unembedding share no weights.
+
+    Parameters a layer: 12 d^2 + 13 d; with linear attention 10 d^2 + 11 d.
+    """
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, linear=False, dropout=0.0,
             init="gpt2"):
@@ -577,8 +578,7 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
         self.dropout = dropout
-        blocks = [Block(n_embd, n_head, linear, dropout) for _ in range(n_layer)]
-        self.h = nn.ModuleList(blocks)
+        self.h = nn.ModuleList(Block(n_embd, n_head, linear, dropout) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         init_(self, init)
@@ -614,8 +614,10 @@ class Recurrent(nn.Module):
 
     def forward(self, tokens, at=None):
         """tokens (B, T) -> logits (B, T, V), or (B, Q, V), only at the positions `at` (B, Q)."""
-        h, _ = self.rnn(self.wte(tokens))
-        return self.lm_head(h if at is None else h.take_along_dim(at[..., None], 1))
+        x, _ = self.rnn(self.wte(tokens))                    # (B, T, C)
+        if at is not None:
+            x = x.take_along_dim(at[..., None], dim=1)       # (B, Q, C)
+        return self.lm_head(x)
 
 RECURRENT = {"lstm": nn.LSTM, "rnn": nn.RNN}
 MODELS = ["transformer", "linear", *RECURRENT]
@@ -650,9 +652,9 @@ PRESETS = {                                                  # what differs from
 PRESETS["table1"] = dict(PRESETS["paper"], model=["transformer", "lstm"])
 PRESETS["params"] = PRESETS["paper"]                         # Table 6: counts, trains nothing
 
-# Each task's values of the flags that are not given. The paper counts epochs: 5,000 for modadd,
-# 21,000 for memorize (without replacement in the released code), 5 for lm. The layers, heads and
-# dropout of lm are the released code's
+# Each task's values of the flags that are not given; the rows `small` are for quick and medium.
+# The paper's steps are epochs: 5,000 of modadd, 21,000 of memorize (which the released code samples
+# without replacement), 5 of lm. The layers, heads and dropout of lm are the released code's
 SETTINGS = """
 task     preset   size   steps batch_size   lr n_layer n_head dropout weight_decay
 modadd   small      59     600       1500 5e-3       2      4     0.0         1e-3
@@ -670,6 +672,7 @@ memorize paper     512  168000      32768 1e-3       2      4     0.0         1e
 imitate  paper    None   10000       1000 1e-3       3      4     0.0         1e-3
 lm       paper   10000  230000         20 6e-4       4      8     0.1          0.1
 """
+# The flags that take several values
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
 def rows_of(table):
@@ -689,7 +692,7 @@ def resolve(args):
         own["lr"] = 5e-3
     elif args.train == "full":                               # with 5e-3, width 128 fails at parens
         own["lr"] = min(own["lr"], 1e-3)
-    for key, value in own.items():
+    for key, value in own.items():                           # dropout has no flag
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.task == "imitate":
@@ -752,9 +755,10 @@ def train(args, run):
     """Trains one run of the sweep, from its checkpoint if there is one."""
     task, model = build(args)
     trained = train_only(model, args.train)
+    # biases and norms do not decay, as in the released code
     matrices = [weights for weights in trained if weights.dim() > 1]
-    vectors = [weights for weights in trained if weights.dim() == 1]         # biases and norms
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)] # as in released code
+    vectors = [weights for weights in trained if weights.dim() == 1]
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     data = torch.Generator(args.device).manual_seed(args.seed)
     start = run.restore(model, optimizer, data)
@@ -824,17 +828,18 @@ def find_needles(attns, tokens, scored):
     to_marker = to_marker[is_value].mean(0)                  # (H,)
     marker = tokens[rows, query_at] - 30                     # (B,): the one that is asked for
     marker_at = (tokens == marker[:, None]).int().argmax(1)  # (B,)
-    to_value = attns[-1][rows, :, query_at, marker_at + 1].mean(0)           # (H,)
-    return [to_marker.max().item(), to_value.max().item()]
+    to_value = attns[-1][rows, :, query_at, marker_at + 1]   # (B, H)
+    return [to_marker.max().item(), to_value.mean(0).max().item()]
 
 @torch.no_grad()
 def circuit(model, task):
     """Fig. 3 as two numbers, [gradient symmetricity, distance irrelevance] of Zhong et al. 2023.
 
     A model can add a and b, two points of a circle, by their product (a clock) or by their sum (a
-    pizza). Symmetricity is the mean cosine similarity between the gradients of a logit with respect
-    to a's and to b's embedding. Irrelevance is the standard deviation of the correct logit among
-    the pairs with the same a - b, relative to that among all. Clock: 0 and 1; pizza: 1 and 0.
+    pizza). Symmetricity is the mean cosine similarity between the gradients of a random logit with
+    respect to the embeddings of a and of b. Irrelevance is the standard deviation of the correct
+    logit among the pairs with the same a - b, relative to that among all pairs.
+    A clock has 0 and 1, a pizza 1 and 0.
     """
     p = task.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -843,7 +848,7 @@ def circuit(model, task):
     with torch.enable_grad():
         states = model.hidden_states(tokens[:, :2])          # (500, 2, C) each
         logits = model.lm_head(model.ln_f(states[-1][:, -1]))                # (500, V)
-        gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])
+        gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])   # (500, 2, C)
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
     correct = []                                             # the logit of a + b, for all pairs
     for pairs in task.table.split(5_000):
@@ -881,9 +886,8 @@ def measure(args, run):
         found["neurons"] = [neuron for _, neuron in fractions]
         if args.task == "modadd":
             found["circuit"] = circuit(model, task)
-    if args.task == "needle" and args.model == "transformer":
-        attns = model.attention(tokens[:, :-1])
-        found["attention"] = find_needles(attns, tokens, scored)
+        if args.task == "needle" and args.model == "transformer":
+            found["attention"] = find_needles(model.attention(tokens[:, :-1]), tokens, scored)
     if args.task == "imitate":
         found["target"] = task.describe()
     if args.task == "lm":
@@ -927,7 +931,7 @@ IN_WORDS = {
 }
 
 def in_words(args):
-    """What is trained; also a model other than the transformer, and for imitate the width."""
+    """What is trained; also the model if it is not the transformer, and for imitate the width."""
     words = IN_WORDS[args.train]
     if args.model != "transformer":
         words = f"{args.model}, {words}"
@@ -940,7 +944,7 @@ def row_of(args):
     return f"{args.task}: {in_words(args)}, width {args.n_embd}"
 
 def bits(args, results):
-    """Table 3: bits a trained parameter. Each of the n x n pairs that is recalled has log2 n."""
+    """Table 3: bits a trained parameter; each recalled pair, of n x n, counts log2 n bits."""
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
@@ -1062,7 +1066,8 @@ def plot_widths(runs):
         x = np.log2(widths)
         axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=x, xticklabels=widths)
         look = dict(color=colors.setdefault(what, f"C{len(colors)}")) | LOOKS[kind]
-        panels.setdefault(name, (axis, []))[1].append((f"{kind}: {what}", x, scores, look))
+        _, curves = panels.setdefault(name, (axis, []))
+        curves.append((f"{kind}: {what}", x, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
 @torch.no_grad()
