@@ -332,8 +332,8 @@ class Parens(HashedTask):
         return is_close[:, :N - 2]
 
     def geometric(self, batch, generator):
-        """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1). 0.3 is in [1/4, 1/2]: 2."""
-        uniform = self.rand(generator, batch, 1)
+        """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
+        uniform = self.rand(generator, batch, 1)             # above 1/2 gives 1, above 1/4 gives 2
         return 1 - uniform.clamp_min(2**-20).log2().ceil().long()
 
     def swap(self, is_close, length, generator):
@@ -682,8 +682,9 @@ def rows_of(table):
 
 def settings_of(task, preset):
     """A row of SETTINGS: {flag: value}. preset: small or paper."""
-    row, = [row for row in rows_of(SETTINGS) if (row["task"], row["preset"]) == (task, preset)]
-    return {key: ast.literal_eval(row[key]) for key in list(row)[2:]}
+    row, = [row for row in rows_of(SETTINGS) if row["task"] == task and row["preset"] == preset]
+    del row["task"], row["preset"]
+    return {flag: ast.literal_eval(value) for flag, value in row.items()}
 
 def resolve(args):
     """Fills in the flags that were not given, in place. Unused settings become None."""
@@ -1052,7 +1053,7 @@ def plot_widths(runs):
     Hollow marks are the paper's numbers, if the settings are the paper's.
     """
     lines = {}                                               # a curve: {width: score}
-    colors, panels = {}, {}
+    colors, panels = {}, {}                                  # one color a model, in all panels
     for run in runs:
         args = run.args
         for kind, score in compared(run).items():
