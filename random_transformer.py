@@ -7,20 +7,21 @@ the embeddings and the unembedding: it still learns modular addition, associativ
 addition, balancing parentheses, even some language. The abilities were there; training picks the
 subspace that uses them. This takes a wide model.
 
-The last lines of the output say which models solve a task: a random transformer, of which only
-embeddings and unembedding are trained, if it is wide; full training solves parentheses at both
-widths. In this training the narrow random model only notices that an odd number of brackets cannot
-be balanced, which gives 0.683; with larger batches and more steps it gets to 0.84 (RESULTS.md).
+The last lines of the output name what each model solves. A random transformer, of which only the
+embeddings and the unembedding are trained, solves parentheses at width 128 but not at width 16;
+full training solves them at both widths. The narrow random model learns only that an odd number of
+brackets cannot be balanced, which gives an accuracy of 0.683. Larger batches and more steps raise
+it to 0.84 (RESULTS.md).
 
     python random_transformer.py                             parentheses, widths 128 and 16
     python random_transformer.py --preset medium --plot      the threshold in width, four tasks
     python random_transformer.py --preset table1             Table 1; add --seed 0 1 2 3 4 5 6 7 8 9
 
-    Table 2, what has to be trained, and Tables 4 and 5, the subspace (of the smaller presets in
-    results.json alone):
+    Table 2, which matrices have to be trained; Tables 4 and 5, the subspace (with the smaller
+    presets only in results.json):
     python random_transformer.py --preset paper --n-embd 1024 \
         --train full embeddings token_unembed embed unembed
-    Table 3, bits a parameter (the authors' script trained at --lr 5e-3); Table 6, parameters:
+    Table 3, bits a parameter (the authors' script used --lr 5e-3); Table 6, parameter counts:
     python random_transformer.py --preset paper --task memorize --n-embd 128
     python random_transformer.py --preset params
     Table 9, linear attention; the threshold in width at the paper's size:
@@ -29,14 +30,14 @@ be balanced, which gives 0.683; with larger batches and more steps it gets to 0.
     Fig. 2, the attention of associative recall; Fig. 3, the circle of modular addition:
     python random_transformer.py --preset paper --task needle --n-embd 1024 --plot
     python random_transformer.py --preset paper --task modadd --n-embd 1024 --plot
-    Fig. 4, a language model of TinyStories (downloaded, or --text FILE), and its prose; its loss
-    is of words, the paper's of BPE tokens:
+    Fig. 4, a language model of TinyStories (downloaded, or --text FILE) and a text that it writes;
+    the loss is that of a word, in the paper that of a BPE token:
     python random_transformer.py --preset paper --task lm --n-embd 16 32 64 128 256 512 --plot
     Fig. 6, imitation of random transformers of many widths:
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
-To reuse a task, take Task and its own base class (HashedTask or Lookup); for Transformer take
-init_, Block, SumOfValues, and common's CausalSelfAttention, MLP and gpt2_init_.
+To reuse a task, copy Task and the task's base class (HashedTask or Lookup). To reuse Transformer,
+copy init_, Block and SumOfValues as well, and CausalSelfAttention, MLP and gpt2_init_ from common.
 """
 import ast
 import functools
@@ -57,14 +58,18 @@ import common
 # ---- The task (App. D.1) ------------------------------------------------------------------------
 
 class Task:
-    """A distribution of sequences; the model is trained and tested on some tokens, the answers.
+    """A distribution of sequences. Only some of their tokens, the answers, have to be predicted.
 
-    sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer;
-    test_set: such a pair, always the same. T - 1 <= block_size tokens are fed to the model.
-    ValueError if there is no task of that size.
+    A task defines
+        sizes         the allowed values of `size`; ValueError for others
+        vocab_size
+        block_size    the model reads the first T - 1 tokens, at most block_size
+        sample(batch, generator) -> tokens (B, T), scored (B, T) bool, true if a token is an answer
+        test_set      a pair tokens, scored that is always the same
+        trivial       in words, a guess that does not need the ability, or None
+        chance        the accuracy of that guess
     """
-    trivial = None                                           # an answer without the ability; its
-                                                             # accuracy is then named `chance`
+    trivial = None
     metric, unit = "accuracy", "test accuracy"               # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
@@ -75,7 +80,7 @@ class Task:
 
     @functools.cached_property
     def n_answers(self):
-        """The most answers that a sequence can have: those of the test set."""
+        """The largest number of answers in a sequence, found in the test set."""
         return self.test_set[1].sum(1).max().item()
 
     def rand(self, generator, *shape):
@@ -87,27 +92,28 @@ class Task:
         return torch.randint(low, high, shape, generator=generator, device=self.device)
 
     def held_out(self, tokens):
-        """Which of tokens (B, T) are for the test alone: (B,) bool. Here none."""
+        """Which sequences of tokens (B, T) are only for the test: (B,) bool. Here none."""
         return tokens.new_zeros(len(tokens), dtype=torch.bool)
 
     def losses(self, logits, targets, tokens):
-        """The loss of each answer in nats, (B, Q): cross-entropy.
+        """The loss of each of Q answers in nats, (B, Q): cross-entropy.
 
-        logits (B, Q, V); targets (B, Q), -100 for none, whose loss is 0; tokens (B, T).
+        logits (B, Q, V); targets (B, Q), -100 (no answer) is ignored: loss 0; tokens (B, T).
         """
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view_as(targets)
 
     def scored_from(self, tokens, first):
-        """tokens (B, T), and that all of them from position `first` on are answers."""
+        """Returns tokens, scored (B, T): all tokens from position `first` on are answers."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
         return tokens, (position >= first).expand_as(tokens)
 
 class HashedTask(Task):
-    """A task that holds out a twentieth of all sequences, told by a hash of their tokens.
+    """A task that holds out a twentieth of all sequences, chosen by a hash of their tokens.
 
-    Short sequences are drawn again and again: of a test set drawn like the training data, training
-    would have seen most. Were 4,000 draws held out by name, training would lack every short one.
+    There are few short sequences, and each is drawn often. If the test set were only drawn with
+    another seed, training would have seen all its short sequences; if training left these out, it
+    would see none. The hash holds out a twentieth of the short ones as of the long ones.
     """
     PRIME = 1_000_003
 
@@ -118,7 +124,7 @@ class HashedTask(Task):
         return torch.randint(self.PRIME, (1_000,), generator=generator).to(self.device)
 
     def held_out(self, tokens):
-        """Which of tokens (B, T) are for the test alone, the same in every run: (B,) bool."""
+        """Which sequences of tokens (B, T) are only for the test, in every run: (B,) bool."""
         weights = self.hash_weights[:tokens.shape[1]]
         return (tokens * weights).sum(1) % self.PRIME % 20 == 0
 
@@ -126,18 +132,18 @@ class HashedTask(Task):
     def test_set(self):
         """The first 4,000 sequences drawn that are held out."""
         generator = torch.Generator(self.device).manual_seed(10**9)
-        parts, n = [], 0
-        while n < 4_000:
-            tokens, scored = self.sample(20_000, generator)
-            held_out = self.held_out(tokens)
-            parts.append((tokens[held_out], scored[held_out]))
-            n += len(parts[-1][0])
-        return [torch.cat(part)[:4_000] for part in zip(*parts)]
+        tokens, scored = self.sample(0, generator)           # (N, T) each; N grows from 0
+        while len(tokens) < 4_000:
+            new_tokens, new_scored = self.sample(20_000, generator)
+            held_out = self.held_out(new_tokens)
+            tokens = torch.cat([tokens, new_tokens[held_out]])
+            scored = torch.cat([scored, new_scored[held_out]])
+        return tokens[:4_000], scored[:4_000]
 
 class Lookup(Task):
-    """Sequences x, y, z, of which z is the answer: one for each pair of `size` x and `size` y.
+    """Sequences x, y, z with the answer z: one for each x and y in 0 .. size - 1.
 
-    columns(x, y, generator) -> x, y, z of all of them, (size^2,) each.
+    A subclass defines train_rows (n, 3) and columns(x, y, generator) -> x, y, z, (size^2,) each.
     """
     sizes = range(5, 2_000)
     block_size = 5                                           # the paper's: more than is used
@@ -146,14 +152,14 @@ class Lookup(Task):
     def __init__(self, size, device):
         super().__init__(size, device)
         generator = torch.Generator().manual_seed(0)
+        # all pairs; with size 2, x is 0 0 1 1 and y is 0 1 0 1
         x, y = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T
-        columns = self.columns(x, y, generator)
-        self.table = torch.stack(columns, dim=1).to(device)  # (size^2, 3)
-        self.shuffled = self.table[torch.randperm(size**2, generator=generator)]
+        self.table = torch.stack(self.columns(x, y, generator), dim=1).to(device)
+        self.shuffled = self.table[torch.randperm(size**2, generator=generator)]     # (size^2, 3)
 
     @property
     def chance(self):
-        """How often a number of `size` is right."""
+        """The accuracy of always guessing the same number."""
         return 1 / self.size
 
     def sample(self, batch, generator):
@@ -161,7 +167,7 @@ class Lookup(Task):
         return self.scored_from(self.train_rows[rows], 2)
 
 class Modadd(Lookup):
-    """a, b, (a + b) mod p. Of all p^2 pairs a fixed 5% are held out for the test."""
+    """a, b, (a + b) mod p. A fixed 5% of all p^2 pairs are held out for the test."""
 
     def __init__(self, size=199, device="cpu"):
         super().__init__(size, device)
@@ -173,8 +179,10 @@ class Modadd(Lookup):
         return a, b, (a + b) % self.size
 
 class Memorize(Lookup):
-    """x, y, z: a fixed random z for each pair; y's ids begin at `size`. The test set is the
-    training set, shuffled, so that a part of it has all x."""
+    """x, y, z: a fixed random z for each pair. The token of y is size + y.
+
+    The test set is the training set, shuffled so that its first rows have all values of x.
+    """
 
     def __init__(self, size=512, device="cpu"):
         super().__init__(size, device)
@@ -186,10 +194,12 @@ class Memorize(Lookup):
         return x, self.size + y, torch.randint(self.size, x.shape, generator=generator)
 
 class Needle(HashedTask):
-    """Associative recall: k ~ U[1, size] pairs of marker and value, then a marker's query, a value.
+    """Associative recall: k ~ U[1, size] pairs of marker and value, then a query and its value.
 
-    Markers 128..157, distinct and shuffled; values 1..127; the query is the marker + 30; 0 pads.
-    With 4 pairs at most, the released code draws its markers from 4, and not from 30.
+        156 119   147 97   177   97   0 0        k = 2; 177 asks for the value of 177 - 30 = 147
+
+    Markers are distinct, 128..157; values 1..127; 0 pads. For a size of 4 the released code draws
+    the markers from only 4 ids, this one from all 30.
     """
     sizes = range(1, 31)
     vocab_size = 256
@@ -199,33 +209,36 @@ class Needle(HashedTask):
     def sample(self, batch, generator):
         n = self.size
         k = self.randint(generator, 1, n + 1, batch, 1)
-        markers = 128 + self.rand(generator, batch, 30).argsort(1)[:, :n]    # (B, n)
+        shuffled = 128 + self.rand(generator, batch, 30).argsort(1)          # (B, 30)
+        markers = shuffled[:, :n]                            # (B, n), distinct
         values = self.randint(generator, 1, 128, batch, n)   # (B, n)
-        asked = (self.rand(generator, batch, 1) * k).long()  # which of the k pairs
+        asked = (self.rand(generator, batch, 1) * k).long()  # (B, 1): which of the k pairs
         pairs = torch.stack([markers, values], dim=2).flatten(1)             # (B, 2n)
         position = torch.arange(2 * n + 2, device=self.device)
-        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)   # (B, 2n + 2)
-        tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)
-        tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))
+        tokens = F.pad(pairs, (0, 2)) * (position < 2 * k)   # (B, 2n + 2): k pairs, zeros
+        tokens.scatter_(1, 2 * k, markers.gather(1, asked) + 30)             # the query
+        tokens.scatter_(1, 2 * k + 1, values.gather(1, asked))               # the answer
         return tokens, position == 2 * k + 1
 
     @functools.cached_property
     def chance(self):
-        """How often the prompt's most frequent value (of several, any) is the answer."""
+        """The accuracy of guessing the prompt's most frequent value; of several, a random one."""
         tokens, scored = self.test_set                       # (N, T) each
         values = tokens.masked_fill(scored, 0)[:, 1::2]      # (N, size + 1), 0 for none
         counts = F.one_hot(values, 128).sum(1)               # (N, 128)
         counts[:, 0] = 0
-        guess = (counts == counts.amax(1, keepdim=True)).float()
-        right = guess.gather(1, tokens[scored][:, None])[:, 0]               # (N,)
-        return (right / guess.sum(1)).mean().item()
+        guesses = (counts == counts.amax(1, keepdim=True)).float()           # (N, 128)
+        right = guesses.gather(1, tokens[scored][:, None])[:, 0]             # (N,)
+        return (right / guesses.sum(1)).mean().item()
 
 class Addition(HashedTask):
-    """a + b = sum, then a stop; a and b uniform over numbers of `size` digits, lowest digit first.
+    """a + b = sum, stop: a and b uniform over the numbers of `size` digits, lowest digit first.
 
-    Digits 0-9, + 10, = 11, pad 12; the answers: digits of the sum 20-29, stop 30. So the paper's
-    text; its released code scores from the second digit to one pad after the stop. The two do not
-    compare: the best guess from a position and the token before it makes 0.211 here, 0.288 there.
+        2 1 + 3 9 =   25 20 21 stop              size 2: 12 + 93 = 105
+
+    Digits 0-9, + 10, = 11, pad 12; the answers: digits of the sum 20-29, stop 30. This follows the
+    paper's text. Its released code scores from the second digit to one pad after the stop, which is
+    easier: the best guess from the position and the previous token has 0.211 here, 0.288 there.
     """
     sizes = range(1, 18)
     vocab_size = 31
@@ -254,18 +267,20 @@ class Addition(HashedTask):
 
     @functools.cached_property
     def chance(self):
-        """How often the most frequent answer of its position is right."""
+        """The accuracy of guessing the most frequent answer of each position."""
         tokens, scored = self.test_set                       # (N, T) each
         counts = F.one_hot(tokens * scored, 31).sum(0)[:, 20:]               # (T, 11)
         return (counts.amax(1).sum() / scored.sum()).item()
 
 class Parens(HashedTask):
-    """Up to 2 size brackets, "(" 1 and ")" 2, then "?" 3, and a label: 2 for balanced, else 1.
+    """At most 2 * size brackets, "(" 1 and ")" 2, then "?" 3 and a label: 2 for balanced, else 1.
 
-    A third are uniformly random strings, the rest random balanced ones, of which half are left as
-    they are. All others get swaps with probability 1/2, and flips with probability 1/2. All strings
-    of up to 8 brackets are for training (in the released code they are in the test set as well): of
-    so few, none follows from the others.
+        1 1 2 2   3   2   0 0                    (()) is balanced; 0 pads
+
+    A third of the strings are uniformly random, the rest random balanced ones. Half of the balanced
+    ones stay as they are; to every other string, swaps are applied with probability 1/2, and flips
+    with probability 1/2. Strings of up to 8 brackets are never held out: they are too few to learn
+    one from the others. (In the released code they are in both the training and the test set.)
     """
     sizes = range(5, 40)
     vocab_size = 4
@@ -273,32 +288,32 @@ class Parens(HashedTask):
     trivial = "even lengths are balanced"
 
     def held_out(self, tokens):
-        has_nine_brackets = (tokens[:, :9] != 3).all(1)      # "?" comes later
+        has_nine_brackets = (tokens[:, :9] != 3).all(1)      # no "?" among the first nine
         return super().held_out(tokens) & has_nine_brackets
 
     @functools.cached_property
     def chance(self):
-        """How often a string of even length is balanced, or one of odd length is not."""
+        """The accuracy of guessing "balanced" if and only if the length is even."""
         tokens, scored = self.test_set                       # (N, T) each
         length = (tokens == 3).int().argmax(1)               # (N,)
         return (tokens[scored] == 2 - length % 2).float().mean().item()
 
     def balanced(self, pairs, generator):
-        """Random balanced strings g(pairs) for (B,) -> is_close (B, 2 self.size), true at each ")".
+        """Random balanced strings g(pairs): pairs (B,) -> is_close (B, 2 * size), true at each ")".
 
         g(1) = "()", and g(t) is "(" g(t-1) ")" or g(u) g(t-u) with u ~ U[1, t-1], each with
-        probability 1/2. All parts of all strings grow at once. `t` holds, where a part g(t)
-        starts, its t, else 0; a round replaces each part by what it consists of. For instance
+        probability 1/2. If a part g(t) starts at a position, `t` holds its t there, else 0. A round
+        replaces all parts of all strings by what they consist of. For instance
 
             g(3)           t 3 . . . . .        splits with u = 1, into g(1) and g(2)
-            g(1)  g(2)     t 1 . 2 . . .        g(1) closes at 1; g(2) wraps g(1), closes at 5
+            g(1)  g(2)     t 1 . 2 . . .        g(1) closes at 1; g(2) wraps g(1) and closes at 5
             ( ) ( g(1) )   t . . . 1 . .        g(1) closes at 4
             ( ) ( ( )  )   t . . . . . .        is_close at 1, 4 and 5
         """
         B = len(pairs)
         N = 2 * self.size + 2
-        nowhere = N - 1                                      # a place that is cut off in the end
-        start = torch.arange(N, device=self.device).expand(B, N)
+        unused = N - 1                                       # a position that is cut off at the end
+        start = torch.arange(N, device=self.device).expand(B, N)             # each position
         is_close = torch.zeros(B, N, dtype=torch.bool, device=self.device)
         t = torch.zeros_like(start)
         t[:, 0] = pairs
@@ -306,24 +321,26 @@ class Parens(HashedTask):
             coin, uniform = self.rand(generator, 2, B, N)
             wraps = (t == 1) | ((t > 1) & (coin < 0.5))      # "(" g(t-1) ")"
             splits = (t > 0) & ~wraps                        # g(u) g(t-u)
-            close = torch.where(wraps, start + 2 * t - 1, nowhere)
+            close = torch.where(wraps, start + 2 * t - 1, unused)
             is_close.scatter_(1, close, True)
-            inner = torch.where(wraps, t - 1, 0)             # starts one place further on
+            inner = torch.where(wraps, t - 1, 0)             # g(t-1) starts one further right
             u = torch.where(splits, 1 + (uniform * (t - 1)).long(), 0)       # g(u) starts here
-            rest = torch.where(splits, t - u, 0)             # g(t-u) starts 2u further on
-            rest_start = torch.where(splits, start + 2 * u, nowhere)
-            t = u + F.pad(inner, (1, -1))
+            rest = torch.where(splits, t - u, 0)             # g(t-u) starts 2u further right
+            rest_start = torch.where(splits, start + 2 * u, unused)
+            t = u + F.pad(inner, (1, -1))                    # inner, moved by one
             t = t.scatter_add(1, rest_start, rest)
         return is_close[:, :N - 2]
 
     def geometric(self, batch, generator):
         """1, 2, .., 21 with probabilities 1/2, 1/4, ..: (batch, 1)."""
-        uniform = self.rand(generator, batch, 1)
+        uniform = self.rand(generator, batch, 1)             # above 1/2 gives 1, above 1/4 gives 2
         return 1 - uniform.clamp_min(2**-20).log2().ceil().long()
 
     def swap(self, is_close, length, generator):
-        """Tries a geometric number of random pairs of positions, one after the other, and swaps
-        those whose first is left of the second. length (B, 1)."""
+        """Draws a geometric number of pairs of positions (i, j), and swaps each that has i < j.
+
+        is_close (B, N), length (B, 1) -> is_close (B, N).
+        """
         B = len(is_close)
         n_tries = self.geometric(B, generator)               # (B, 1)
         for n in range(21):
@@ -335,14 +352,14 @@ class Parens(HashedTask):
         return is_close
 
     def flip(self, is_close, length, generator):
-        """Flips a geometric number of random positions, or, with probability 2/3, twice as many."""
+        """Flips a geometric number of positions or, with probability 2/3, twice as many."""
         B = len(is_close)
         twice = self.rand(generator, B, 1) < 2 / 3
         n_flips = self.geometric(B, generator) * (1 + twice.long())          # (B, 1), at most 42
         position = (self.rand(generator, B, 42) * length).long()             # (B, 42)
-        counts = (torch.arange(42, device=self.device) < n_flips).long()     # only the first ones
+        counts = (torch.arange(42, device=self.device) < n_flips).long()     # 1 .. 1 0 .. 0
         times = torch.zeros_like(is_close, dtype=torch.long).scatter_add(1, position, counts)
-        return is_close ^ (times % 2 == 1)                   # flipped twice is as it was
+        return is_close ^ (times % 2 == 1)                   # two flips cancel
 
     def sample(self, batch, generator):
         N = 2 * self.size
@@ -361,7 +378,7 @@ class Parens(HashedTask):
         is_close = torch.where(swaps, self.swap(is_close, length, generator), is_close)
         flips = mutates & coin(0.5)
         is_close = torch.where(flips, self.flip(is_close, length, generator), is_close)
-        # balanced: never more closed than opened, and in the end as many
+        # balanced: no prefix has more ")" than "(", and the string has as many of both
         position = torch.arange(N + 2, device=self.device)
         inside = position[:N] < length                       # (B, N)
         depth = torch.where(inside, 1 - 2 * is_close.long(), 0).cumsum(1)
@@ -369,16 +386,16 @@ class Parens(HashedTask):
         label = 1 + is_balanced.long()[:, None]              # (B, 1)
         brackets = torch.where(inside, 1 + is_close.long(), 0)
         tokens = F.pad(brackets, (0, 2))                     # (B, N + 2)
-        tokens.scatter_(1, length, 3)
+        tokens.scatter_(1, length, 3)                        # "?"
         tokens.scatter_(1, length + 1, label)
         return tokens, position == length + 1
 
 class Imitate(Task):
-    """40 random tokens; the answer, whose token is a mere 0, is a random transformer's distribution
-    over the next one.
+    """40 random tokens, for which a random transformer, the target, predicts the next token.
 
-    This target has 3 layers and 2 heads; its query, key and value weights are GPT-2's x10, its MLP
-    output weights x20, its unembedding has standard deviation 2 / sqrt(width).
+    The model learns the target's distribution; the answer is a placeholder, 0. The target has 3
+    layers, 2 heads and GPT-2's initialisation, but its query, key and value weights are multiplied
+    by 10, its MLP output weights by 20, and its unembedding has standard deviation 2 / sqrt(width).
     """
     sizes = range(2, 2_000, 2)
     vocab_size = 512
@@ -388,7 +405,7 @@ class Imitate(Task):
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
         with torch.random.fork_rng(), torch.no_grad():
-            # The same target for every student, and no student's own initial weights
+            # the same target for all models, whose own random numbers fork_rng leaves as they are
             common.seed_everything(10**9)
             self.target = Transformer(self.vocab_size, self.block_size, 3, 2, width)
             for block in self.target.h:
@@ -419,14 +436,14 @@ class Imitate(Task):
         log_p = self.log_probs(self.test_set[0][:500])[:, 0] # (500, V)
         p = log_p.exp()
         entropy = -(p * log_p).sum(1).mean()
-        kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()
+        kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()  # each output and the one before it
         return [entropy.item(), kl.item()]
 
 class LM(Task):
-    """Windows of a text's words and punctuation marks: the size - 1 most frequent, an unknown 0.
+    """Windows of a text's words and punctuation marks: the size - 1 most frequent, 0 for others.
 
-    The test's 200 windows come from TinyStories' own validation split, or, of another text, from
-    its last 5%, which is not trained on.
+    The 200 test windows come from TinyStories' own validation split. Of another text the last 5%
+    are held out for them.
     """
     sizes = range(2, 10**6)
     block_size = 512
@@ -436,7 +453,7 @@ class LM(Task):
         super().__init__(size, device)
         path = text or tinystories("train")
         most_common = Counter(words_of(path)).most_common(self.size - 1)
-        self.words = ["<unknown>", *dict(most_common)]
+        self.words = ["<unknown>", *dict(most_common)]       # most_common: pairs (word, count)
         self.vocab_size = len(self.words)
         ids = self.ids(path)
         if text:
@@ -448,22 +465,22 @@ class LM(Task):
         self.test_set = self.windows(self.test_ids, 200, torch.Generator(device).manual_seed(0))
 
     def ids(self, path):
-        """A text as numbers (n,) int32: each word's place in self.words, 0 where it has none."""
+        """A text as numbers (n,) int32: each word's index in self.words, 0 if it has none."""
         index = {word: i for i, word in enumerate(self.words)}
         ids = np.fromiter((index.get(word, 0) for word in words_of(path)), np.int32)
         return torch.from_numpy(ids).to(self.device)
 
     def windows(self, ids, batch, generator):
-        """Windows of 513 words that begin anywhere in ids: (B, 513)."""
+        """Windows of 513 words that begin anywhere in ids: tokens, scored (B, 513)."""
         starts = self.randint(generator, 0, len(ids) - self.block_size, batch, 1)
-        place = starts + torch.arange(self.block_size + 1, device=self.device)
-        return self.scored_from(ids[place].long(), 1)
+        position = starts + torch.arange(self.block_size + 1, device=self.device)
+        return self.scored_from(ids[position].long(), 1)
 
     def sample(self, batch, generator):
         return self.windows(self.train_ids, batch, generator)
 
 def words_of(path):
-    """The words and punctuation marks of a text file, one after the other."""
+    """The words and punctuation marks of a text file, one after the other: She, isn't, here, ."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             yield from re.findall(r"<\|endoftext\|>|\w+(?:'\w+)*|[^\w\s]", line)
@@ -471,9 +488,9 @@ def words_of(path):
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/TinyStories-{}.txt"
 
 def tinystories(split):
-    """The path of TinyStories' split, train or valid, downloaded to the cache folder on first use.
+    """The path of a split of TinyStories, train or valid, downloaded to ~/.cache on first use.
 
-    It is checked against the SHA-256 of the repository's Git LFS pointer. OSError if it fails.
+    OSError if the download fails or does not have the SHA-256 in the repository's Git LFS pointer.
     """
     path = Path.home() / f".cache/nanotheory/TinyStories-{split}.txt"
     if path.exists():
@@ -501,11 +518,11 @@ TASKS = {
 # ---- The model ----------------------------------------------------------------------------------
 
 class SumOfValues(common.CausalSelfAttention):
-    """Linear attention: the sum of the values so far (App. E, as far as we know)."""
+    """Linear attention: the sum of the values so far, our reading of App. E."""
 
     def __init__(self, n_embd, dropout=0.0):
-        super().__init__(n_embd, 1, dropout)
-        self.c_attn = nn.Linear(n_embd, n_embd)              # values alone
+        super().__init__(n_embd, 1, dropout)                 # c_proj and dropout are as they were
+        self.c_attn = nn.Linear(n_embd, n_embd)              # only values
 
     def forward(self, x):
         """x (B, T, C) -> y (B, T, C)."""
@@ -526,7 +543,7 @@ class Block(nn.Module):
         self.mlp = common.MLP(n_embd, dropout)
 
     def forward(self, x, at=None):
-        """x (B, T, C) -> x (B, T, C), or (B, Q, C) at the positions `at` (B, Q) alone.
+        """x (B, T, C) -> x (B, T, C), or (B, Q, C), only at the positions `at` (B, Q).
 
         `at` is for the last block, whose MLP is only needed where an answer is predicted.
         """
@@ -539,8 +556,8 @@ class Block(nn.Module):
 def init_(model, init):
     """Random weights of a Transformer, in place; biases are zero. Standard deviations:
 
-    gpt2: GPT-2's, 0.02; what writes to the residual stream 0.02 / sqrt(2 n_layer).
-    paper: the paper's text, as an independent replication reads it: 0.02; in the MLP 0.01.
+    gpt2: 0.02, and 0.02 / sqrt(2 n_layer) of each c_proj, which writes to the residual stream.
+    paper: 0.02, and 0.01 in the MLP; the paper's text, as an independent replication reads it.
     """
     common.gpt2_init_(model, len(model.h))
     if init == "paper":
@@ -550,8 +567,10 @@ def init_(model, init):
             block.mlp.c_proj.weight.normal_(std=0.01)
 
 class Transformer(nn.Module):
-    """GPT-2 with an unembedding of its own. Parameters a layer: 12 d^2 + 13 d;
-    with linear attention 10 d^2 + 11 d."""
+    """GPT-2, but embedding and unembedding share no weights.
+
+    Parameters a layer: 12 d^2 + 13 d; with linear attention 10 d^2 + 11 d.
+    """
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, linear=False, dropout=0.0,
             init="gpt2"):
@@ -559,20 +578,19 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
         self.dropout = dropout
-        blocks = [Block(n_embd, n_head, linear, dropout) for _ in range(n_layer)]
-        self.h = nn.ModuleList(blocks)
+        self.h = nn.ModuleList(Block(n_embd, n_head, linear, dropout) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         init_(self, init)
 
     def forward(self, tokens, at=None):
-        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) only at the positions `at` (B, Q)."""
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V), only at the positions `at` (B, Q)."""
         return self.lm_head(self.ln_f(self.hidden_states(tokens, at)[-1]))
 
     def hidden_states(self, tokens, at=None):
-        """tokens (B, T) -> the states after the embedding and after each layer, (B, T, C) each.
+        """tokens (B, T) -> n_layer + 1 states (B, T, C), after the embedding and after each layer.
 
-        With `at` (B, Q) the last is (B, Q, C), only at these positions.
+        With `at` (B, Q) the last state is (B, Q, C), only at these positions.
         """
         x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
         states = [F.dropout(x, self.dropout, self.training)]
@@ -581,7 +599,7 @@ class Transformer(nn.Module):
         return [*states, self.h[-1](states[-1], at)]
 
     def attention(self, tokens):
-        """tokens (B, T) -> each layer's attention weights, (B, H, T, T); if softmax."""
+        """tokens (B, T) -> each layer's attention weights (B, H, T, T), of softmax attention."""
         states = self.hidden_states(tokens)
         return [block.attn(block.ln_1(x), return_attn=True)[1] for block, x in zip(self.h, states)]
 
@@ -595,14 +613,16 @@ class Recurrent(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, tokens, at=None):
-        """tokens (B, T) -> logits (B, T, V), or (B, Q, V) at the positions `at` (B, Q) alone."""
-        h, _ = self.rnn(self.wte(tokens))
-        return self.lm_head(h if at is None else h.take_along_dim(at[..., None], 1))
+        """tokens (B, T) -> logits (B, T, V), or (B, Q, V), only at the positions `at` (B, Q)."""
+        x, _ = self.rnn(self.wte(tokens))                    # (B, T, C)
+        if at is not None:
+            x = x.take_along_dim(at[..., None], dim=1)       # (B, Q, C)
+        return self.lm_head(x)
 
 RECURRENT = {"lstm": nn.LSTM, "rnn": nn.RNN}
 MODELS = ["transformer", "linear", *RECURRENT]
 
-# What is trained, by module (Table 2). A recurrent network has no wpe and a transformer no rnn
+# The modules that are trained (Table 2). A recurrent network has no wpe, a transformer no rnn
 TRAINABLE = {
     "full": ["wte", "wpe", "h", "rnn", "ln_f", "lm_head"],
     "embeddings": ["wte", "wpe", "lm_head"],                 # the paper's random transformer
@@ -612,7 +632,7 @@ TRAINABLE = {
 }
 
 def train_only(model, which):
-    """Freezes all but the parts that TRAINABLE[which] names, and returns their parameters."""
+    """Freezes all modules but those in TRAINABLE[which], and returns the trained parameters."""
     for name, part in model.named_children():
         part.requires_grad_(name in TRAINABLE[which])
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -632,8 +652,9 @@ PRESETS = {                                                  # what differs from
 PRESETS["table1"] = dict(PRESETS["paper"], model=["transformer", "lstm"])
 PRESETS["params"] = PRESETS["paper"]                         # Table 6: counts, trains nothing
 
-# What a task decides, unless a flag does. The paper's epochs: modadd 5,000, memorize 21,000 (in the
-# released code without replacement), lm 5 (layers, heads and dropout as released)
+# Each task's values of the flags that are not given; the rows `small` are for quick and medium.
+# The paper's steps are epochs: 5,000 of modadd, 21,000 of memorize (which the released code samples
+# without replacement), 5 of lm. The layers, heads and dropout of lm are the released code's
 SETTINGS = """
 task     preset   size   steps batch_size   lr n_layer n_head dropout weight_decay
 modadd   small      59     600       1500 5e-3       2      4     0.0         1e-3
@@ -651,30 +672,32 @@ memorize paper     512  168000      32768 1e-3       2      4     0.0         1e
 imitate  paper    None   10000       1000 1e-3       3      4     0.0         1e-3
 lm       paper   10000  230000         20 6e-4       4      8     0.1          0.1
 """
+# The flags that take several values
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
 def rows_of(table):
-    """The rows of a table in text, as dicts by column."""
+    """The rows of a table in text, as dicts: {column: text}."""
     header, *rows = [line.split() for line in table.splitlines() if line]
     return [dict(zip(header, row)) for row in rows]
 
 def settings_of(task, preset):
-    """A task's settings: {flag: value}. preset: small or paper."""
-    row, = [row for row in rows_of(SETTINGS) if (row["task"], row["preset"]) == (task, preset)]
-    return {key: ast.literal_eval(row[key]) for key in list(row)[2:]}
+    """A row of SETTINGS: {flag: value}. preset: small or paper."""
+    row, = [row for row in rows_of(SETTINGS) if row["task"] == task and row["preset"] == preset]
+    del row["task"], row["preset"]
+    return {flag: ast.literal_eval(value) for flag, value in row.items()}
 
 def resolve(args):
-    """Completes a run's settings by the task's own. Unused settings become None."""
+    """Fills in the flags that were not given, in place. Unused settings become None."""
     own = settings_of(args.task, "small" if args.preset in SMALL else "paper")
     if args.model == "lstm":
         own["lr"] = 5e-3
-    elif args.train == "full":                               # at 5e-3 width 128 fails at parens
+    elif args.train == "full":                               # with 5e-3, width 128 fails at parens
         own["lr"] = min(own["lr"], 1e-3)
-    for key, value in own.items():
+    for key, value in own.items():                           # dropout has no flag
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.task == "imitate":
-        args.size = None                                     # target_width is its size
+        args.size = None                                     # its size is target_width
     else:
         args.target_width = None
     if args.task != "lm":
@@ -682,14 +705,14 @@ def resolve(args):
     if args.model != "transformer":
         args.n_head = None                                   # a sum of values has no heads
     if args.model in RECURRENT:
-        args.n_layer = None                                  # two layers
-        args.init = None                                     # torch's
+        args.n_layer = None                                  # always two layers
+        args.init = None                                     # PyTorch's default
         if args.train == "token_unembed":
-            args.train = "embeddings"                        # the same: there are no positions
+            args.train = "embeddings"                        # the same, without position embeddings
 
 @functools.lru_cache(maxsize=8)
 def make_task(name, size, text, device):
-    """A task of some size. Runs share it, as its test set can take seconds."""
+    """A task of a given size, shared by all runs, since its test set can take seconds."""
     own = dict(text=text) if name == "lm" else {}
     return TASKS[name](size, device=device, **own)
 
@@ -710,32 +733,33 @@ def load(folder, device="cpu"):
 # ---- Training (App. D.3) ------------------------------------------------------------------------
 
 def learning_rate(step, args):
-    """Linear warm-up to args.lr, then a cosine to 0 (in the authors' code, not in the paper)."""
+    """Linear warm-up to args.lr, then a cosine to 0 (from the authors' code, not the paper)."""
     warm = min(1, (step + 1) / args.warmup)
     done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * warm * (1 + math.cos(math.pi * done)) / 2
 
 def answers(tokens, scored, n):
-    """Where up to n answers of a sequence are predicted, and what they are.
+    """Where the answers of each sequence, at most n, are predicted, and what they are.
 
-    tokens, scored (B, T) -> at (B, n); targets (B, n), -100 for none.
-    An answer is predicted one position before its own: with n = 3,
+    tokens, scored (B, T) -> at (B, n); targets (B, n), -100 if a sequence has fewer answers.
+    An answer is predicted at the position before its own. With n = 3:
 
         tokens   5  6  7 20 21 12     scored   .  .  .  x  x  .     at  2 3 0   targets  20 21 -100
     """
     predicts_answer = scored[:, 1:]                          # (B, T - 1): the next token is one
     next_token = tokens[:, 1:].masked_fill(~predicts_answer, -100)
-    # Sorted: the positions of the answers, in order, then other ones, whose next_token is -100
+    # the positions of the True entries, in order, then the others, whose next_token is -100
     at = predicts_answer.int().argsort(dim=1, descending=True, stable=True)[:, :n]
     return at, next_token.gather(1, at)
 
 def train(args, run):
-    """One run of the sweep; goes on from its checkpoint if there is one."""
+    """Trains one run of the sweep, from its checkpoint if there is one."""
     task, model = build(args)
     trained = train_only(model, args.train)
+    # biases and norms do not decay, as in the released code
     matrices = [weights for weights in trained if weights.dim() > 1]
-    vectors = [weights for weights in trained if weights.dim() == 1]         # biases and norms
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)] # the released code's
+    vectors = [weights for weights in trained if weights.dim() == 1]
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     data = torch.Generator(args.device).manual_seed(args.seed)
     start = run.restore(model, optimizer, data)
@@ -745,7 +769,7 @@ def train(args, run):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         tokens, scored = task.sample(args.batch_size, data)  # (B, T) each
-        scored = scored & ~task.held_out(tokens)[:, None]    # learn nothing from test sequences
+        scored = scored & ~task.held_out(tokens)[:, None]    # nothing is learned from the test set
         at, targets = answers(tokens, scored, task.n_answers)                # (B, Q) each
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             logits = model(tokens[:, :-1], at)               # (B, Q, V)
@@ -756,7 +780,7 @@ def train(args, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            model.eval()                                     # without dropout
+            model.eval()                                     # no dropout
             tokens, scored = task.test_set
             score = evaluate(model, task, tokens[:1_000], scored[:1_000])[task.metric]
             run.log(step + 1, loss=loss.item(), **{f"test_{task.metric}": score})
@@ -768,8 +792,9 @@ def train(args, run):
 def evaluate(model, task, tokens, scored):
     """Mean loss (nats) and accuracy over the answers of tokens, scored (N, T) each."""
     loss, right, n = 0.0, 0, 0
-    size = 20_000 // tokens.shape[1]                         # sequences at once
-    for tokens, scored in zip(tokens.split(size), scored.split(size)):
+    size = 20_000 // tokens.shape[1]                         # sequences in a batch
+    batches = zip(tokens.split(size), scored.split(size))
+    for tokens, scored in batches:
         at, targets = answers(tokens, scored, task.n_answers)
         logits = model(tokens[:, :-1], at).float()
         losses = task.losses(logits, targets, tokens)
@@ -779,38 +804,43 @@ def evaluate(model, task, tokens, scored):
     return dict(loss=loss / n, accuracy=right / n)
 
 def explained_variance(hidden, top=10):
-    """Fraction of the variance of hidden (N, d) in its top components and neurons (Tables 4, 5)."""
+    """Fraction of the variance of hidden (N, d) in its top components, and in its top neurons.
+
+    Tables 4 and 5. Returns two numbers between 0 and 1.
+    """
     covariance = hidden.double().T.cov(correction=0)         # (d, d)
     fractions = []
+    # the variance along each principal component, then that of each neuron
     for variances in (torch.linalg.eigvalsh(covariance), covariance.diagonal()):
         largest = variances.sort(descending=True).values[:top]
         fractions.append((largest.sum() / variances.sum()).item())
     return tuple(fractions)
 
 def find_needles(attns, tokens, scored):
-    """Fig. 2 as numbers: layer 1's attention from each value to its marker, the last layer's from
-    the query to the value that it asks for; mean over positions and sequences, best head.
+    """Fig. 2 as two numbers, mean attention weights of the best head.
 
-    attns: (B, H, T, T) each; tokens and scored (B, T + 1).
+    The first is layer 1's attention from each value to its marker, the second the last layer's from
+    the query to the value that it asks for. attns: (B, H, T, T) each; tokens, scored (B, T + 1).
     """
-    rows, query = scored[:, 1:].nonzero().T                  # one query a sequence
-    # from each position to the one before it; of values, which stand at 1, 3, .., to their markers
-    to_marker = attns[0].diagonal(-1, 2, 3)[..., ::2]        # (B, H, values)
-    value_at = torch.arange(1, tokens.shape[1] - 1, 2, device=tokens.device)
-    to_marker = to_marker.transpose(1, 2)[value_at < query[:, None]].mean(0) # (H,)
-    asked = tokens[rows, query] - 30                         # (B,)
-    is_asked = tokens[:, :-1] == asked[:, None]              # (B, T): its marker
-    answer_at = is_asked.int().argmax(1) + 1                 # (B,): after it
-    to_value = attns[-1][rows, :, query, answer_at].mean(0)  # (H,)
-    return [to_marker.max().item(), to_value.max().item()]
+    rows, query_at = scored[:, 1:].nonzero().T               # (B,) each: one query a sequence
+    value_at = torch.arange(1, tokens.shape[1] - 1, 2, device=tokens.device) # after its marker
+    to_marker = attns[0][:, :, value_at, value_at - 1].transpose(1, 2)       # (B, values, H)
+    is_value = value_at < query_at[:, None]                  # (B, values), false for padding
+    to_marker = to_marker[is_value].mean(0)                  # (H,)
+    marker = tokens[rows, query_at] - 30                     # (B,): the one that is asked for
+    marker_at = (tokens == marker[:, None]).int().argmax(1)  # (B,)
+    to_value = attns[-1][rows, :, query_at, marker_at + 1]   # (B, H)
+    return [to_marker.max().item(), to_value.mean(0).max().item()]
 
 @torch.no_grad()
 def circuit(model, task):
-    """Fig. 3 as numbers, after Zhong et al. 2023: [gradient symmetricity, distance irrelevance].
+    """Fig. 3 as two numbers, [gradient symmetricity, distance irrelevance] of Zhong et al. 2023.
 
-    The first is the mean cosine of the gradients of a logit with respect to the embeddings of a and
-    of b; the second the spread of the right answer's logit among pairs of equal a - b, relative to
-    its spread among all pairs. A pizza has 1 and 0, a clock 0 and 1.
+    A model can add a and b, two points of a circle, by their product (a clock) or by their sum (a
+    pizza). Symmetricity is the mean cosine similarity between the gradients of a random logit with
+    respect to the embeddings of a and of b. Irrelevance is the standard deviation of the correct
+    logit among the pairs with the same a - b, relative to that among all pairs.
+    A clock has 0 and 1, a pizza 1 and 0.
     """
     p = task.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -819,19 +849,19 @@ def circuit(model, task):
     with torch.enable_grad():
         states = model.hidden_states(tokens[:, :2])          # (500, 2, C) each
         logits = model.lm_head(model.ln_f(states[-1][:, -1]))                # (500, V)
-        gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])
+        gradient, = torch.autograd.grad(logits.gather(1, output).sum(), states[0])   # (500, 2, C)
     symmetricity = F.cosine_similarity(gradient[:, 0], gradient[:, 1]).mean()
-    right = []                                               # the logit of a + b, for all pairs
+    correct = []                                             # the logit of a + b, for all pairs
     for pairs in task.table.split(5_000):
-        right.append(model(pairs[:, :2])[:, -1].gather(1, pairs[:, 2:]))
-    right = torch.cat(right).view(p, p)
+        correct.append(model(pairs[:, :2])[:, -1].gather(1, pairs[:, 2:]))
+    correct = torch.cat(correct).view(p, p)                  # row a, column b
     a = torch.arange(p)
-    by_distance = right[a, (a - a[:, None]) % p]             # row d: all pairs a, a - d
-    spread = by_distance.std(1, correction=0).mean() / right.std(correction=0)
-    return [symmetricity.item(), spread.item()]
+    by_distance = correct[a, (a - a[:, None]) % p]           # row d, column a: the pair a, a - d
+    irrelevance = by_distance.std(1, correction=0).mean() / correct.std(correction=0)
+    return [symmetricity.item(), irrelevance.item()]
 
 def write_prose(model, task, seed, n_words=60):
-    """A text that the language model writes, from the test's first word on."""
+    """A text that the language model writes after the first word of the test text."""
     generator = torch.Generator(task.device).manual_seed(seed)
     ids = task.test_ids[None, :1].long()                     # (1, 1)
     for _ in range(n_words):
@@ -841,7 +871,7 @@ def write_prose(model, task, seed, n_words=60):
 
 @torch.no_grad()
 def measure(args, run):
-    """The scores on the whole test set, and what else applies to a run, from its checkpoint."""
+    """Loss and accuracy of a trained run on its whole test set, and its task's other numbers."""
     task, model = load(run.folder, args.device)
     found = evaluate(model, task, *task.test_set)
     if task.trivial:
@@ -849,15 +879,16 @@ def measure(args, run):
     if isinstance(model, Transformer):
         n = 20_000 // task.test_set[0].shape[1]
         tokens, scored = [x[:n] for x in task.test_set]      # (n, T) each
-        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0 # F F T F -> T T T F
+        # the positions up to the last answer, without the padding: F F T F -> T T T F
+        inside = scored[:, 1:].flip(1).cumsum(1).flip(1) > 0
         states = model.hidden_states(tokens[:, :-1])
         fractions = [explained_variance(state[inside]) for state in states]
-        found["components"], found["neurons"] = map(list, zip(*fractions))
+        found["components"] = [principal for principal, _ in fractions]
+        found["neurons"] = [neuron for _, neuron in fractions]
         if args.task == "modadd":
             found["circuit"] = circuit(model, task)
-    if args.task == "needle" and args.model == "transformer":
-        attns = model.attention(tokens[:, :-1])
-        found["attention"] = find_needles(attns, tokens, scored)
+        if args.task == "needle" and args.model == "transformer":
+            found["attention"] = find_needles(model.attention(tokens[:, :-1]), tokens, scored)
     if args.task == "imitate":
         found["target"] = task.describe()
     if args.task == "lm":
@@ -867,7 +898,7 @@ def measure(args, run):
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# Accuracies, medians of 10 restarts (Tables 1, 2); of memorize bits a parameter (Table 3)
+# Median accuracies of 10 restarts (Tables 1, 2); for memorize bits a parameter (Table 3)
 PUBLISHED = """
 model,train,width              modadd needle addition parens memorize
 transformer,embeddings,1024     1.000  1.000    1.000  1.000        -
@@ -883,13 +914,14 @@ transformer,full,128                -      -        -      -     2.88
 """
 
 def published_row(args):
-    """The row of PUBLISHED for a run's model, what is trained, and width; {} if there is none."""
+    """The row of PUBLISHED for a run's model, training and width; {} if there is none."""
     rows = {row["model,train,width"]: row for row in rows_of(PUBLISHED)}
     return rows.get(f"{args.model},{args.train},{args.n_embd}", {})
 
 def published(args):
-    """The paper's number for a run's setting, or "-". Its learning rates are not all known."""
+    """The paper's number if a run has the paper's settings, else "-"."""
     for key, value in settings_of(args.task, "paper").items():
+        # not all of the paper's learning rates are known; None: the model has no such setting
         if key != "lr" and getattr(args, key) not in (None, value):
             return "-"
     return published_row(args).get(args.task, "-")
@@ -900,52 +932,53 @@ IN_WORDS = {
 }
 
 def in_words(args):
-    """What is trained, and the model if it is another; of imitation also the student's width."""
+    """What is trained; also the model if it is not the transformer, and for imitate the width."""
     words = IN_WORDS[args.train]
     if args.model != "transformer":
         words = f"{args.model}, {words}"
     return f"{words}, width {args.n_embd}" if args.task == "imitate" else words
 
 def row_of(args):
-    """The name of a run's row, but for the seed."""
+    """The name of a run's row in the tables. Seeds share it."""
     if args.task == "imitate":
         return f"imitate {args.target_width}: {in_words(args)}"
     return f"{args.task}: {in_words(args)}, width {args.n_embd}"
 
 def bits(args, results):
-    """Table 3: log2 n bits for each of the n x n pairs that is recalled, a trained parameter."""
+    """Table 3: bits a trained parameter; each recalled pair, of n x n, counts log2 n bits."""
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
 def compared(run):
-    """A run's score and what stands beside it: a trivial answer's, and the paper's."""
+    """A run's score, and for comparison the trivial guess's and the paper's: {column: score}."""
     args, task = run.args, TASKS[run.args.task]
     found = {"measured": run.results[task.metric]}
     if task.trivial:
         found["trivial"] = run.results["trivial"]
-    if args.task != "memorize" and published(args) != "-":   # of memorize these are bits
+    if args.task != "memorize" and published(args) != "-":   # memorize's are bits, not accuracies
         found["paper"] = published(args)
     return found
 
-SCORES = """Accuracy on sequences that training never learns from, median [lowest, highest] of seeds
-(lm: loss, imitate: KL, in nats; memorize: of the training set; addition: the paper's numbers may
-include a pad and leave out the first digit). Random: only embeddings and unembedding are trained.
-Trivial answers: any number (modadd), the prompt's most frequent value (needle), one answer at each
-position (addition), even lengths are balanced (parens)"""
+SCORES = """Accuracy on held-out sequences, median [lowest, highest] of the seeds (memorize: on its
+training set; lm: loss, imitate: KL, both in nats; addition: the paper's numbers may count a pad and
+not the first digit). Random: only the embeddings and the unembedding are trained. Trivial guesses:
+any number (modadd), the prompt's most frequent value (needle), one answer at each position
+(addition), even lengths are balanced (parens)"""
 
 DEPTHS = ["embedding", *[f"layer {i}" for i in range(1, 100)]]
-FINDINGS = {                                                 # a title and the names of the numbers
+# key in results.json: (title of the table, names of its numbers)
+FINDINGS = {
     "attention": ("Attention of the best head (Fig. 2)", ["value to marker", "query to value"]),
     "circuit": ("The circuit (Fig. 3): a pizza has 1 and 0, a clock 0 and 1",
         ["gradient symmetricity", "distance irrelevance"]),
     "target": ("The target of imitation, in nats (paper: 2.89 to 3.02, 0.8 to 3.3)",
-        ["entropy of an output", "KL between two"]),
+        ["entropy of an output", "KL between two outputs"]),
     "components": ("Fraction of variance in the top 10 principal components (Tables 4, 5)", DEPTHS),
     "neurons": ("The same in the top 10 neurons: a subspace, not a sparse subnetwork", DEPTHS),
 }
 
 def print_scores(runs):
-    """Tables 1 to 3, with the paper's numbers and a trivial answer's."""
+    """Tables 1 to 3, beside the paper's numbers and those of trivial guesses."""
     cells = []
     for run in runs:
         row = row_of(run.args)
@@ -957,7 +990,7 @@ def print_scores(runs):
     common.print_table(SCORES, cells)
 
 def print_findings(runs):
-    """The numbers of Figs. 2, 3 and 6, Tables 4 and 5 in the paper's presets, and prose."""
+    """The numbers of Figs. 2, 3 and 6, at the paper's size Tables 4 and 5, and texts of lm."""
     for key, (title, columns) in FINDINGS.items():
         cells = []
         for run in runs:
@@ -971,31 +1004,31 @@ def print_findings(runs):
             common.say(textwrap.fill(run.results["prose"], 100))
 
 def print_verdict(runs):
-    """What is solved, on one seed at least, and whether random transformers need width for it."""
-    solved = {}                                              # what is trained, width -> tasks
+    """The tasks that are solved on at least one seed, and those for which width matters."""
+    solved = {}                                              # (what is trained, width): tasks
     for run in runs:
         if run.args.task in FOUR:
             tasks = solved.setdefault((in_words(run.args), run.args.n_embd), set())
             if run.results["accuracy"] >= 0.95:
                 tasks.add(run.args.task)
     if solved:
-        common.say("\nSolved, with an accuracy of at least 0.95 on one seed or more")
+        common.say("\nSolved: an accuracy of at least 0.95 on at least one seed")
     for (words, width), tasks in solved.items():
         common.say(f"  {words}, width {width}: {', '.join(sorted(tasks)) or 'nothing'}")
     random = {width: tasks for (words, width), tasks in solved.items() if words == "random"}
     if random:
-        tasks = random[max(random)] - random[min(random)]
-        names = ", ".join(sorted(tasks)) or "no task"
-        common.say(f"That random transformers compute if they are wide is seen here for {names}")
+        tasks = random[max(random)] - random[min(random)]    # by the widest, not by the narrowest
+        names = ", ".join(sorted(tasks)) or "nothing"
+        common.say(f"Solved by the widest random transformer but not by the narrowest: {names}")
 
 def n_numbers(parameters):
-    """How many numbers some parameters hold together."""
+    """The number of weights in a list of parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 def print_parameters(runs):
-    """Table 6: parameters by part, and how many are trained. Returns a dict a run.
+    """Table 6: the parameters of each module, and how many are trained. Returns a dict a run.
 
-    (The paper's 99,328 of modadd is 97 x 1024: p = 97.)
+    For modadd's embedding the paper has 99,328 = 97 x 1024, so p = 97 there.
     """
     cells, results = [], []
     for run in runs:
@@ -1015,25 +1048,27 @@ LOOKS = {
 }
 
 def plot_widths(runs):
-    """The score against the width, of imitation against the target's (Figs. 4, 6, the threshold).
+    """The score against the width, for imitate against the target's width (Figs. 4, 6).
 
-    Hollow marks are the paper's numbers, where the setting is the paper's.
+    Hollow marks are the paper's numbers, if the settings are the paper's.
     """
-    lines, colors, panels = {}, {}, {}
+    lines = {}                                               # a curve: {width: score}
+    colors, panels = {}, {}                                  # one color a model, in all panels
     for run in runs:
         args = run.args
         for kind, score in compared(run).items():
-            of = TASKS[args.task].trivial if kind == "trivial" else in_words(args)
-            seed = args.seed if kind == "measured" else None # the others have no band
+            what = TASKS[args.task].trivial if kind == "trivial" else in_words(args)
+            seed = args.seed if kind == "measured" else None # only measured scores have a band
             if score != "fails":
-                line = lines.setdefault((args.task, kind, of, seed), {})
+                line = lines.setdefault((args.task, kind, what, seed), {})
                 line[args.target_width or args.n_embd] = float(score)
-    for (name, kind, of, _), line in lines.items():
+    for (name, kind, what, _), line in lines.items():
         widths, scores = zip(*sorted(line.items()))
         x = np.log2(widths)
         axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=x, xticklabels=widths)
-        look = dict(color=colors.setdefault(of, f"C{len(colors)}")) | LOOKS[kind]
-        panels.setdefault(name, (axis, []))[1].append((f"{kind}: {of}", x, scores, look))
+        look = dict(color=colors.setdefault(what, f"C{len(colors)}")) | LOOKS[kind]
+        _, curves = panels.setdefault(name, (axis, []))
+        curves.append((f"{kind}: {what}", x, scores, look))
     common.plot(runs[0].folder.parent / "width.png", panels, columns=2)
 
 @torch.no_grad()
@@ -1041,9 +1076,9 @@ def plot_attention(run):
     """Fig. 2: the attention of each head for one prompt of needle, up to 8 pairs long."""
     task, model = load(run.folder)
     tokens, scored = task.test_set
-    query = scored.int().argmax(1) - 1                       # (N,)
-    longest = torch.where(query <= 16, query, 0).argmax()    # of those whose tokens can be read
-    prompt = tokens[longest, :query[longest] + 1]            # (T,)
+    query_at = scored.int().argmax(1) - 1                    # (N,)
+    longest = torch.where(query_at <= 16, query_at, 0).argmax()              # more is hard to read
+    prompt = tokens[longest, :query_at[longest] + 1]         # (T,)
     names = prompt.tolist()
     axis = dict(xlabel="looks at", ylabel="marker (128 ..), value, query")
     panels = {}
@@ -1078,9 +1113,9 @@ def parse_args(argv=None):
         help="what is trained; embeddings: the paper's random transformer")
     add("--n-embd", nargs="+", type=count, default=[128, 16], help="widths")
     add("--init", choices=["gpt2", "paper"], default="gpt2",
-        help="random weights of a transformer; gpt2: standard deviation 0.02, "
-        "0.02 / sqrt(2 layers) of what writes to the residual stream; paper: 0.02, 0.01 in the MLP")
-    add("--n-layer", type=count, help=f"layers, but of lstm and rnn {own}")
+        help="standard deviation of a transformer's initial weights; gpt2: 0.02, and 0.02 / "
+        "sqrt(2 layers) if they write to the residual stream; paper: 0.02, and 0.01 in the MLP")
+    add("--n-layer", type=count, help=f"layers of a transformer {own}")
     add("--n-head", type=count, help=f"heads a layer of a softmax transformer {own}")
     add("--size", type=count,
         help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "
@@ -1090,7 +1125,8 @@ def parse_args(argv=None):
     add("--steps", type=count, help=f"training steps {own}")
     add("--batch-size", type=count, help=f"sequences a step {own}")
     add("--lr", type=common.positive_float,
-        help=f"peak learning rate of AdamW; full: at most 1e-3; LSTM 5e-3 {own}")
+        help="peak learning rate of AdamW (default: the task's own; with --train full at most "
+        "1e-3; with --model lstm 5e-3)")
     add("--warmup", type=count, default=100, help="steps of linear warm-up, before a cosine to 0")
     add("--weight-decay", type=common.non_negative, help=f"weight decay of AdamW {own}")
     add("--eval-every", type=count, default=100, help="steps between evaluations")
@@ -1100,7 +1136,7 @@ def parse_args(argv=None):
     return common.parse_args(parser, PRESETS, argv)
 
 def show(runs):
-    """The tables of a sweep, with --plot its figures, and what they show."""
+    """Prints the tables of a sweep and a summary, and draws its figures with --plot."""
     print_scores(runs)
     print_findings(runs)
     if runs[0].args.plot:
@@ -1119,7 +1155,7 @@ def main(argv=None):
     if args.preset == "params":
         return print_parameters(runs)
     if args.preset == "table1":
-        runs = [run for run in runs if published_row(run.args)]              # no narrow LSTM
+        runs = [run for run in runs if published_row(run.args)]              # not a narrow LSTM
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":

@@ -694,9 +694,9 @@ def test_the_verdict_is_what_the_runs_show(tmp_path, monkeypatch, capsys):
         assert ("principal components" in out) == (preset == "paper")
         assert out.splitlines()[-5:-1] == ["  random, width 16: nothing", "  random, width 128: parens",
             "  fully trained, width 16: needle, parens", "  fully trained, width 128: needle, parens"]
-        assert out.splitlines()[-1].endswith("is seen here for parens")
+        assert out.splitlines()[-1].endswith("but not by the narrowest: parens")
     random_transformer.main([*flags, "--n-embd", "16"])
-    assert capsys.readouterr().out.splitlines()[-1].endswith("is seen here for no task")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("but not by the narrowest: nothing")
 
 
 def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsys):
