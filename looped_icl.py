@@ -25,8 +25,8 @@ converged, at 500 loops, on trees at 200 (--eval-loops), and beside it the paper
     python looped_icl.py --preset paper --task relu-2nn --model looped standard --plot
 Out-of-distribution inputs (App.), and what a probe finds in the hidden states (Sec. 6):
     python looped_icl.py --preset paper --model looped standard --ood --probe
-Tables of OpenML, downloaded by id (the paper's, as we read it: 720 725 737 803 807 816 819 847 871
-42192), or a folder of your own; one held out in turn, b = 30, T = 15:
+Real tables of OpenML, downloaded by id (the paper's, as we read it: 720 725 737 803 807 816 819 847
+871 42192), or CSV files of your own (--data-dir); each is held out in turn, b = 30, T = 15:
     python looped_icl.py --preset paper --task openml --fetch --held-out 0 1 2 3 4 5 6 7 8 9
 
 What the paper preset leaves open (points, loops, window, steps, batch) depends on the task: see
@@ -76,20 +76,20 @@ def sparse_linear(xs, generator):
     """w . x, but only 3 random coordinates of w are not 0."""
     B, n, d = xs.shape
     w = randn(generator, B, d, 1)
-    order = torch.rand(B, d, generator=generator, device=xs.device).argsort(1)
-    mask = torch.zeros_like(w).scatter(1, order[:, :3, None], 1.0)      # (B, d, 1)
-    return (xs @ (w * mask))[..., 0]
+    keys = torch.rand(B, d, generator=generator, device=xs.device)
+    rank = keys.argsort(1).argsort(1)                   # keys .7 .1 .9 .4 -> ranks 2 0 3 1
+    return (xs @ (w * (rank < 3)[..., None]))[..., 0]
 
 def decision_tree(xs, generator):
     """A tree of depth 4: each node branches on the sign of a random coordinate, leaves are N(0, 1).
-    Nodes are numbered by level."""
+    Nodes are numbered level by level: 0, then 1 and 2, then 3 to 6."""
     B, n, d = xs.shape
-    coordinate = torch.randint(d, (B, 15), generator=generator, device=xs.device)       # nodes 0-14
-    leaves = randn(generator, B, 16)                                                    # 15-30
+    coordinate = torch.randint(d, (B, 15), generator=generator, device=xs.device)   # nodes 0-14
+    leaves = randn(generator, B, 16)                                    # nodes 15-30
     node = torch.zeros(B, n, dtype=torch.long, device=xs.device)        # all begin at the root
     for _ in range(4):
-        asked = coordinate.gather(1, node)                              # (B, n)
-        x = xs.gather(2, asked[..., None])[..., 0]                      # (B, n)
+        asked = coordinate.gather(1, node)              # (B, n): which coordinate its node looks at
+        x = xs.gather(2, asked[..., None])[..., 0]      # (B, n): its value
         node = 2 * node + 1 + (x > 0)                   # children of k: 2 k + 1, 2 k + 2
     return leaves.gather(1, node - 15)
 
@@ -102,12 +102,12 @@ def relu_2nn(xs, generator):
 
 @dataclass
 class FunctionClass:
-    """A row of TASKS. A new function class is a function and a row, for --preset paper also one of
-    SETTINGS."""
+    """A row of TASKS. To add a function class, write a function and a row here, for --preset paper
+    also a row of SETTINGS."""
     f: Callable | None          # (xs, generator) -> ys; None: real tables
-    variance: Callable          # of y, without noise, by d
+    variance: Callable          # d -> the variance of y without noise
     baselines: list             # names, see BASELINES
-    signs_only: bool = False    # f depends on the signs of x alone: y does not grow with x
+    signs_only: bool = False    # y depends on the signs of x alone; all dimensions are active
 
 SIMPLE = ["least squares", "averaging", "3-NN"]
 TREES = ["tree on x", "tree on signs"]
@@ -118,15 +118,15 @@ TASKS = {
     "sparse-linear": FunctionClass(sparse_linear, lambda d: min(d, 3), SIMPLE + ["Lasso"]),
     "decision-tree": FunctionClass(decision_tree, lambda d: 1, SIMPLE + TREES, signs_only=True),
     "relu-2nn": FunctionClass(relu_2nn, lambda d: d, SIMPLE + ["2-layer network"]),
-    "openml": FunctionClass(None, lambda d: 1, [], signs_only=True),
+    "openml": FunctionClass(None, lambda d: 1, [], signs_only=True),    # all dimensions are active
 }
 
 def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
     """xs (B, n, d), ys (B, n): x ~ N(0, I) in the first active_dims coordinates, 0 in the others,
-    and y = f(x), f a new one of the task's class for each prompt. The generator is one of `device`.
+    and y = f(x), with a new f for each prompt. The generator has to be on `device`.
 
-    f never knows of active_dims: sparse-linear draws its coordinates among all n_dims. A decision
-    tree would branch on zeros, so its x has all dimensions from the start.
+    f does not depend on active_dims: sparse-linear draws its coordinates among all n_dims. A tree
+    would branch on zeros, so its x has all dimensions from the start.
     """
     xs = torch.randn(batch, n_points, n_dims, generator=generator, device=device)
     if active_dims is not None and not TASKS[task].signs_only:
@@ -134,10 +134,10 @@ def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, d
     return xs, TASKS[task].f(xs, generator)
 
 class Prompts:
-    """The prompts of one function class. `scale`: the variance of y, without noise, by which
-    squared errors are divided."""
+    """The prompts of one function class. Squared errors are divided by `scale`, the variance of y
+    without noise."""
 
-    n_out = 1                                                           # the model says y itself
+    n_out = 1                                                           # the model predicts y
 
     def __init__(self, name, n_dims, device="cpu"):
         self.name = name
@@ -146,7 +146,7 @@ class Prompts:
         self.scale = TASKS[name].variance(n_dims)
 
     def sample(self, batch, n_points, generator, active_dims=None, part="train"):
-        """xs (B, n, d), ys (B, n). `part` has no meaning here: every prompt is a new one."""
+        """xs (B, n, d), ys (B, n). `part` is for Tables; here every prompt is new."""
         shape = batch, n_points, self.n_dims
         return sample_prompts(self.name, *shape, generator, active_dims, self.device)
 
@@ -154,9 +154,9 @@ class Prompts:
 
 class InContextTransformer(nn.Module):
     """A GPT-2 that reads x_1, y_1, x_2, y_2, ... and predicts each y at its x. If it is looped, its
-    output is its next input. A token has n_dims numbers; y is the first, the others are 0. There
-    are 2 n_points + 1 positions, as the authors count them (203 for 101 points). inject: how the
-    prompt enters a loop; n_out 2: two logits."""
+    output is its next input. A token has n_dims numbers: x, or y followed by zeros. There are
+    2 n_points + 1 positions, as the authors count them (203 for 101 points). inject: how the
+    prompt enters a loop. n_out: 1 for the value of y, 2 for the logits of two labels."""
 
     def __init__(self, n_dims, n_points, n_layer, n_head, n_embd, inject="add", n_out=1):
         super().__init__()
@@ -166,11 +166,11 @@ class InContextTransformer(nn.Module):
         self.h = nn.ModuleList([common.Block(n_embd, n_head) for _ in range(n_layer)])
         self.ln_f = nn.LayerNorm(n_embd)
         common.gpt2_init_(self.h, n_layer)
-        nn.init.normal_(self.wpe.weight, std=0.02)                      # read_in, read_out: torch's
+        nn.init.normal_(self.wpe.weight, std=0.02)      # read_in, read_out: as torch begins them
         self.read_out = nn.Linear(n_embd, n_out)
 
     def trunk(self, z):
-        """f: positions, blocks, final norm; z (B, T, C) -> the same."""
+        """f, one loop: positions, blocks, final norm; z (B, T, C) -> (B, T, C)."""
         z = z + self.wpe.weight[:z.shape[1]]
         for block in self.h:
             z = block(z)
@@ -178,12 +178,14 @@ class InContextTransformer(nn.Module):
 
     def forward(self, xs, ys, loops=1, window=1):
         """xs (B, n, d), ys (B, n) -> predictions (window, B, n) of the last `window` loops, or
-        logits (window, B, n, 2), window <= loops.
+        logits (window, B, n, 2); window <= loops. With e the prompt after the read-in:
 
-        add: z_0 = 0, z_(i+1) = f(z_i + e), e the prompt. multiply: z_0 = 1 (0 would hide e),
-        z_(i+1) = f(z_i e). With both, the loops before the window run without gradient. none: z_0 =
-        e, z_(i+1) = f(z_i), the gradient goes through all loops: our variant, without a number in
-        the paper. One loop: a usual transformer.
+            add         z_0 = 0     z_(i+1) = f(z_i + e)
+            multiply    z_0 = 1     z_(i+1) = f(z_i e)      (from 0, e would never be seen)
+            none        z_0 = e     z_(i+1) = f(z_i)        (our variant, not in the paper)
+
+        The loops before the window run without gradient, except for none. One loop is a usual
+        transformer.
         """
         d = xs.shape[2]
         ys = F.pad(ys[..., None], (0, d - 1))                           # (B, n, d)
@@ -191,7 +193,7 @@ class InContextTransformer(nn.Module):
         e = self.read_in(tokens[:, :-1])                                # without the last y
         start = {"add": torch.zeros_like(e), "multiply": torch.ones_like(e), "none": e}
         z = start[self.inject]
-        # none: the prompt enters at the start alone; a read-in cut off from the loss learns nothing
+        # none: e enters only before the first loop; read_in learns through all loops or not at all
         first_with_gradient = 0 if self.inject == "none" else loops - window
         predictions = []
         for i in range(loops):
@@ -206,21 +208,21 @@ class InContextTransformer(nn.Module):
         return torch.stack(predictions)
 
 def passes(args):
-    """How often a model passes through its trunk. "tied" does so 12 times with one layer: each pass
-    adds the positions and applies the final norm, too."""
+    """How often a model applies its trunk. "tied" has one layer and applies it n_layer times, each
+    time with positions and final norm."""
     return {"looped": args.loops, "standard": 1, "tied": args.n_layer}[args.model]
 
 # ---- Training (Sec. 5) --------------------------------------------------------------------------
 
 def numbers_in(text):
-    """A table of numbers as a dict of its rows: {"linear": {"n_points": 41, ...}, ...}."""
+    """The rows of a table as dicts: {"linear": {"n_points": 41, ...}, "noisy-linear": ...}."""
     header, *rows = [line.split() for line in text.strip().splitlines()]
     found = {}
     for name, *numbers in rows:
         found[name] = dict(zip(header[1:], map(ast.literal_eval, numbers)))
     return found
 
-# The paper's settings of each task. Figures by examples show a loop after eval_loops
+# The paper's settings of each task. eval_loops: how far a loop runs for the error by examples
 SETTINGS = numbers_in("""
 task           n_points  points_start  points_step  loops  window  eval_loops   steps  batch_size
 linear               41            11            2     20      15         500  500000          64
@@ -231,7 +233,7 @@ relu-2nn            101            26            5     12       5         500  5
 openml               41            41            2     30      15          30  100000          40
 """)
 
-# What differs from the defaults of the flags, which are those of "quick"
+# The defaults of the flags, at the end of this file, are "quick"; here is what differs from them
 MEDIUM = dict(
     model=["looped", "standard", "tied"], inject=["add", "none"],
     n_dims=5, dims_start=1, n_points=11, points_start=11,
@@ -239,7 +241,7 @@ MEDIUM = dict(
     steps=6_000, batch_size=64, lr=2e-3, beta2=0.999, warmup=200, eval_every=500,
 )
 PAPER = dict(
-    dict.fromkeys(SETTINGS["linear"]),                       # None: the task's own
+    dict.fromkeys(SETTINGS["linear"]),       # n_points=None, ...: resolve takes them from SETTINGS
     n_head=8, n_embd=256,
     n_dims=20, dims_start=5, curriculum_every=5_000, loops_every=500,
     lr=1e-4, beta2=0.999, warmup=0, schedule="constant", eval_every=2_500,
@@ -249,7 +251,7 @@ SWEEP = ["task", "model", "inject", "held_out", "seed"]
 MEASURED = ["n_eval", "eval_loops", "ood", "probe"]          # training does not depend on them
 
 def resolve(args):
-    """Completes a run's flags: the task's own settings; unused ones become None."""
+    """Completes a run's flags: the paper's settings of its task; unused flags become None."""
     if args.preset == "paper":
         for key, value in SETTINGS[args.task].items():
             if getattr(args, key) is None:
@@ -264,7 +266,7 @@ def resolve(args):
     else:
         args.data_dir = args.fetch = args.held_out = None
     if TASKS[args.task].signs_only:
-        args.dims_start = None                               # all of them, from the start
+        args.dims_start = None                               # all dimensions from the start
 
 def build(args):
     """The task (its prompts) and the model of a run."""
@@ -274,7 +276,8 @@ def build(args):
         task = Prompts(args.task, args.n_dims, args.device)
     n_layer = args.n_layer if args.model == "standard" else 1
     shape = args.n_dims, args.n_points, n_layer, args.n_head, args.n_embd
-    model = InContextTransformer(*shape, args.inject or "none", task.n_out)
+    inject = args.inject or "none"                           # standard, tied: at the start alone
+    model = InContextTransformer(*shape, inject, task.n_out)
     return task, model.to(args.device)
 
 def load(folder, device="cpu"):
@@ -282,7 +285,7 @@ def load(folder, device="cpu"):
     return common.load(folder, build, device)
 
 def curriculum(args, step):
-    """Active dimensions, points and loops at a step: each grows at intervals to its full size."""
+    """Active dimensions, points and loops at a step: each grows in stages to its full size."""
     stage = step // args.curriculum_every
     active_dims = min(args.n_dims, (args.dims_start or args.n_dims) + stage)
     n_points = min(args.n_points, args.points_start + args.points_step * stage)
@@ -292,34 +295,34 @@ def curriculum(args, step):
     return active_dims, n_points, loops
 
 def learning_rate(step, args):
-    """Linear warm-up, then constant; or both times half a cosine, from 1 at the start to 0."""
+    """Linear warm-up, then constant; "cosine" multiplies this by half a cosine, from 1 to 0."""
     rate = args.lr * min(1, (step + 1) / max(1, args.warmup))
     if args.schedule == "cosine":
         rate *= (1 + math.cos(math.pi * (step / args.steps))) / 2
-    return float(np.float32(rate))                           # as RESULTS.md was measured
+    return float(np.float32(rate))                           # RESULTS.md was measured in float32
 
 def autocast(args):
-    """--dtype. Without the cache of weights: a cast made in a loop without gradient would be used
-    again by those with one (torch 2.9), and the block would get no gradient."""
+    """--dtype bfloat16. Autocast caches the weights that it casts: the loops with gradient would
+    reuse those cast without, and the block would learn nothing (torch 2.9). So no cache."""
     device = torch.device(args.device).type
     bfloat16 = args.dtype == "bfloat16"
     return torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
 
 def loss_of(predictions, ys):
-    """The mean over loops, prompts and points of the squared error of predictions (T, B, n), or of
-    the cross-entropy of logits (T, B, n, 2)."""
+    """The mean over loops, prompts and points: of the squared error for predictions (T, B, n), of
+    the cross-entropy for logits (T, B, n, 2)."""
     if predictions.dim() == 3:
         return (predictions - ys).square().mean()
     labels = ys.long().expand(predictions.shape[:-1])                   # (T, B, n)
-    return F.cross_entropy(predictions.movedim(-1, 1), labels)          # the classes come second
+    return F.cross_entropy(predictions.movedim(-1, 1), labels)          # wants (T, 2, B, n)
 
 def train(args, run):
-    """Trains one run, or what is left of it, and leaves its checkpoint."""
+    """Trains one run, from its checkpoint if there is one."""
     task, model = build(args)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
-    data = torch.Generator(args.device).manual_seed(args.seed)          # training prompts alone
+    data = torch.Generator(args.device).manual_seed(args.seed)          # of training prompts
     start = run.restore(model, optimizer, data)
-    if args.compile:                                         # one pass: the number of loops changes
+    if args.compile:                                         # one loop: their number changes
         model.trunk = torch.compile(model.trunk)
     for step in run.steps(start, args.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
@@ -341,10 +344,10 @@ def train(args, run):
 
 @torch.no_grad()
 def errors(model, task, xs, ys, loops=1, window=1):
-    """For each of the last `window` loops, each prompt and each point, (window, B, n): the squared
-    error over the variance of y; with two logits 1 where the more likely label is wrong, else 0."""
+    """The squared error over the variance of y, for each of the last `window` loops, each prompt
+    and each point: (window, B, n). Of two logits: 1 if the more likely label is wrong, else 0."""
     parts = []
-    for x, y in zip(xs.split(256), ys.split(256)):                      # what fits into memory
+    for x, y in zip(xs.split(256), ys.split(256)):                    # less memory than all at once
         predictions = model(x, y, loops, window).float()
         if predictions.dim() == 4:
             parts.append((predictions.argmax(-1) != y).float())
@@ -353,12 +356,13 @@ def errors(model, task, xs, ys, loops=1, window=1):
     return torch.cat(parts, 1)
 
 def bootstrap(values, n=1_000):
-    """The mean of values (N, n_points) over N and the ends of its 90% interval: three lists."""
+    """values (N, n_points) -> three lists by point: the mean over N, and the lower and upper end of
+    its 90% interval, from n resamplings of N rows with replacement."""
     values = values.double()
     N = len(values)
     draw = torch.Generator().manual_seed(0)
-    rows = torch.randint(N, (n, N), generator=draw)                     # n times N, with repetition
-    means = torch.stack([values[own].mean(0) for own in rows.to(values.device)])
+    samples = torch.randint(N, (n, N), generator=draw).to(values.device)
+    means = torch.stack([values[rows].mean(0) for rows in samples])     # (n, n_points)
     low, high = means.quantile(0.05, 0), means.quantile(0.95, 0)
     return torch.stack([values.mean(0), low, high]).tolist()
 
@@ -382,12 +386,12 @@ def measure(args, run):
         squares = (BASELINES[name](xs, ys) - ys).square()               # (B, n)
         results["baselines"][name] = (squares / task.scale).double().mean(0).tolist()
     if b > 1:
-        by_loops = errors(model, task, xs, ys, 10 * b, 10 * b)          # (10 b, B, n)
-        results["by_loops"] = by_loops[..., -1].mean(1).tolist()        # with all examples
+        by_loops = errors(model, task, xs, ys, 10 * b, 10 * b)[..., -1]         # all examples
+        results["by_loops"] = by_loops.mean(1).tolist()                 # (10 b, B) -> (10 b,)
     if args.ood:
         results["ood"] = {}
         for name, xs, ys, variance in shifted_prompts(task, args.n_eval, args.n_points, fresh):
-            ours = errors(model, task, xs, ys, loops)[0, :, -1] * task.scale
+            ours = errors(model, task, xs, ys, loops)[0, :, -1] * task.scale    # squared errors
             theirs = (least_squares(xs, ys) - ys)[:, -1].square()
             both = [ours.mean() / variance, theirs.mean() / variance]
             results["ood"][name] = torch.stack(both).tolist()
@@ -398,17 +402,17 @@ def measure(args, run):
 # ---- Probes (Sec. 6) ----------------------------------------------------------------------------
 
 def hidden_states(model, xs, ys, loops):
-    """What a probe reads of each prefix of i = 1 .. n - 1 pairs, after the read-in (layer 0) and
-    after each pass through a block: the state at y_i, the mean over the prefix's tokens, and a 1
-    for its bias. (layers, n - 1, B, 2C + 1), float64."""
+    """The inputs of a probe, (layers, n - 1, B, 2C + 1), float64: after the read-in (layer 0) and
+    after each pass through a block, for each prefix of i = 1 .. n - 1 pairs: the hidden state at
+    y_i, the mean of the states so far, and a 1 for the bias."""
     found = []
 
     def keep(module, inputs, z):                                        # (B, 2n-1, C)
         z = z.double()
         n_tokens = torch.arange(1, z.shape[1] + 1, device=z.device)[:, None]
-        mean = z.cumsum(1) / n_tokens                                   # over tokens up to each
+        mean = z.cumsum(1) / n_tokens
         read = torch.cat([z, mean], 2)[:, 1::2]                         # at y_1 .. y_(n-1)
-        found.append(F.pad(read, (0, 1), value=1.0).transpose(0, 1))
+        found.append(F.pad(read, (0, 1), value=1.0).transpose(0, 1))    # (n - 1, B, 2C + 1)
 
     hooks = [part.register_forward_hook(keep) for part in [model.read_in, *model.h]]
     model(xs, ys, loops)
@@ -417,36 +421,35 @@ def hidden_states(model, xs, ys, loops):
     return torch.stack(found)
 
 def probe_targets(xs, ys):
-    """Of each prefix of i = 1 .. n - 1 pairs: X^T y / i and the least-squares w (of minimum norm),
-    side by side, (n - 1, B, 2 d), float64."""
-    x, y = xs.double(), ys.double()
+    """X^T y / i and the minimum-norm least-squares w of each prefix of i = 1 .. n - 1 pairs, side
+    by side: (n - 1, B, 2d), float64."""
     targets = []
-    for i in range(1, ys.shape[1]):
-        X, Y = x[:, :i], y[:, :i, None]
-        w = torch.linalg.pinv(X) @ Y                                    # (B, d, 1)
-        targets.append(torch.cat([X.mT @ Y / i, w], 1)[..., 0])
+    for i, X, y, _ in prefixes(xs.double(), ys.double()):
+        w = torch.linalg.pinv(X) @ y                                    # (B, d, 1)
+        targets.append(torch.cat([X.mT @ y / i, w], 1)[..., 0])
     return torch.stack(targets)
 
 @torch.no_grad()
 def probe(model, task, n_points, loops, n=1_000):
-    """Sec. 6: what a linear probe reads off the hidden states, at layer 0 and after each loop or
-    layer, of a prefix of i pairs: X^T y / i and the least-squares w. {name: a list by layer}: the
-    squared error over the target's mean square, on n prompts of "linear", averaged over prefixes,
-    for X^T y of 1 to n_points - 1 pairs, for w of 1 to d. Each prefix has a probe of its own,
-    fitted in closed form (ridge) on 8 other prompts for each of its numbers, and on n at least.
+    """Sec. 6: how well a linear probe finds X^T y / i and the least-squares w of i pairs in the
+    hidden states, at layer 0 and after each loop or layer -> {name: a list of errors by layer}.
 
-    The paper's probe pools all tokens by a learned softmax, and has 64 hidden units, trained by
-    gradient descent. There the standard model has 20 layers, X^T y goes up to n_points pairs, and
-    errors are not relative to the target.
+    An error is the squared error over the target's mean square, on n prompts of "linear", averaged
+    over prefixes: for X^T y of 1 to n_points - 1 pairs, for w of 1 to d. Each layer and prefix has
+    its own probe, fitted by ridge regression on other prompts: 8 for each of its inputs, at least
+    n. The control is fitted on prompts that all have w = (1, .., 1) and tested on the same n.
 
-    The control is fitted on prompts that all have w = (1, .., 1), and tested on the same n."""
+    The paper's probe pools all tokens by a learned softmax and has 64 hidden units, trained by
+    gradient descent. Its standard model has 20 layers, its X^T y goes up to n_points pairs, and its
+    errors are not divided.
+    """
     d = task.n_dims
     n_fit = max(n, 8 * (2 * model.read_in.out_features + 1))
 
-    def batches(n, seed, constant=False):
-        """Of n prompts, some at a time: states and targets."""
+    def batches(count, seed, constant=False):
+        """100 prompts at a time: inputs (layers, n - 1, 100, 2C + 1), targets (n - 1, 100, 2d)."""
         draw = torch.Generator(task.device).manual_seed(seed)
-        xs, ys = sample_prompts("linear", n, n_points, d, draw, device=task.device)
+        xs, ys = sample_prompts("linear", count, n_points, d, draw, device=task.device)
         if constant:
             ys = xs.sum(2)
         for x, y in zip(xs.split(100), ys.split(100)):
@@ -454,40 +457,41 @@ def probe(model, task, n_points, loops, n=1_000):
 
     found = {}
     for suffix, constant in [("", False), (" (control)", True)]:
-        squares = products = missed = wanted = 0
-        for states, targets in batches(n_fit, 40_001, constant):
-            squares = squares + states.mT @ states
-            products = products + states.mT @ targets
-        W = torch.linalg.solve(squares + torch.eye(squares.shape[-1]).to(squares), products)
-        for states, targets in batches(n, 40_000):
-            missed = missed + (states @ W - targets).square().sum(2)    # (layers, n - 1, 2 d)
-            wanted = wanted + targets.square().sum(1)
-        for name, of, prefixes in ("X^T y", slice(d), n_points), ("w", slice(d, None), d):
-            relative = missed[..., of].sum(2) / wanted[..., of].sum(1)  # (layers, n - 1)
-            found[name + suffix] = relative[:, :prefixes].mean(1).tolist()
+        # ridge regression: W = (Z^T Z + I)^-1 Z^T Y, for all layers and prefixes at once
+        gram = cross = error = power = 0
+        for Z, Y in batches(n_fit, 40_001, constant):
+            gram += Z.mT @ Z
+            cross += Z.mT @ Y
+        W = torch.linalg.solve(gram + torch.eye(gram.shape[-1]).to(gram), cross)
+        for Z, Y in batches(n, 40_000):
+            error += (Z @ W - Y).square().sum(2)                        # (layers, n - 1, 2 d)
+            power += Y.square().sum(1)                                  # (n - 1, 2 d)
+        for name, of, n_prefixes in ("X^T y", slice(d), n_points), ("w", slice(d, None), d):
+            relative = error[..., of].sum(2) / power[..., of].sum(1)    # (layers, n - 1)
+            found[name + suffix] = relative[:, :n_prefixes].mean(1).tolist()
     return found
 
 # ---- Out-of-distribution inputs (App.) ----------------------------------------------------------
 
 def shifted_prompts(task, n, n_points, generator):
-    """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of y, by which
-    squared errors are divided: to answer 0 scores 1 on each."""
+    """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of the last y.
+    A squared error is divided by it: to answer 0 scores 1."""
     d = task.n_dims
     f = TASKS[task.name].f
-    degree = 0 if TASKS[task.name].signs_only else 2                    # E y^2 ~ |x|^degree
+    degree = 0 if TASKS[task.name].signs_only else 2                    # y^2 grows as |x|^degree
     xs, _ = task.sample(n, n_points, generator)
     yield "as trained", xs, f(xs, generator), task.scale
 
-    basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # (B, d, d)
-    deviation = 1 / torch.arange(1, d + 1, device=task.device)          # eigenvalues 1 / i^2
-    deviation = deviation / deviation.square().mean().sqrt()            # of trace d
+    basis = torch.linalg.qr(randn(generator, n, d, d)).Q                # a random rotation each
+    deviation = 1 / torch.arange(1, d + 1, device=task.device)          # variances 1 / i^2,
+    deviation = deviation / deviation.square().mean().sqrt()            # scaled: their sum is d
     split = xs.clone()
-    split[:, :-1, d // 2:] = 0                                          # half of the space
+    split[:, :-1, d // 2:] = 0                                          # the examples: one half
     split[:, -1, :d // 2] = 0                                           # the query: the other half
-    size = math.sqrt((d - d // 2) / d)                                  # of the query's |x|
+    # name: the inputs, and how long the query is in comparison to training
     inputs = {
         "skewed covariance": ((xs * deviation) @ basis.mT, 1),
-        "query orthogonal to prompt": (split @ basis.mT, size),
+        "query orthogonal to prompt": (split @ basis.mT, math.sqrt((d - d // 2) / d)),
     }
     for factor in (0.5, 2, 3):
         inputs[f"x times {factor}"] = factor * xs, factor
@@ -498,26 +502,30 @@ def shifted_prompts(task, n, n_points, generator):
 
     ys = f(xs, generator)
     noise = randn(generator, *ys.shape)
-    noise[:, -1] = 0                                                    # scored without noise
+    noise[:, -1] = 0                                                    # the label that is scored
     yield "label noise of variance 1", xs, ys + noise, task.scale
 
 # ---- Baselines ----------------------------------------------------------------------------------
 
-# Each predicts all y_i, each from x_i and the examples before: xs (B, n, d), ys (B, n) -> (B, n)
+# Each predicts every y_i from x_i and the pairs before it: xs (B, n, d), ys (B, n) -> (B, n)
+
+def prefixes(xs, ys):
+    """For i = 1 .. n - 1: i, the first i pairs, X (B, i, d) and y (B, i, 1), and the next x, (B, 1,
+    d)."""
+    for i in range(1, ys.shape[1]):
+        yield i, xs[:, :i], ys[:, :i, None], xs[:, i:i + 1]
 
 def least_squares(xs, ys):
     """Minimum-norm least squares on the pairs before each x."""
-    x, y = xs.double(), ys.double()
-    out = torch.zeros_like(y)
-    for i in range(1, ys.shape[1]):
-        # rtol: rotated in float32, inputs of a subspace leave it by 1e-8, which is not to be fitted
-        inverse = torch.linalg.pinv(x[:, :i], rtol=1e-5)                # (B, d, i)
-        w = inverse @ y[:, :i, None]                                    # (B, d, 1)
-        out[:, i] = (x[:, i, None] @ w)[:, 0, 0]
-    return out.to(ys)
+    out = torch.zeros_like(ys)
+    for i, X, y, x in prefixes(xs.double(), ys.double()):
+        # rtol: rounding takes the inputs of a subspace 1e-8 out of it, which is not to be fitted
+        w = torch.linalg.pinv(X, rtol=1e-5) @ y                         # (B, d, 1)
+        out[:, i] = (x @ w)[:, 0, 0]
+    return out
 
 def sum_before(terms):
-    """Sums over the pairs before each x, terms (B, n, ...) -> the same shape."""
+    """Sums over the pairs before each x: terms (B, n, ...) -> the same shape. 1 2 5 -> 0 1 3."""
     total = terms.cumsum(1).roll(1, 1)
     total[:, 0] = 0
     return total
@@ -529,10 +537,10 @@ def averaging(xs, ys):
     return (xs * before).sum(2) / n_before
 
 def nearest_neighbors(xs, ys, n=3):
-    """Mean y of the n nearest x's before each x (of all, where they are fewer), 0 for the first."""
+    """The mean y of the n nearest x before each x (of all, if there are fewer), 0 for the first."""
     out = torch.zeros_like(ys)
-    for i in range(1, ys.shape[1]):
-        distance = (xs[:, :i] - xs[:, i:i + 1]).square().sum(2)         # (B, i)
+    for i, X, y, x in prefixes(xs, ys):
+        distance = (X - x).square().sum(2)                              # (B, i)
         nearest = distance.topk(min(n, i), largest=False).indices
         out[:, i] = ys.gather(1, nearest).mean(1)
     return out
@@ -550,44 +558,45 @@ def lasso(xs, ys, alpha=0.01, steps=1_000):
     inverse = torch.linalg.inv(gram + rho * torch.eye(d).to(gram))
     w = u = torch.zeros_like(target)
     for _ in range(steps):
-        of_squares = inverse @ (target + rho * (w - u))                 # lowers the first term
-        u = u + 1.8 * of_squares - 0.8 * w                              # 1.8: over-relaxed, faster
-        w = F.softshrink(u, alpha / rho)                                # lowers the second
-        u = u - w
+        ridge = inverse @ (target + rho * (w - u))                      # minimises the squares
+        u = u + 1.8 * ridge - 0.8 * w                                   # 1.8: over-relaxed, faster
+        w = F.softshrink(u, alpha / rho)                                # minimises |w|_1
+        u = u - w                                                       # how far the two differ
     return (x * w[..., 0]).sum(2).to(ys)
 
 def best_split(x, y, member):
-    """The split of the pairs of each prompt with `member`, at a value of one coordinate, that
-    lowers their squared error most: x (B, i, d), y (B, i), member (B, i) -> coordinate (B,) and
-    threshold (B, 1), halfway between two values; infinite where they cannot be split."""
+    """For each prompt, the split of the pairs in `member`, by a threshold on one coordinate, that
+    lowers their squared error most. x (B, i, d), y (B, i), member (B, i) -> coordinate (B,) and
+    threshold (B, 1), halfway between two values; infinite if no split is possible."""
     i = x.shape[1]
-    value, order = x.masked_fill(~member[..., None], math.inf).sort(1)  # (B, i, d), others last
+    # pairs in the order of each coordinate, (B, i, d); those that are not members come last
+    value, order = x.masked_fill(~member[..., None], math.inf).sort(1)
     y = (y * member)[..., None].expand_as(x).gather(1, order)
-    left = y.cumsum(1)
-    left, total = left[:, :-1], left[:, -1:]                            # (B, i-1, d), (B, 1, d)
+    sums = y.cumsum(1)
+    left, total = sums[:, :-1], sums[:, -1:]                            # (B, i-1, d), (B, 1, d)
     n_left = torch.arange(1, i, device=x.device)[:, None]
     n_right = member.sum(1)[:, None, None] - n_left
-    # about their means, the y of n pairs have the squared error sum y^2 - (sum y)^2 / n
+    # n values of y have the squared error sum y^2 - (sum y)^2 / n about their mean
     gain = left**2 / n_left + (total - left)**2 / n_right.clamp_min(1)
     threshold = (value[:, 1:] + value[:, :-1]) / 2
-    splits_nothing = (n_right < 1) | (value[:, 1:] == value[:, :-1])
-    gain = gain.masked_fill(splits_nothing, -1).mT.flatten(1)           # (B, d (i-1))
-    threshold = threshold.masked_fill(splits_nothing, math.inf).mT.flatten(1)
+    impossible = (n_right < 1) | (value[:, 1:] == value[:, :-1])
+    # (B, i-1, d) -> (B, d (i-1)): of equal gains, that of the first coordinate is taken
+    gain = gain.masked_fill(impossible, -1).mT.flatten(1)
+    threshold = threshold.masked_fill(impossible, math.inf).mT.flatten(1)
     best = gain.argmax(1)
     return best // (i - 1), threshold.gather(1, best[:, None])
 
 def value_tree(xs, ys, depth=2):
     """A regression tree on the values of x, grown greedily on the pairs before each x. Only the
-    branch that x_i takes is grown: its answer is the mean y of the pairs that take it, too."""
+    branch that x_i takes is grown: the prediction is the mean y of the pairs that take it, too."""
     out = torch.zeros_like(ys)
-    out[:, 1:2] = ys[:, :1]                                             # one pair: nothing to split
-    for i in range(2, ys.shape[1]):
-        x, y = xs[:, :i + 1], ys[:, :i]                                 # x_i is the last
+    prompt = torch.arange(len(xs), device=xs.device)
+    for i in range(1, ys.shape[1]):
+        X, y = xs[:, :i], ys[:, :i]
         member = torch.ones_like(y, dtype=torch.bool)
-        for level in range(depth):
-            coordinate, threshold = best_split(x[:, :i], y, member)
-            asked = x.gather(2, coordinate[:, None, None].expand(-1, i + 1, 1))[..., 0]
-            right = asked > threshold                                   # (B, i + 1)
+        for level in range(depth if i > 1 else 0):                      # one pair cannot be split
+            coordinate, threshold = best_split(X, y, member)
+            right = xs[prompt, :i + 1, coordinate] > threshold          # (B, i + 1), x_i the last
             member = member & (right[:, :i] == right[:, i:])
         out[:, i] = (y * member).sum(1) / member.sum(1)
     return out
@@ -599,13 +608,13 @@ def sign_tree(xs, ys, depth=4):
 
 @torch.enable_grad()
 def gd_network(xs, ys, hidden=100, steps=1_000, batch=10, lr=5e-3):
-    """A two-layer ReLU network with biases, trained by Adam on the pairs before each x, in batches
-    drawn from them: one for each prompt and x."""
+    """A two-layer ReLU network with biases for each prompt and x, trained by Adam on batches of the
+    pairs before x."""
     B, n, d = xs.shape
     draw = torch.Generator(xs.device).manual_seed(0)
 
     def linear(n_in, n_out):
-        """Weights and biases of a layer for each prompt, begun as torch begins nn.Linear."""
+        """Weights (B, n_in, n_out) and biases (B, 1, n_out), begun as torch begins nn.Linear."""
         parameters = []
         for rows in (n_in, 1):
             numbers = torch.rand(B, rows, n_out, generator=draw, device=xs.device)
@@ -613,21 +622,21 @@ def gd_network(xs, ys, hidden=100, steps=1_000, batch=10, lr=5e-3):
         return parameters
 
     out = torch.zeros_like(ys)
-    for i in range(1, n):                                               # no loop over prompts
+    for i, X, y, x in prefixes(xs, ys):                                 # all prompts at once
         W1, b1 = linear(d, hidden)
         W2, b2 = linear(hidden, 1)
 
-        def f(x):                                                       # (B, batch, d)
-            return (((x @ W1 + b1).relu() @ W2) + b2)[..., 0]
+        def f(x):                                                       # (B, b, d) -> (B, b, 1)
+            return (x @ W1 + b1).relu() @ W2 + b2
 
         optimizer = torch.optim.Adam([W1, b1, W2, b2], lr=lr, fused=True)
         for _ in range(steps):
             rows = torch.randperm(i, generator=draw, device=xs.device)[:batch]
-            loss = (f(xs[:, rows]) - ys[:, rows]).square().mean(1).sum()        # each on its own
+            loss = (f(X[:, rows]) - y[:, rows]).square().mean(1).sum()  # of independent networks
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        out[:, i] = f(xs[:, i:i + 1])[:, 0].detach()
+        out[:, i] = f(x)[:, 0, 0].detach()
     return out
 
 BASELINES = {
@@ -643,14 +652,14 @@ BASELINES = {
 # ---- The same on real tables (OpenML, App.) -----------------------------------------------------
 
 def read_table(path, n_dims=20):
-    """A CSV with a header, the label in the last column -> a row of n_dims + 1 numbers for each of
-    its rows: features, standardised, after as many zeros as are missing, and a label, 0 or 1.
-    ValueError, with the reason, if it does not meet the paper's conditions."""
+    """A CSV with a header and the label in the last column -> (rows, n_dims + 1): zeros in place of
+    missing features, standardised features, and the label, 0 or 1. ValueError, with the reason, if
+    it does not meet the paper's conditions."""
     try:
         cells = np.loadtxt(path, dtype=str, delimiter=",", quotechar='"', comments=None, ndmin=2)
         features = cells[1:, :-1].astype(float)
         classes, labels = np.unique(np.char.strip(cells[1:, -1]), return_inverse=True)
-    except ValueError as error:                              # a cell is no number, a row too short
+    except ValueError as error:                              # not a number, or too short a row
         raise ValueError(f"{path}: {error}") from None
     n_rows, n_features = features.shape
     conditions = {
@@ -670,13 +679,13 @@ def read_table(path, n_dims=20):
     return np.column_stack([features, labels]).astype(np.float32)
 
 def download(url):
-    """The text at an address. OSError."""
+    """The text at an address. OSError if it cannot be had."""
     with urllib.request.urlopen(url, timeout=60) as answer:
         return answer.read().decode("utf-8", "replace")
 
 def fetch(number, folder):
     """Downloads the OpenML data set of that id as folder/<id>.csv, if it is not there: the numeric
-    columns but those that OpenML says to ignore, then the target. UsageError if that fails."""
+    columns, except those that OpenML says to ignore, then the target. UsageError if that fails."""
     path = Path(folder, f"{number}.csv")
     if path.exists():
         return
@@ -684,16 +693,16 @@ def fetch(number, folder):
     try:
         about = json.loads(download(f"{api}/{number}"))["data_set_description"]
         features = json.loads(download(f"{api}/features/{number}"))["data_features"]["feature"]
-        features.sort(key=lambda feature: int(feature["index"]))        # as the columns are
-        target = about["default_target_attribute"]
+        features.sort(key=lambda feature: int(feature["index"]))        # in the order of columns
         names = [feature["name"] for feature in features]
+        target = names.index(about["default_target_attribute"])
         columns = []
         for i, feature in enumerate(features):
-            is_used = feature["is_ignore"] == feature["is_row_identifier"] == "false"
-            if is_used and feature["data_type"] == "numeric" and names[i] != target:
+            ignored = "true" in (feature["is_ignore"], feature["is_row_identifier"])
+            if feature["data_type"] == "numeric" and i != target and not ignored:
                 columns.append(i)
-        columns.append(names.index(target))
-        # ARFF: lines that begin with @ say what the columns are, others are CSV; % begins a comment
+        columns.append(target)
+        # an ARFF file: CSV after lines with @, which say what the columns are; % is a comment
         lines = download(about["url"]).splitlines()
         lines = [line for line in lines if line.strip() and line[0] not in "%@"]
         rows = csv.reader(lines, quotechar="'", skipinitialspace=True)
@@ -705,28 +714,28 @@ def fetch(number, folder):
     common.write(path, file.getvalue().encode())
 
 class Tables:
-    """Prompts from real tables, all but the one held out: rows of one table, in random order,
-    without repetition. ValueError if a table does not meet the paper's conditions.
+    """Prompts from real tables: each is random rows of one table, without repetition. ValueError if
+    a table does not meet the paper's conditions.
 
     The paper's protocol: each of ten tables is held out in turn; the model is trained on prompts
-    from 95% of the rows of the others (5% are kept for validation) and tested on prompts from it.
-    `held_out` counts the folder's tables in the order of their numbers (shorter names first). The
-    paper tests on 5% of the rows of that table, and we on all.
+    from 95% of the rows of the others (5% are kept for validation) and tested on prompts from the
+    one held out: there on 5% of its rows, here on all. held_out: its place in the folder, 0 the
+    first; tables are in the order of their numbers (shorter names first).
     """
 
     scale = 1
     n_out = 2                                                           # two logits
 
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
-        paths = list(Path(folder).glob("*.csv"))
-        paths.sort(key=lambda path: (len(path.stem), path.stem))        # 720 before 1462
+        paths = Path(folder).glob("*.csv")
+        paths = sorted(paths, key=lambda path: (len(path.stem), path.stem))     # 720 before 1462
         if held_out >= len(paths) or len(paths) < 2:
             raise ValueError(f"{folder} has {len(paths)} tables (*.csv), too few for --held-out "
                              f"{held_out}: give --data-dir FOLDER, or --fetch")
         self.name = paths[held_out].stem
         self.device = device
         if n_points > 50:
-            raise ValueError("--n-points can be 50, 5% of the 1,000 rows that a table has at least")
+            raise ValueError("--n-points is at most 50: 5% of the fewest rows of a table, 1,000")
         rng = np.random.default_rng(0)
         tables = {"train": [], "valid": [], "test": []}
         for number, path in enumerate(paths):
@@ -738,33 +747,34 @@ class Tables:
                 tables["train"].append(table[:n_train])
                 tables["valid"].append(table[n_train:])
         self.parts = {}
-        for part, own in tables.items():                     # all rows, and whose they are
+        for part, own in tables.items():                     # all rows, and each one's table
             lengths = torch.tensor([len(table) for table in own])
             owner = torch.arange(len(own)).repeat_interleave(lengths)
             self.parts[part] = torch.cat(own).to(device), owner.to(device), len(own)
 
     def sample(self, batch, n_points, generator, active_dims=None, part="train"):
-        """xs (B, n, d), ys (B, n) in 0, 1, from random tables of `part`: train, valid, or test
-        (the table held out). All dimensions are active."""
+        """xs (B, n, d), ys (B, n) of 0 or 1, from random tables of `part`: train, valid, or test
+        (the table held out). active_dims is for Prompts."""
         rows, owner, n_tables = self.parts[part]                        # (N, d + 1), (N,)
         table = torch.randint(n_tables, (batch, 1), generator=generator, device=self.device)
+        # the n_points rows with the largest of random keys; other tables' keys are the lowest
         keys = torch.rand(batch, len(rows), generator=generator, device=self.device)
         keys = keys.masked_fill(owner != table, -1.0)                   # (B, N)
-        pairs = rows[keys.topk(n_points, dim=1).indices]                # (B, n, d + 1), distinct
+        pairs = rows[keys.topk(n_points, dim=1).indices]                # (B, n, d + 1)
         return pairs[..., :-1], pairs[..., -1]
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# The paper's accuracy on each table of OpenML, held out. It numbers them 0 .. 9: the ids in their
-# order are our reading, and that the last is 42192 a guess from its about 5,270 rows.
+# The paper's accuracy on each table of OpenML, held out. The paper numbers the tables 0 .. 9; the
+# ids are our reading: 42192, the last, is a guess from its number of rows, about 5,270.
 ACCURACY = numbers_in("""
 table     720  725  737  803  807  816  819  847  871 42192
 standard .627 .511 .656 .395 .406 .463 .483 .668 .533 .650
 looped   .662 .504 .721 .401 .416 .462 .568 .757 .510 .648
 """)
 
-# Fig. 3, read off the curves that the authors' evaluation prints: the squared error at d = 20 over
-# the variance of y, by number of examples; the loop after 500 loops. The paper has more curves.
+# Fig. 3, as the authors' evaluation prints it: the squared error over the variance of y, d = 20, by
+# number of examples; the looped model after 500 loops. The paper has more curves.
 CURVES = {
     "linear": numbers_in("""
 examples    1    5    8   10   12   15   16   18   19    20    21    22    25    30    40
@@ -784,7 +794,7 @@ standard .875 .672 .521 .411 .320 .280 .208 .183 .170
 }
 
 def is_papers(args):
-    """Whether a run's prompts are the paper's."""
+    """Whether a run's prompts have the paper's size."""
     return (args.n_dims, args.n_points) == (20, SETTINGS[args.task]["n_points"])
 
 def in_words(run):
@@ -797,7 +807,7 @@ def in_words(run):
     return words
 
 def show_summary(task, runs):
-    """Errors with all examples and sizes; on OpenML the paper's errors, too."""
+    """Errors with all examples, and numbers of parameters; on OpenML the paper's errors, too."""
     cells = []
     for run in runs:
         results = run.results
@@ -815,13 +825,13 @@ def show_summary(task, runs):
         cells.append((name, "error", ys[-1]))
     common.print_table(f"""\
 {task}: error with all {runs[0].args.n_points - 1} examples. In brackets, here and below: the range
-over seeds (and tables). 90% interval: over test prompts, of the first seed.""", cells)
+over seeds (and tables). 90% interval: of the first seed, over test prompts.""", cells)
 
-# Curves in gray are in the figure alone, not in the tables
-IN_GRAY = dict(color="gray", linewidth=1, markersize=3)
+ERRORS = (3e-4, 5)                                           # the range of the axes
+IN_GRAY = dict(color="gray", linewidth=1, markersize=3)      # in the figure, not in the tables
 
 def by_examples(task, runs):
-    """Fig. 3: curves of the error by number of examples: ours, the paper's, baselines."""
+    """Fig. 3: the error by number of examples: of our models, the paper's, and baselines."""
     curves = []
     for run in runs:
         ys = run.results["curve"][0]
@@ -831,7 +841,8 @@ def by_examples(task, runs):
         for name, numbers in CURVES[task].items():
             xs = [int(x) for x in numbers]
             curves.append((f"paper, {name}", xs, list(numbers.values()), hollow))
-    for (name, ys), marker in zip(runs[0].results["baselines"].items(), "_ov^s"):
+    # least squares, the first of the baselines, has no marker
+    for (name, ys), marker in zip(runs[0].results["baselines"].items(), " ov^s"):
         style = dict(IN_GRAY, marker=marker)
         if name == "least squares":
             style = dict(color="black", linestyle=":")
@@ -839,8 +850,8 @@ def by_examples(task, runs):
     return curves
 
 def by_loops(runs):
-    """Fig. 2: curves of the error with all examples by loops. A model of one pass is a flat line;
-    on the others it is written with how many loops they were trained."""
+    """Fig. 2: the error with all examples by number of loops. A model of one pass is a flat line; a
+    vertical line stands at the b loops that another was trained with."""
     n_loops = 10 * max(passes(run.args) for run in runs)
     curves = []
     for run in runs:
@@ -848,15 +859,13 @@ def by_loops(runs):
         ys = run.results.get("by_loops", run.results["curve"][0][-1:] * n_loops)
         curves.append((name, range(1, len(ys) + 1), ys, {}))
         if b > 1:
-            words = f"$\\mathrm{{trained\\ with\\ {b}\\ loops}}$"
-            style = dict(IN_GRAY, marker=words, markersize=70, markeredgewidth=0)
-            curves.append((f"_{name}", [b], [0.5 * ys[b - 1]], style))  # _: not in the legend
+            curves.append((f"trained with {b} loops", [b, b], ERRORS, IN_GRAY))
     return curves
 
 def figures(task, runs):
     """The panels of a task: {title: (settings of the axis, curves)}."""
     error = "fraction of wrong labels" if task == "openml" else "squared error / variance of y"
-    axis = dict(xlabel="examples", ylabel=error, yscale="log", ylim=(3e-4, 5))
+    axis = dict(xlabel="examples", ylabel=error, yscale="log", ylim=ERRORS)
     panels = {f"{task}, by examples": (axis, by_examples(task, runs))}
     if any(passes(run.args) > 1 for run in runs):
         axis = dict(axis, xlabel="loops", xscale="log")
@@ -869,12 +878,12 @@ def figures(task, runs):
     return panels
 
 def print_curves(title, x_name, curves):
-    """A table of about ten numbers of each curve: of the loops 1, b, 2 b, .., 10 b."""
+    """A table of about ten points of each curve: of 20 loops' 1 .. 200 at 1, 20, 40, .., 200."""
     curves = [curve for curve in curves if curve[3].get("color") != "gray"]
     shown = {1}
     for _, xs, _, _ in curves:
         step = max(1, len(xs) // 10)
-        shown.update(xs[::-1][::step])                                  # from the last one back
+        shown.update(xs[::-1][::step])                                  # from the last x back
     cells = []
     for x in sorted(shown):
         for label, xs, ys, _ in curves:
@@ -891,8 +900,9 @@ def show_ood(task, runs):
     common.print_table(f"{task}: errors on out-of-distribution inputs", cells)
 
 def verdict(task, runs):
-    """Says, from the errors with all examples, whether the answer of a looped model stays past b
-    loops, and whether it matches others: if its median over seeds is less than 1.3 times theirs."""
+    """Says of each model with several passes whether its answer stays past b of them, and whether
+    it matches others: whether its error is less than 1.3 times theirs. Medians over seeds, with all
+    examples."""
     at_b, at_10b, others = {}, {}, {}                        # errors of all seeds, by model
     for run in runs:
         name, by_loops = in_words(run), run.results.get("by_loops")
@@ -904,9 +914,7 @@ def verdict(task, runs):
     baselines = runs[0].results["baselines"]
     if "least squares" in baselines:
         others["least squares"] = baselines["least squares"][-1:]
-    if not at_b:
-        common.say(f"{task}: no looped model here to compare")
-    for name in at_b:
+    for name in at_10b:
         error = statistics.median(at_b[name])
         answer = "its answer stays past the b loops of training"
         if error > 0.9:                                                 # to answer 0 scores 1
@@ -921,7 +929,7 @@ def verdict(task, runs):
             common.say(f"    {other}: {common.spread(theirs)}, {matched}")
 
 def show(runs):
-    """Prints the tables of each task and what they say, and draws the curves in one figure."""
+    """Prints the tables of each task and what they show, and draws the curves in one figure."""
     by_task, panels = {}, {}
     for run in runs:
         by_task.setdefault(run.args.task, []).append(run)
@@ -941,7 +949,7 @@ def show(runs):
 
 # ---- The command --------------------------------------------------------------------------------
 
-COUNTS = {
+COUNTS = {                                                   # flag: default, help
     "--n-layer": (12, "layers of standard and tied"),
     "--n-head": (4, "heads a layer"),
     "--n-embd": (64, "width"),
@@ -953,8 +961,8 @@ COUNTS = {
     "--curriculum-every": (700, "steps of a stage"),
     "--loops": (20, "looped: loops b, at the end of the curriculum"),
     "--window": (6, "looped: last loops T, on which the loss is taken"),
-    "--loops-every": (60, "looped: steps until two loops are added, from T up to b"),
-    "--eval-loops": (None, "looped: loops of errors by examples and of --ood (default: b)"),
+    "--loops-every": (60, "looped: two loops are added every so many steps, from T up to b"),
+    "--eval-loops": (None, "looped: loops for the error by examples and for --ood (default: b)"),
     "--steps": (1_100, "training steps"),
     "--batch-size": (256, "prompts a step"),
     "--eval-every": (100, "steps between evaluations"),
@@ -967,9 +975,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--task", nargs="+", choices=list(TASKS), default=["linear"], help="function classes")
     add("--model", nargs="+", choices=["looped", "standard", "tied"], default=["looped"],
-        help="one layer, looped; layers; one layer, applied as often")
+        help="one layer, looped; n-layer layers; one layer, applied n-layer times")
     add("--inject", nargs="+", choices=["add", "multiply", "none"], default=["add"],
-        help="looped: the prompt, at every loop")
+        help="looped: how the prompt enters every loop")
     for flag, (default, help) in COUNTS.items():
         add(flag, type=common.positive_int, default=default, help=help)
     add("--lr", type=common.positive_float, default=8e-3, help="peak learning rate of Adam")
@@ -977,14 +985,14 @@ def parse_args(argv=None):
         help="of Adam: how slowly it forgets squared gradients")
     add("--warmup", type=common.number(int, 0, 10**9), default=100, help="steps of linear warm-up")
     add("--schedule", choices=["constant", "cosine"], default="cosine",
-        help="cosine: times half a cosine, to 0")
+        help="cosine: falls to 0 along half a cosine")
     add("--ood", action="store_true", help="measure on out-of-distribution inputs")
     add("--probe", action="store_true", help="probe the hidden states for X^T y and w")
     add("--data-dir", default="tables", help="openml: folder of CSVs, label (two classes) last")
     add("--fetch", nargs="*", type=common.positive_int,
-        help="openml: ids to download there first (the paper's)")
+        help="openml: ids to download to --data-dir first; without ids, the paper's")
     add("--held-out", nargs="+", type=common.number(int, 0, 10**6), default=[0],
-        help="openml: the table to test on, 0 the first of the folder in the order of ids")
+        help="openml: the table to test on, 0 the first in the order of ids")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="of weights and prompts")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     add("--compile", action="store_true", help="torch.compile")
@@ -996,7 +1004,7 @@ def main(argv=None):
     if args.fetch is not None and "openml" in args.task:
         for number in args.fetch or ACCURACY["looped"]:
             fetch(number, args.data_dir)
-        args.fetch = None                                    # no run depends on it
+        args.fetch = None                                    # done: no run depends on it
     runs = common.sweep(args, SWEEP, build, resolve, MEASURED)
     return common.complete(runs, train, measure, show)
 
