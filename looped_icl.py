@@ -914,7 +914,9 @@ def verdict(task, runs):
     baselines = runs[0].results["baselines"]
     if "least squares" in baselines:
         others["least squares"] = baselines["least squares"][-1:]
-    for name in at_10b:
+    if not at_b:
+        common.say(f"{task}: no looped model here to compare")
+    for name in at_b:
         error = statistics.median(at_b[name])
         answer = "its answer stays past the b loops of training"
         if error > 0.9:                                                 # to answer 0 scores 1

@@ -835,6 +835,8 @@ def test_the_verdict_follows_from_the_numbers(capsys):
                                 (0.95, 0.95, "it has learned nothing")]:
         looped_icl.verdict("linear", [made_up(4, [at_b] * 9 + [at_10b], at_b, *TINY), standard])
         assert words in capsys.readouterr().out
+    looped_icl.verdict("linear", [standard])
+    assert "no looped model here to compare" in capsys.readouterr().out
 
 
 def test_the_papers_curves_stand_beside_ours_and_loops_are_counted_from_1(capsys):
