@@ -13,7 +13,6 @@ file or the new one. To resume after any failure, repeat the command. To start a
 folder.
 """
 import argparse
-import contextlib
 import ctypes
 import importlib.util
 import io
@@ -204,7 +203,7 @@ def say(text):
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # 1: the standard output
 
 def command(main):
     """Runs main as a command: a UsageError is one line, exit status 2; a failed run is status 1."""
@@ -266,9 +265,11 @@ class Run:
         if self.args.device.startswith("cuda"):
             self.dropout = torch.cuda.default_generators[torch.cuda.current_device()]
         for old in self.folder.glob("*.tmp"):                # left by a process that was killed
-            with contextlib.suppress(FileNotFoundError):     # another process has just moved it
+            try:
                 if time.time() - old.stat().st_mtime > 60:
                     old.unlink()
+            except FileNotFoundError:                        # another process has just moved it
+                pass
         path = self.folder / "ckpt.pt"
         if path.exists():
             ckpt = read_checkpoint(path)
@@ -325,8 +326,8 @@ class Run:
         self.saved_step, self.saved_at = step, time.time()
 
     def read(self, edited):
-        """The results and the metrics, from their files; None if they have to be made: there are
-        none, they are damaged, of other flags, or older than the code, which was `edited` then."""
+        """Reads the results and the metrics. Returns None if there are none or they are damaged, or
+        of other flags, or older than the code. edited: the time of the last change to the code."""
         path = self.folder / "results.json"
         try:
             results = json.loads(path.read_text())
