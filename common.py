@@ -1,14 +1,18 @@
 """
-What the five scripts share: GPT-2's blocks, seeds, devices, a folder a run, tables and figures.
+What the five scripts share: GPT-2's blocks, seeds, devices, folders of runs, tables and figures.
 
-A run is a folder, out/<script>/<preset>,<flags that differ>,seed=N, with three files: ckpt.pt, all
-that training needs to go on (weights, optimizer, generators, metrics, flags), metrics.jsonl, the
-metrics again, and results.json, what was measured. Each is written under another name, then moved:
-a kill at any moment leaves the old file or the new one. So recovery is one thing: repeat the
-command. To start anew, delete the folder.
+A script calls, in this order: parse_args, which reads the flags; sweep, which makes a Run for each
+combination of their values; complete, which trains and measures each run, then prints the tables.
+
+A run has a folder, out/<script>/<preset>,<flags that differ>,seed=N, with three files:
+    ckpt.pt         all that training needs to go on: weights, optimizer, generators, metrics, flags
+    metrics.jsonl   the metrics again, a line for each evaluation
+    results.json    what was measured after training
+A file is written under another name, then moved, so that a kill at any moment leaves either the old
+file or the new one. To resume after any failure, repeat the command. To start anew, delete the
+folder.
 """
 import argparse
-import contextlib
 import ctypes
 import importlib.util
 import io
@@ -102,13 +106,13 @@ def gpt2_init_(module, n_layer):
 # ---- Seeds and devices --------------------------------------------------------------------------
 
 def seed_everything(seed):
-    """Seeds initial weights and dropout. Data has generators of its own, in each script."""
+    """Seeds initial weights and dropout. Each script draws its data from a generator of its own."""
     torch.manual_seed(seed)
 
 def pick_device(name):
     """auto (CUDA if there is any), cpu, cuda or cuda:N -> torch.device; on CUDA, turns TF32 on.
 
-    Under torchrun, cuda is this process's own GPU. ValueError if there is no such device.
+    Under torchrun, cuda is this process's own GPU. UsageError if there is no such device.
     """
     n_gpus = torch.cuda.device_count()
     if name == "auto":
@@ -117,7 +121,7 @@ def pick_device(name):
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % n_gpus}"
     here = ["cpu"] + [f"cuda:{i}" for i in range(n_gpus)]
     if name not in here:
-        raise ValueError(f"--device {name} is not here; here: {', '.join(here)}")
+        raise UsageError(f"--device {name} is not here; here: {', '.join(here)}")
     if name == "cpu":
         keep_freed_memory()
     else:
@@ -126,7 +130,7 @@ def pick_device(name):
     return torch.device(name)
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed: fetching new pages takes up to a fifth of a step."""
+    """Tells glibc to keep freed memory: asking Linux for it again takes up to a fifth of a step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
@@ -136,14 +140,14 @@ def keep_freed_memory():
 # ---- The command line ---------------------------------------------------------------------------
 
 class UsageError(ValueError):
-    """What was asked for cannot be: a command ends with this one line."""
+    """The flags ask for something impossible: the command ends with this one line."""
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """--help shows the docstring as it stands, and the defaults as they would be typed."""
+    """--help shows the docstring as it stands, and a list of defaults as one types it: 2 3 4."""
 
     def _get_help_string(self, action):
         default = action.default
-        if default is None or default is False or default == argparse.SUPPRESS:
+        if default is None or action.nargs == 0:             # nargs 0: a switch, without a value
             return action.help
         values = default if isinstance(default, list) else [default]
         return f"{action.help} (default: {' '.join(map(str, values))})"
@@ -161,7 +165,7 @@ def number(cast, low, high):
     """An argparse type: an int or a float from low to high."""
     def parse(text):
         value = cast(text)                                   # ValueError: argparse says "invalid"
-        if not low <= value <= high:                         # nan is not, either
+        if not low <= value <= high:                         # true for nan, too
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
     parse.__name__ = cast.__name__                           # argparse: "invalid int value: 'x'"
@@ -180,35 +184,32 @@ def parse_args(parser, presets, argv=None):
     add("--out-dir", default="out", help="where the runs' folders are")
     add("--plot", action="store_true", help="draw the figures, too (needs matplotlib)")
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)                           # reads the preset alone
     first.add_argument("--preset")
     preset = first.parse_known_args(argv)[0].preset
-    parser.set_defaults(**presets.get(preset, {}))           # --help shows them, too
+    parser.set_defaults(**presets.get(preset, {}))           # before --help, which shows them
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         lists = [action.option_strings[0] for action in parser._actions if action.nargs == "+"]
         parser.error(f"not understood: {' '.join(unknown)} (several values: {' '.join(lists)})")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    try:
-        args.device = str(pick_device(args.device))
-    except ValueError as error:
-        parser.error(str(error))
+    args.device = str(pick_device(args.device))
     args.defaults = {key: parser.get_default(key) for key in vars(args)}
     return args
 
 def say(text):
-    """Prints a line. If the output is closed, as by `| head`, training goes on without it."""
+    """Prints a line. If nobody reads it any more, as after `| head`, training goes on silently."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # 1: the standard output
 
 def command(main):
     """Runs main as a command: a UsageError is one line, exit status 2; a failed run is status 1."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")         # None: closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")         # None if closed, as by `>&-`
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="replace")                 # what the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")                 # ? for what a terminal cannot show
     try:
         status = int(any("failed" in result for result in main()))
     except (UsageError, KeyboardInterrupt) as error:
@@ -218,20 +219,20 @@ def command(main):
 
 # ---- A run and its folder -----------------------------------------------------------------------
 
-# What the training does not depend on, beside what a script names as only measured
+# Entries of args on which neither training nor results depend
 NOT_TRAINED = {"device", "out_dir", "plot", "eval_every", "defaults", "label"}
 
 class RunError(Exception):
-    """Ends one run with one line, while its sweep goes on."""
+    """Ends one run with one line; the sweep goes on with the next."""
 
 def write(path, data):
-    """Writes bytes under another name, then moves the file: there is the old one or the new one."""
+    """Writes bytes under another name, then moves the file, so that it is always a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())                              # on the disk, before it is moved
     os.replace(temporary, path)
 
 def read_checkpoint(path):
@@ -242,40 +243,42 @@ def read_checkpoint(path):
         raise RunError(f"{path} is damaged: delete it to start anew") from error
 
 class Run:
-    """One run of a sweep: its args, its folder, its metrics (a dict for each evaluation)."""
+    """One run of a sweep: its args, its folder, its metrics (a dict for each evaluation).
+
+    flags: those on which the results depend. settings: those on which training depends, which are
+    the flags without `measured`, such as the number of test sequences.
+    """
 
     def __init__(self, args, folder, measured=()):
         self.args = args
         self.folder = folder
         self.metrics = []
-        self.results = None
         self.saved_step, self.saved_at = 0, time.time()
         self.flags = {key: x for key, x in vars(args).items() if key not in NOT_TRAINED}
         self.settings = {key: x for key, x in self.flags.items() if key not in measured}
 
     def restore(self, model, optimizer, data):
-        """Takes what training changes, and loads the checkpoint into it. data: a torch.Generator.
-
-        Returns the step to go on from. RunError for a checkpoint of other settings.
-        """
-        dropout = torch.default_generator
+        """Loads the checkpoint, if there is one, into what training changes, and returns the number
+        of steps done. data: the torch.Generator of the data. RunError if the settings differ."""
+        self.model, self.optimizer, self.data = model, optimizer, data
+        self.dropout = torch.default_generator               # draws the dropout
         if self.args.device.startswith("cuda"):
-            dropout = torch.cuda.default_generators[torch.cuda.current_device()]
-        self.modules = {"model": model, "optimizer": optimizer}          # what has a state_dict
-        self.generators = {"data": data, "dropout": dropout}
-        for old in self.folder.glob("*.tmp"):                # of a killed process
-            with contextlib.suppress(FileNotFoundError):     # another process has moved it
+            self.dropout = torch.cuda.default_generators[torch.cuda.current_device()]
+        for old in self.folder.glob("*.tmp"):                # left by a process that was killed
+            try:
                 if time.time() - old.stat().st_mtime > 60:
                     old.unlink()
+            except FileNotFoundError:                        # another process has just moved it
+                pass
         path = self.folder / "ckpt.pt"
         if path.exists():
             ckpt = read_checkpoint(path)
             if ckpt["settings"] != self.settings:
                 raise RunError(f"{path} is of other settings: give another --out-dir")
-            for name, module in self.modules.items():
-                module.load_state_dict(ckpt[name])
-            for name, generator in self.generators.items():
-                generator.set_state(ckpt[name])
+            model.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+            data.set_state(ckpt["data"])
+            self.dropout.set_state(ckpt["dropout"])
             self.metrics, self.saved_step = ckpt["metrics"], ckpt["step"]
             say(f"{self.folder.name}: resumed at step {self.saved_step:,}")
         return self.saved_step
@@ -290,14 +293,15 @@ class Run:
                 self.save(step + 1)
 
     def log(self, step, **metrics):
-        """An evaluation after `step` steps: shows its first two numbers, and saves a checkpoint."""
+        """Keeps the metrics after `step` steps, shows the first two, and saves a checkpoint."""
         self.check(metrics["loss"], "the loss", step)
         text = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.items())[:2])
         self.bar.set_postfix_str(text)
+        # without a terminal there is no bar, but about 16 lines a run
         sixteenth = self.bar.total / 16
         before = self.metrics[-1]["step"] if self.metrics else -1
         if self.bar.disable and step // sixteenth > before // sixteenth:
-            say(f"{self.folder.name}, step {step:,}: {text}")            # no terminal: few lines
+            say(f"{self.folder.name}, step {step:,}: {text}")
         self.metrics.append({"step": step, **metrics})
         self.save(step)
 
@@ -308,34 +312,36 @@ class Run:
 
     def save(self, step):
         """Writes metrics.jsonl and ckpt.pt. RunError for weights that are not finite."""
-        weights = self.modules["model"].parameters()
-        total = sum(w.detach().float().abs().sum() for w in weights)
+        total = sum(w.detach().float().abs().sum() for w in self.model.parameters())
         self.check(float(total), "the sum of all weights", step)
-        ckpt = {"step": step, "settings": self.settings, "metrics": self.metrics}
-        ckpt.update({name: module.state_dict() for name, module in self.modules.items()})
-        ckpt.update({name: draws.get_state() for name, draws in self.generators.items()})
         buffer = io.BytesIO()
-        torch.save(ckpt, buffer)
+        torch.save({
+            "step": step, "settings": self.settings, "metrics": self.metrics,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "data": self.data.get_state(), "dropout": self.dropout.get_state(),
+        }, buffer)
         lines = [json.dumps(line) + "\n" for line in self.metrics]
         write(self.folder / "metrics.jsonl", "".join(lines).encode())
         write(self.folder / "ckpt.pt", buffer.getvalue())
         self.saved_step, self.saved_at = step, time.time()
 
     def read(self, edited):
-        """Reads results.json and metrics.jsonl, if what was measured is newer than the code."""
+        """Reads the results and the metrics. Returns None if there are none or they are damaged, or
+        of other flags, or older than the code. edited: the time of the last change to the code."""
         path = self.folder / "results.json"
-        if not path.exists() or path.stat().st_mtime < edited:
-            return None
         try:
             results = json.loads(path.read_text())
             lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            self.metrics = [json.loads(line) for line in lines]
-            return results if results["settings"] == self.flags else None
-        except ValueError:                                   # damaged: made again from ckpt.pt
+            metrics = [json.loads(line) for line in lines]
+        except (FileNotFoundError, ValueError):
             return None
+        if results["settings"] != self.flags or path.stat().st_mtime < edited:
+            return None
+        self.metrics = metrics
+        return results
 
 def load(folder, build, device="cpu"):
-    """A run's task and its trained model, in eval mode. build(args) -> task, model.
+    """The task and the trained model of a run, in eval mode. build(args) -> task, model.
 
     FileNotFoundError if the folder holds no run, ValueError if it is another script's.
     """
@@ -353,24 +359,26 @@ def load(folder, build, device="cpu"):
 # ---- Sweeps -------------------------------------------------------------------------------------
 
 def script_of(function):
-    """The file that a function stands in."""
+    """The file in which a function is defined."""
     return Path(function.__code__.co_filename)
 
 def sweep(args, over, build, resolve=lambda args: None, measured=()):
-    """The product of the lists in args that `over` names: a Run for each different folder.
+    """A Run for each combination of the values of the flags in `over`; equal ones are one run.
 
-    resolve(args) completes a run's flags in place; a flag that it sets to None has no effect on the
-    run, and no place in its name. `measured`: flags that training does not depend on.
-    build(args) is tried for each run: UsageError for what cannot be, before anything is written.
+    resolve(args) completes the flags of one run, in place. A flag that it sets to None has no
+    effect on the run, and is not part of its name. `measured`: flags that training does not depend
+    on. build(args) is tried for each run, so that an impossible one is a UsageError before anything
+    is written.
     """
     unnamed = NOT_TRAINED.union(measured, ["preset", "seed"])
     varied = [key for key in over if key != "seed" and len(getattr(args, key)) > 1]
     runs = {}
     for values in itertools.product(*[getattr(args, key) for key in over]):
-        own = argparse.Namespace(**{**vars(args), **dict(zip(over, values))})
-        flags = {key: x for key, x in vars(own).items() if key not in unnamed}
-        typed = [key for key, x in flags.items() if args.defaults[key] not in (x, [x])]
-        resolve(own)
+        own = argparse.Namespace(**vars(args) | dict(zip(over, values)))
+        # flags that differ from the preset, whose default is x or, if it takes several values, [x]
+        typed = [key for key, x in vars(own).items()
+                 if key not in unnamed and args.defaults[key] not in (x, [x])]
+        resolve(own)                                         # what it fills in was not typed
         named = {key: x for key, x in vars(own).items() if x is not None}
         own.label = ", ".join(f"{key} {named[key]}" for key in varied if key in named)
         own.script = script_of(build).stem
@@ -393,18 +401,21 @@ def sweep(args, over, build, resolve=lambda args: None, measured=()):
     return runs
 
 def complete(runs, train, measure, show):
-    """Trains and measures what the folders do not hold, and calls show(runs) with what they do.
+    """Trains and measures the runs without results, then calls show(runs) with all that have them.
 
-    As make does: results.json is made from ckpt.pt and the script, anew if the script is newer or
-    other measuring flags are given. Returns a dict for each run: its results, its "folder" and, if
-    it failed, "failed": why. Under torchrun each process takes every WORLD_SIZE-th run and shows
-    nothing; once all have ended, the same command without torchrun does.
+    As `make` does, it makes results.json again from ckpt.pt if the script is newer, or if flags
+    that only the measurement depends on have changed. Returns a dict for each run: its results, its
+    "folder" and, if it failed, "failed": the reason. Under torchrun each of WORLD_SIZE processes
+    takes its part of the runs and shows nothing; repeat the command without torchrun to show all.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     edited = max(script_of(train).stat().st_mtime, Path(__file__).stat().st_mtime)
     runs = runs[rank::world]
-    older = [run.folder for run in runs if trained_at(run) < edited]
+    older = []                                               # folders trained by older code
     for run in runs:
+        path = run.folder / "ckpt.pt"
+        if path.exists() and path.stat().st_mtime < edited:
+            older.append(run.folder)
         try:
             run.results = run.read(edited) or make_results(run, train, measure)
         except (RunError, OSError) as error:
@@ -414,7 +425,7 @@ def complete(runs, train, measure, show):
             kept = f"{run.folder} keeps step {run.saved_step:,}"
             raise KeyboardInterrupt(f"interrupted; {kept}: repeat the command to resume") from None
         run.results["folder"] = str(run.folder)
-        run.modules = None                                   # frees the model and the optimizer
+        run.model = run.optimizer = None                     # frees their memory
     done = [run for run in runs if "failed" not in run.results]
     if done and world == 1:
         show(done)
@@ -422,16 +433,11 @@ def complete(runs, train, measure, show):
         say(f"{folder}: trained before the code was edited; delete it to train anew")
     return [run.results for run in runs]
 
-def trained_at(run):
-    """When a run's checkpoint was written, in seconds; infinity if there is none."""
-    path = run.folder / "ckpt.pt"
-    return path.stat().st_mtime if path.exists() else math.inf
-
 def make_results(run, train, measure):
-    """Trains a run, or what is left of it, and writes results.json."""
+    """Trains a run, or resumes it, measures it, and writes results.json."""
     seed_everything(run.args.seed)
     if getattr(run.args, "compile", False):
-        torch.compiler.reset()                               # else the third run compiles nothing
+        torch.compiler.reset()                               # or it stops compiling after some runs
     train(run.args, run)
     results = {**measure(run.args, run), "settings": run.flags}
     write(run.folder / "results.json", json.dumps(results, indent=1).encode())
@@ -440,28 +446,31 @@ def make_results(run, train, measure):
 # ---- Tables and figures -------------------------------------------------------------------------
 
 def spread(values, form=".3f"):
-    """Median and range, "0.95 [0.93, 0.97]"; - stands for None, a number that was not reached."""
+    """Median and range, "0.95 [0.93, 0.97]", and - for None, a number that was not reached; a text
+    stays as it is."""
+    if isinstance(values[0], str):
+        return values[0]
     values = [math.inf if value is None else value for value in values]
     found = statistics.median(values), min(values), max(values)
     median, low, high = ["-" if x == math.inf else f"{x:{form}}" for x in found]
     return median if low == high else f"{median} [{low}, {high}]"
 
 def print_table(title, cells):
-    """A table from triples: row, column, value (and the number's format; text stays as it is).
+    """A table from cells (row, column, value) or (row, column, value, the number's format).
 
     Values with the same row and column are those of several seeds: one cell, median and range.
     """
-    found = {}
+    found = {}                                               # (row, column) -> values, [format]
     for row, column, value, *form in cells:
-        found.setdefault((str(row), str(column)), ([], form))[0].append(value)
-    rows, columns = [list(dict.fromkeys(names)) for names in zip(*found)]
+        values, _ = found.setdefault((str(row), str(column)), ([], form))
+        values.append(value)
+    rows, columns = [list(dict.fromkeys(names)) for names in zip(*found)]        # without doubles
     lines = [["", *columns]]
     for row in rows:
         lines.append([row])
         for column in columns:
             values, form = found.get((row, column), ([""], []))
-            is_text = isinstance(values[0], str)
-            lines[-1].append(values[0] if is_text else spread(values, *form))
+            lines[-1].append(spread(values, *form))
     widths = [max(map(len, column)) for column in zip(*lines)]
     say(f"\n{title}")
     for line in lines:
@@ -477,19 +486,20 @@ def new_axes(titles, columns):
     return figure, [figure.add_subplot(rows, columns, i, title=title) for i, title in places]
 
 def plot(path, panels, columns=3):
-    """Draws panels {title: (settings of the axis, curves)}, a curve being label, x, y, style.
+    """Draws panels {title: (settings of the axis, curves)}; a curve is (label, x, y, style).
 
-    Curves with the same label and x are those of several seeds: their median, in a band from the
-    lowest to the highest. style: a dict for matplotlib.
+    Curves with the same label and x are those of several seeds, drawn as their median in a band
+    from the lowest to the highest. style: keyword arguments for axis.plot.
     """
     figure, axes = new_axes(panels, columns)
     for axis, (settings, curves) in zip(axes, panels.values()):
-        found = {}
+        found = {}                                           # (label, x) -> ys of the seeds, style
         for label, x, y, style in curves:
-            found.setdefault((label, tuple(x)), ([], style))[0].append(y)
+            ys, _ = found.setdefault((label, tuple(x)), ([], style))
+            ys.append(y)
         for (label, x), (ys, style) in found.items():
             ys = np.array(ys, dtype=float)                   # (seeds, len(x))
-            line, = axis.plot(x, np.median(ys, 0), label=label, **style)
+            [line] = axis.plot(x, np.median(ys, 0), label=label, **style)
             if len(ys) > 1:
                 axis.fill_between(x, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.2)
         axis.set(**settings)

@@ -2,26 +2,33 @@
 Transformers, Parallel Computation, and Logarithmic Depth.
 Sanford, Hsu, Telgarsky. ICML 2024, arXiv 2402.09268.
 
-A hop leads from a position to the last earlier occurrence of its character, and one position on:
-find^1. k hops are find^k. A transformer of depth floor(log2 k) + 2 can do k hops, as each layer can
-double their number (Theorem 4.2). That k hops also need a depth of order log k, at bounded size,
-follows from a conjecture about parallel machines. Trained transformers do more hops with each
-layer, too: the authors' models solve 2, 4, 7 and 12 hops at depths 2 to 5 (without dropout).
+The task: a hop leads from a position to the last earlier occurrence of its character, and from
+there one position on. In cabcab, the last b (position 5) leads to position 3, a c, and that to
+position 1, an a, which has no earlier occurrence. find^k(i) is where k hops from i lead.
 
-What to look for: the largest number of hops that each depth solves, in the row `solved` (up to it
-all errors are below 5%) and in the last lines, beside Theorem 4.2's 1, 3, 7 for depths 2, 3, 4. The
-quick preset trains for a short time and solves 1, 3 (rarely 2) and 4 to 6 hops; see RESULTS.md.
+A transformer of depth floor(log2 k) + 2 can make k hops, since each layer can double their number
+(Theorem 4.2). That a depth of order log k is necessary, too, for a bounded size, follows from a
+conjecture about parallel machines. Trained transformers also make more hops with each layer: at
+depths 2 to 5 the authors' models solve 2, 4, 7 and 12 (measured without dropout).
 
-What heads look at depends on k, the number of hops asked for; the second table shows it. In layers
-2, 3, 4 of the authors' model of depth 4 it is find^1, find^2, find^4 at k = 8, as in the
-construction (cosine similarity .98, .83, .83), but find^1, find^2, find^3 at k = 4, and at k = 16
-clearly find^1 alone (.98, then .48, .36).
+What to look for: the largest number of hops that each depth solves, with errors below 5% up to it.
+It is in the row `solved` of the first table, and in the last lines beside Theorem 4.2's 1, 3, 7 for
+depths 2, 3, 4. The short training of the quick preset solves 1, 3 (rarely 2) and 4 to 6 hops; see
+RESULTS.md.
+
+The second table shows what the heads look at, which depends on k. In the authors' model of depth 4
+(cosine similarities in brackets) it follows the construction only at k = 8:
+
+    layer      2               3               4
+    k = 4      find^1          find^2          find^3
+    k = 8      find^1 (.98)    find^2 (.83)    find^4 (.83)
+    k = 16     find^1 (.98)    unclear (.48)   unclear (.36)
 
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as wide, 64 positions, in an hour
     python hop_induction.py --preset paper --n-layer 4   the paper's setting, one depth
     python hop_induction.py --preset construct           Theorem 4.2, written down, not trained
-    python hop_induction.py --preset mpc                 Fig. 1, machines that exchange words
+    python hop_induction.py --preset mpc                 Fig. 1, parallel machines that make hops
     python hop_induction.py --arch transformer lstm --n-layer 4   beside an LSTM of the same size
 
     Fig. 2, errors by depth and number of hops; Figs. 3 and 4, what the heads look at:
@@ -30,9 +37,9 @@ clearly find^1 alone (.98, then .48, .36).
     python hop_induction.py --preset paper --n-layer 2 3 4 5 6 --n-head 8 --n-embd 256
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
 
-To reuse: HopTask needs find and follow; Construction needs HopTask; mpc_hops needs Cluster,
-find_first and look_up, but not torch; HopTransformer needs common's Block and gpt2_init_.
-hop_errors takes any model in eval mode, head_alignment one that returns attention.
+To reuse a part: HopTask needs find and follow, and Construction needs HopTask. mpc_hops needs
+Cluster, find_first and look_up, but not torch. HopTransformer needs Block and gpt2_init_ of common.
+hop_errors takes any model in eval mode; head_alignment takes one that returns its attention.
 """
 import collections
 import math
@@ -48,27 +55,29 @@ import common
 # ---- The task (Sec. 4, App. G.1) ----------------------------------------------------------------
 
 def follow(f, positions, undefined=-1):
-    """f[positions], row by row, for (B, length) each; `undefined` if a position is -1."""
+    """f[positions] in each row, and `undefined` for a position -1. f, positions: (B, length).
+
+    f [[7, 8, 9]] and positions [[2, -1, 0]] give [[9, undefined, 7]].
+    """
     found = f.gather(1, positions.clamp_min(0))
     return torch.where(positions < 0, undefined, found)
 
 def find(chars, k):
-    """Positions find^k of every position, (B, length), -1 if undefined.
+    """find^k of every position, (B, length), -1 if undefined. chars (B, length); k: int or (B,).
 
-    chars (B, length); k, the number of hops, is an int or (B,).
-    find^1(i) = 1 + max{j < i : X_j = X_i}, the position after the last occurrence of the same
-    character before i; find^k is find^1 of find^(k-1), find^0(i) = i (Sec. 4). Found by doubling,
-    as the transformer does: f, f f, ...
+    find^1(i) = 1 + max{j < i : X_j = X_i}, and find^k is find^1 of find^(k-1) (Sec. 4). In cabcab,
+    find^1 is -1 -1 -1 1 2 3, and find^2 is -1 -1 -1 -1 -1 1. As the transformer does, this squares
+    f again and again (1, 2, 4, ... hops), and applies it for each bit of k that is one.
     """
     length = chars.shape[1]
     here = torch.arange(length, device=chars.device)
     earlier = (chars[:, :, None] == chars[:, None, :]).tril(-1)      # (B, i, j): X_i = X_j, j < i
     f = torch.where(earlier, here + 1, -1).amax(dim=2)       # find^1
-    # find^1(i) <= i, so after `length` hops every position is undefined or stays, whatever k
+    # a hop goes back or stays, so `length` hops lead to where any larger number of hops leads
     k = torch.as_tensor(k, device=chars.device).view(-1, 1).clamp_max(length)    # (B, 1) or (1, 1)
     positions = here.expand_as(chars)
     for bit in range(length.bit_length()):                   # here f is find^(2^bit)
-        is_one = (k >> bit & 1).bool()
+        is_one = (k >> bit) % 2 == 1
         positions = torch.where(is_one, follow(f, positions), positions)
         f = follow(f, f)
     return positions
@@ -76,15 +85,17 @@ def find(chars, k):
 class HopTask:
     """k-hop induction: tokens are the number of hops k, then X; targets are X at find^k.
 
-    Of N = seq_len positions counted by the paper, T = N - 1 are fed: k and N - 2 characters. Ids:
-    0 .. max_hops the number of hops, then the characters, `undefined` (no k-th hop) and `blank`
-    (the target at the k token); in the paper's setting the authors' ids, in their vocabulary of 30.
+    tokens:  2     c a b c a b       the paper counts N = seq_len positions, of which the model is
+    targets: blank u u u u u a       fed T = N - 1: the k token and N - 2 characters
+
+    Ids: 0 .. max_hops for the number of hops, then the characters, `undefined` (u: no k-th hop),
+    `blank`. In the paper's setting these are the authors' ids, in their vocabulary of 30.
     ValueError if no sequence of that length has max_hops hops.
     """
 
     def __init__(self, seq_len=100, n_chars=4, max_hops=16, device="cpu"):
-        # abab... has the most hops: there find^k(i) = i - k, which must be 1 or more, and the last
-        # of seq_len - 2 characters is at i = seq_len - 3
+        # abab... has the most hops: there find^1(i) = i - 1, and no hop leads to position 0, so the
+        # last character, at i = seq_len - 3, has seq_len - 4 hops
         if n_chars < 2 or not 1 <= max_hops <= seq_len - 4:
             raise ValueError(f"no seq_len {seq_len} of n_chars {n_chars} has max_hops {max_hops}: "
                              "that takes a seq_len of max_hops + 4, and n_chars of 2")
@@ -99,8 +110,8 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, T), by a generator of the task's device. hops: None (uniform in
-        0..max_hops), an int, or (B,). ValueError for hops that no token names."""
+        """tokens, targets (B, T); the generator is one of the task's device. hops: None (uniform in
+        0..max_hops), an int, or (B,). ValueError for hops that have no token."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
             hops = torch.randint(self.max_hops + 1, (batch,), **on)
@@ -108,7 +119,8 @@ class HopTask:
             hops = torch.as_tensor(hops, device=self.device).expand(batch)
             if hops.min() < 0 or hops.max() > self.max_hops:
                 raise ValueError(f"hops {hops.tolist()}: tokens name 0 to {self.max_hops}")
-        # no two neighbours are equal: a uniform first character, then steps of 1 .. n_chars - 1
+        # no two neighbours are equal: a uniform first character, then steps of 1 .. n_chars - 1;
+        # with four characters 2 3 1 3 -> 2 1 2 1
         steps = torch.randint(1, self.n_chars, (batch, self.seq_len - 2), **on)
         steps[:, 0] = torch.randint(self.n_chars, (batch,), **on)
         chars = self.char + steps.cumsum(1) % self.n_chars   # (B, N-2)
@@ -119,8 +131,8 @@ class HopTask:
 # ---- The model: a GPT-2, and a recurrent network to compare with --------------------------------
 
 class HopTransformer(nn.Module):
-    """Causal GPT-2 with learned positions, under GPT-2's parameter names. The authors' has its last
-    hidden state for logits; this one has an unembedding of its own, lm_head."""
+    """Causal GPT-2 with learned positions, under GPT-2's parameter names. The authors use the last
+    hidden state as logits; here an unembedding, lm_head, follows it."""
 
     def __init__(self, n_layer, n_head, n_embd, vocab_size, block_size, dropout=0.0):
         super().__init__()
@@ -134,7 +146,7 @@ class HopTransformer(nn.Module):
         common.gpt2_init_(self, n_layer)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, T) -> logits (B, T, V), with return_attn also a list by layer (B, H, T, T)."""
+        """tokens (B, T) -> logits (B, T, V), with return_attn also a (B, H, T, T) by layer."""
         x = self.drop(self.wte(tokens) + self.wpe.weight[:tokens.shape[1]])      # (B, T, d)
         attns = []
         for block in self.h:
@@ -146,14 +158,14 @@ class HopTransformer(nn.Module):
         return (logits, attns) if return_attn else logits
 
 class HopLSTM(nn.Module):
-    """A two-layer LSTM with about as many parameters as HopTransformer with these arguments, up to
-    a width of 2,040."""
+    """A two-layer LSTM, of the width (at most 2,040) at which it has about as many parameters as
+    HopTransformer has with these arguments. n_head is not used."""
 
     def __init__(self, n_layer, n_head, n_embd, vocab_size, block_size, dropout=0.0):
         super().__init__()
         like = HopTransformer(n_layer, 1, n_embd, vocab_size, block_size)
         n_params = sum(p.numel() for p in like.parameters())
-        # of width d: two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
+        # parameters at width d: two layers of 8 d^2 + 8 d, embedding and unembedding of V d each
         size = lambda d: 2 * d * (8 * d + 8 + vocab_size)
         width = min(range(8, 2048, 8), key=lambda d: abs(size(d) - n_params))
         self.wte = nn.Embedding(vocab_size, width)
@@ -166,11 +178,11 @@ class HopLSTM(nn.Module):
         hidden, _ = self.lstm(self.drop(self.wte(tokens)))   # (B, T, d)
         return self.lm_head(self.drop(hidden))
 
-ARCHS = {"transformer": HopTransformer, "lstm": HopLSTM}     # --arch; only the former has heads
+ARCHS = {"transformer": HopTransformer, "lstm": HopLSTM}     # the values of --arch
 
 # ---- Training (Tables 1, 2) ---------------------------------------------------------------------
 
-# What differs from the defaults of the flags, which are those of "quick". "construct" and "mpc"
+# What differs from the defaults of the flags, which are the quick preset. "construct" and "mpc"
 # train nothing: they show the hand-built transformer and the parallel machines.
 PRESETS = {
     "quick": {},
@@ -183,18 +195,20 @@ PRESETS = {
     "construct": dict(seq_len=100, max_hops=16),
     "mpc": dict(seq_len=1_000, max_hops=16),
 }
-SWEEP = {                                                    # flags with several values, in words
+# The flags that take several values, and how a label names a value other than the default. Depth is
+# in every label, and the seed in none.
+SWEEP = {
     "arch": "{}", "n_layer": "", "n_head": "{} heads",
     "n_train": "{} fixed sequences", "seed": "",
 }
 
 def resolve(args):
-    """Completes a run's flags: unused ones become None."""
+    """Completes a run's flags: those without effect become None."""
     if args.arch != "transformer":
         args.n_head = None
 
 def build(args):
-    """The task and the model of a run. ValueError for settings that cannot be."""
+    """The task and the model of a run. ValueError if the flags do not fit each other."""
     if 0 < args.n_train < args.batch_size:
         raise ValueError(f"n_train {args.n_train} is less than one batch of {args.batch_size}")
     task = HopTask(args.seq_len, args.n_chars, args.max_hops, args.device)
@@ -213,7 +227,7 @@ def learning_rate(step, args):
     return args.lr * (args.steps - step) / (args.steps - args.warmup)
 
 def train(args, run):
-    """Trains one run, or what is left of it, and leaves its checkpoint."""
+    """Trains one run, or resumes it; the trained model is in its checkpoint."""
     task, model = build(args)
     optimizer = torch.optim.AdamW(
         model.parameters(), fused=True,
@@ -221,23 +235,23 @@ def train(args, run):
     )
     data = torch.Generator(args.device).manual_seed(args.seed)
     if args.n_train:                                         # fixed batches, in a fixed order
-        n_batches = args.n_train // args.batch_size          # whole ones, as in the authors' code
+        n_batches = args.n_train // args.batch_size          # a rest is left out, as by the authors
         sequences = task.sample(n_batches * args.batch_size, data)
-        batches = torch.stack(sequences).split(args.batch_size, dim=1)           # (2, B, T) each
+        batches = torch.stack(sequences).split(args.batch_size, dim=1)           # each (2, B, T)
     start = run.restore(model, optimizer, data)
     if args.compile:
         model.compile()
     for step in run.steps(start, args.steps):
-        rate = np.float32(learning_rate(step, args))         # rounded, as in RESULTS.md's runs
+        rate = np.float32(learning_rate(step, args))         # as in the runs of RESULTS.md
         optimizer.param_groups[0]["lr"] = float(rate)
         if args.n_train:
             tokens, targets = batches[step % n_batches]      # (B, T)
         else:
             tokens, targets = task.sample(args.batch_size, data)                 # (B, T)
         bfloat16 = args.dtype == "bfloat16"
-        with torch.autocast(tokens.device.type, torch.bfloat16, bfloat16):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(tokens)                           # (B, T, V)
-        # every position counts, the undefined ones and the k token, too
+        # over all positions, also those with the targets `undefined` and `blank`
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
@@ -247,19 +261,21 @@ def train(args, run):
             model.eval()
             errors = hop_errors(model, task, 50, fresh)
             model.train()
-            error = errors[1:].nanmean().item()
+            error = errors[1:].nanmean().item()              # over 1 .. max_hops hops
             run.log(step + 1, loss=loss.item(), error=error, errors=plain(errors))
 
 # ---- Measurement --------------------------------------------------------------------------------
 
-# Evaluation draws its sequences with seeds from 10,000 on; seeds of runs are smaller.
+# Evaluation draws its sequences with seeds from 10,000 on; take smaller ones for --seed.
 
 @torch.no_grad()
 def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
-    """Error rate by number of hops, (max_hops + 1,), on n fresh sequences for each: the
-    fraction of wrong predictions at positions whose target is a character (err_n^k, Sec. 5), or at
-    all; nan if there is none. With return_se also standard errors over sequences. model: in eval
-    mode."""
+    """Error rate by number of hops, (max_hops + 1,), each on n sequences. model: in eval mode.
+
+    This is err_n^k (Sec. 5), the fraction of wrong predictions at positions where there is a k-th
+    hop, so that the target is a character; nan if there are none. With everywhere, it is the
+    fraction at all positions. With return_se, there are also standard errors over sequences.
+    """
     wrong = []
     scored = []
     for k in range(task.max_hops + 1):
@@ -268,32 +284,34 @@ def hop_errors(model, task, n, generator, return_se=False, everywhere=False):
             is_wrong = model(tokens).argmax(-1) != targets   # (B, T)
             is_char = (targets >= task.char) & (targets < task.undefined)
             counts = is_char | everywhere                    # (B, T)
-            wrong.append((is_wrong & counts).sum(1))
+            wrong.append((is_wrong & counts).sum(1))         # (B,)
             scored.append(counts.sum(1))
     wrong = torch.cat(wrong).view(-1, n).float()             # (max_hops + 1, n)
     scored = torch.cat(scored).view(-1, n).float()
     total = scored.sum(1)
     errors = wrong.sum(1) / total                            # nan if k never occurs
+    # standard error of the ratio of two sums over sequences
     excess = wrong - errors[:, None] * scored
     se = excess.square().sum(1).sqrt() / total
     return (errors, se) if return_se else errors
 
 @torch.no_grad()
 def head_alignment(model, task, k, n=10):
-    """How much each head looks at find^j, j = 0 .. max_hops, if k hops are asked for: for each
-    layer a list (H, max_hops + 1) (Sec. 5.2).
+    """How much each head looks at find^j, j = 0 .. max_hops, if k hops are asked for (Sec. 5.2): a
+    list by layer of lists (H, max_hops + 1).
 
-    The cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and the matrix F_j
-    whose row i has its one at find^j(i); mean over n sequences, the same for every k.
+    The measure is the cosine similarity <A, F_j> / (|A| |F_j|) of the head's attention matrix A and
+    the matrix F_j with F_j[i, find^j(i)] = 1, and 0 elsewhere. It is the mean over n sequences,
+    which are the same for every k.
     """
     data = torch.Generator(task.device).manual_seed(20_000)
     tokens, _ = task.sample(n, data, hops=k)
     _, attns = model(tokens, return_attn=True)               # (n, H, T, T) by layer
     matrices = []
     for j in range(task.max_hops + 1):
-        positions = find(tokens[:, 1:], j) + 1               # among tokens; 0: undefined
+        positions = find(tokens[:, 1:], j) + 1               # of tokens, with k at 0; undefined: 0
         F_j = F.one_hot(F.pad(positions, (1, 0)), task.block_size)               # (n, T, T)
-        F_j[:, :, 0] = 0                                     # no row for k, nor if undefined
+        F_j[:, :, 0] = 0                                     # no 1 for k and for undefined hops
         matrices.append(F_j.flatten(1)[:, None].float())     # (n, 1, T T)
     alignment = []
     for attn in attns:
@@ -303,11 +321,11 @@ def head_alignment(model, task, k, n=10):
     return alignment
 
 def plain(values):
-    """A list of numbers, None for nan."""
+    """A tensor as a list of numbers, with None for nan."""
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 def solved(errors):
-    """The largest k up to which all errors are below 5%; a k that never occurred is not solved."""
+    """The largest k up to which all errors are below 5%; None, a k that never occurs, is not."""
     for k, error in enumerate(errors):
         if error is None or error >= 0.05:
             return max(k - 1, 0)
@@ -319,24 +337,30 @@ def measure(args, run):
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
     results = dict(errors=plain(errors), se=plain(se))
-    if args.arch == "transformer":                           # by k, layer, head and j
-        hops = range(task.max_hops + 1)
+    if args.arch == "transformer":
+        hops = range(task.max_hops + 1)                      # lists by k, layer, head and j
         results["alignment"] = [head_alignment(model, task, k) for k in hops]
     return results
 
 # ---- Theorem 4.2: a transformer of this depth, written down -------------------------------------
 
 class Construction(nn.Module):
-    """Explicit weights that solve max_hops hops in floor(log2 max_hops) + 2 layers, without error.
+    """Explicit weights that make max_hops hops in floor(log2 max_hops) + 2 layers, without error.
 
-    This is the theorem's depth, not its size: there, one head and a width that does not grow with N
-    are enough. Here layer 1 has a second head, since k is read from the input, and T dimensions
-    tell each position from all others, so that a head can look at the strict past alone. Each layer
-    writes features of its own, and nothing is ever erased. A head is two matrices: it looks from i
-    to j by the score x_i . W_QK x_j, and adds W_OV x_j to x_i. Position 0 is the k token; undefined
-    hops lead there, and stay. f_l(i) is find^(2^l) of i, and c_l(i) is the character (or
-    `undefined`) at find^(k mod 2^l) of i. Scores of about seq_len^2 must be exact to 1: in float64
-    they are, in a GPU's TF32 they are not.
+    f_l(i) denotes find^(2^l)(i), and c_l(i) the character at find^(k mod 2^l)(i), or `undefined`.
+    Position 0 is the k token; undefined hops lead there, and stay there.
+    - Layer 1 finds f_0, and copies the bits of k from the k token to every position.
+    - Layer l + 2 looks from i at f_l(i), and reads f_l and c_l there. f_l of f_l(i) is f_(l+1)(i).
+      c_l of f_l(i) is c_(l+1)(i) if bit l of k is one; else c_(l+1)(i) is c_l(i).
+    - After the last bit, c(i) is the character at find^k(i), the answer.
+
+    A head is two matrices: it looks from i to j by the score x_i . W_QK x_j, and adds W_OV x_j to
+    x_i. Each layer writes features of its own, and nothing is ever erased. Scores of about
+    seq_len^2 must be exact to 1, as they are in float64, but not in a GPU's TF32.
+
+    The theorem has this depth, but needs only one head and a width that does not grow with N. Here
+    layer 1 has a second head, since k is read from the input, and T dimensions tell each position
+    from all others, so that a head can avoid its own position.
     """
 
     def __init__(self, max_hops, n_chars=4, seq_len=100):
@@ -348,9 +372,9 @@ class Construction(nn.Module):
         self.n_layer = n_bits + 1
         # A vector is a sum of features; a feature is (size, d), rows of the identity. For features
         # u and v, the matrix u.T @ v reads v and writes u; as W_QK it multiplies u at i and v at j.
-        # Layer l + 2 reads f_l, c_l and b_l (bit l of k), and writes f_(l+1), c_(l+1) and new_l,
-        # the character c_l at f_l(i). k_l is bit l of k, at the k token alone; layer 1 copies it to
-        # b_l.
+        #   one, pos, pos2, itself   of position i: 1, i, i^2, and i as a one-hot vector
+        #   is_k, k, b               1 at the k token; the bits of k there, and at every position
+        #   f, c, new                for each l: f_l(i); c_l(i), and c_l of f_l(i), one-hot
         sizes = [1, 1, 1, 1, T]
         sizes += [n_bits, n_bits, n_bits + 1, (n_bits + 1) * C, n_bits * C]
         d = self.n_embd = sum(sizes)
@@ -359,33 +383,33 @@ class Construction(nn.Module):
         f = f.split(1)                                       # f[l] is f_l, (1, d)
         c = c.split(C)                                       # (C, d)
         new = new.split(C)
-        # Embeddings: a token has its character, or the bits of k; position j has j, j^2 and itself
+        # Embeddings: of a token, its character or the bits of k; of position j, j, j^2 and itself
         hops = torch.arange(task.char)[:, None]              # (max_hops + 1, 1)
-        bits = (hops >> torch.arange(n_bits) & 1).float()    # (max_hops + 1, n_bits)
+        bits = (hops // 2 ** torch.arange(n_bits) % 2).float()       # (max_hops + 1, n_bits)
         wte = torch.zeros(task.vocab_size, d)
         wte[:task.char] = is_k + c[0][-1] + bits @ k         # no character: `undefined`
         wte[task.char:task.undefined] = c[0][:-1]
         self.wte = nn.Parameter(wte)
         j = torch.arange(float(T))[:, None]                  # (T, 1)
         self.wpe = nn.Parameter(one + j * pos + j**2 * pos2 + itself)
-        # Layer 1, head 1, looks for the last earlier position with the same character, by the score
-        # 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]: a match counts more than recency,
-        # the k token is between matches and the rest, and the position itself scores lowest. It
-        # brings back j + 1, or 0 from the k token.
+        # Layer 1, head 1, looks at the last earlier position with the same character, by the score
+        # 4T [X_i = X_j] + j + 2T [j is the k token] - 8T [i = j]. A match counts more than any j.
+        # The k token scores less than a match, more than all else: it is chosen if there is no
+        # match. The position itself scores lowest. The head brings back j + 1, from the k token 0.
         same = 4 * T
         find_QK = same * c[0].T @ c[0] + one.T @ pos
         find_QK += same / 2 * one.T @ is_k
         find_QK -= same * 2 * itself.T @ itself
         find_OV = f[0].T @ (pos + one - is_k)
-        # Layer 1, head 2: all positions learn the bits of k from the k token
+        # Layer 1, head 2, copies the bits of k from the k token to all positions
         QK = torch.stack([find_QK, one.T @ is_k])            # (H, d, d)
         OV = torch.stack([find_OV, b.T @ k])
         zero = torch.zeros(d, d)
         layers = [(QK, OV, zero, zero)]                      # no MLP
         # Layer l + 2 looks at p = f_l(i), where the score 2 p j - j^2 = p^2 - (p - j)^2 is largest.
-        # It brings back f_l, which makes f_(l+1), and c_l, the new character. The MLP takes it if
-        # b_l is one: c_(l+1)(i) = relu(new_l(i) + b_l - 1) + relu(c_l(i) - b_l). A hidden unit has
-        # the index of the feature that it reads.
+        # It brings back f_l as f_(l+1), and c_l as new_l. Its MLP takes new_l if b_l is one, else
+        # c_l: c_(l+1) = relu(new_l + b_l - 1) + relu(c_l - b_l). Its hidden units are numbered as
+        # the features that they read.
         for l in range(n_bits):
             QK = 2 * f[l].T @ pos - one.T @ pos2
             OV = f[l + 1].T @ f[l] + new[l].T @ c[l]
@@ -402,7 +426,7 @@ class Construction(nn.Module):
         self.double().requires_grad_(False)
 
     def forward(self, tokens, return_attn=False):
-        """tokens (B, T) -> logits (B, T, V), with return_attn also a list by layer (B, H, T, T)."""
+        """tokens (B, T) -> logits (B, T, V), with return_attn also a (B, H, T, T) by layer."""
         T = tokens.shape[1]
         x = self.wte[tokens] + self.wpe[:T]                  # (B, T, d)
         future = torch.full((T, T), -math.inf, device=tokens.device).triu(1)
@@ -410,29 +434,31 @@ class Construction(nn.Module):
         for W_QK, W_OV, W_in, W_out in self.layers:
             each = x.unsqueeze(1)                            # (B, 1, T, d), for every head
             scores = each @ W_QK @ each.mT                   # (B, H, T, T)
-            attn = (30 * scores + future).softmax(-1)        # nearly a maximum
+            attn = (30 * scores + future).softmax(-1)        # nearly all on the largest score
             x = x + (attn @ (each @ W_OV.mT)).sum(1)
             x = x + F.relu(x @ W_in.mT) @ W_out.mT
             attns.append(attn)
         logits = x @ self.lm_head.mT
         return (logits, attns) if return_attn else logits
 
-construct = Construction                                     # the name that others call it by
+construct = Construction                                     # its name for callers: construct(16)
 
 # ---- Parallel machines: the other half of the title (Fig. 1, Sec. 2) ----------------------------
 
 class Cluster:
-    """q machines of s words; in a round each computes, then sends and receives s words at most."""
+    """q machines of s words. In a round each computes, then sends and receives at most s words."""
 
     def __init__(self, q, s):
         self.s = s
         self.rounds = 0
-        self.memory = self.load = 0                          # the most words held; sent or received
-        self.words = [collections.defaultdict(dict) for _ in range(q)]   # name -> {position: word}
+        self.memory = self.load = 0                          # most words held; sent or received
+        # of each machine: the name of an array -> {position: word}
+        self.words = [collections.defaultdict(dict) for _ in range(q)]
 
     def exchange(self, messages):
-        """One round of messages (sender, receiver, list of words): for each machine, the lists that
-        it receives. ValueError if a machine sends, receives or holds more than s words."""
+        """One round. messages: (sender, receiver, words). Returns an inbox for each machine, a list
+        of the words of each message to it. ValueError if a machine sends, receives or holds more
+        than s words."""
         sent = [0] * len(self.words)
         inboxes = [[] for _ in self.words]
         for sender, receiver, words in messages:
@@ -450,20 +476,19 @@ class Cluster:
         return inboxes
 
 def mpc_hops(X, k, q, s, n_chars=4):
-    """hop_k of a list of characters X by q machines of s words: that list, -1 if undefined, and
-    the Cluster.
+    """Computes hop_k, the characters of X at find^k, by q machines of s words. Returns a list, with
+    -1 if undefined, and the Cluster. X: a list of characters, 0 .. n_chars - 1.
 
-    Machine i // m holds position i: its character X, the pointer f, at first find^1, and the
-    pointer r, which starts at i, comes to find^k, and is its character in the end. One round finds
-    f. Then two rounds for each bit of k move r along f if the bit is one, and square f; two more
-    fetch X.
+    Position i has three words, on machine i // m: its character X, a pointer f, which is find^1 at
+    first, and a pointer r, which is i at first, find^k in the end. One round finds f. Two rounds
+    for each bit of k move r along f if the bit is one, and square f. Two more replace r by X[r].
 
-    ValueError if a machine needs more words, or could hold the whole input: then two rounds are
-    enough for anything.
+    ValueError if a machine needs more than s words, or if it could hold the whole input: then two
+    rounds are enough to compute anything.
     """
     if s >= len(X):
         raise ValueError(f"a machine of {s} words could hold the whole input of {len(X)}")
-    m = math.ceil(len(X) / q)
+    m = math.ceil(len(X) / q)                                # positions on a machine
     cluster = Cluster(q, s)
     for i, char in enumerate(X):
         own = cluster.words[i // m]
@@ -472,16 +497,16 @@ def mpc_hops(X, k, q, s, n_chars=4):
         own["r"][i] = i
     find_first(cluster, n_chars)
     while k:
-        look_up(cluster, m, {"f": "f", "r": "f"} if k & 1 else {"f": "f"})
-        k >>= 1
-    look_up(cluster, m, {"r": "X"})
+        look_up(cluster, m, ["f", "r"] if k % 2 else ["f"], "f")
+        k //= 2
+    look_up(cluster, m, ["r"], "X")
     answers = [word for own in cluster.words for word in own["r"].values()]
     return answers, cluster
 
 def find_first(cluster, n_chars):
-    """One round that writes find^1 to f: each machine tells all later ones, for each character, the
-    position after the last one that it holds, -1 for none. For X = abacba on two machines: machine
-    0 tells 3 for a, 2 for b, -1 for c; so machine 1, with cba, has f = -1, 2, 3."""
+    """One round that writes find^1 to f. Each machine tells all later ones the position after its
+    last a, its last b and so on, -1 for none. With X = abacba on two machines, machine 0 sends 3
+    for a, 2 for b, -1 for c, so that machine 1, with cba, has f = -1, 2, 3."""
     q = len(cluster.words)
     messages = []
     for machine, own in enumerate(cluster.words):
@@ -496,19 +521,19 @@ def find_first(cluster, n_chars):
             own["f"][i] = last[char]
             last[char] = i + 1
 
-def look_up(cluster, m, arrays):
-    """Two rounds, question and answer: each pointer p becomes array[p], but for -1, undefined.
-    arrays: pointer -> array, by name."""
+def look_up(cluster, m, pointers, array):
+    """Two rounds, question and answer: each pointer p becomes array[p]; -1, undefined, stays -1.
+    pointers, array: names of arrays."""
     questions = []
     for machine, own in enumerate(cluster.words):
-        for pointer in arrays:
+        for pointer in pointers:
             for i, p in own[pointer].items():
                 if p >= 0:
                     questions.append((machine, p // m, (pointer, p, i)))
     answers = []
     for machine, inbox in enumerate(cluster.exchange(questions)):
         for pointer, p, i in inbox:
-            word = cluster.words[machine][arrays[pointer]][p]
+            word = cluster.words[machine][array][p]
             answers.append((machine, i // m, (pointer, i, word)))
     for own, inbox in zip(cluster.words, cluster.exchange(answers)):
         for pointer, i, word in inbox:
@@ -516,10 +541,11 @@ def look_up(cluster, m, arrays):
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# Errors of the authors' checkpoints at step 100,000 by k, as far as known to us. off: without
-# dropout, as ours are measured, by us, on 600 sequences a k. on: with the dropout of training, as
-# published, where we have no checkpoint. Six layers of 4 heads were trained on a schedule of
-# 200,000 steps: their learning rate was at half its peak. A setting is the name of a run's folder.
+# Errors of the authors' models at step 100,000 by k, as far as we know them. A setting is named as
+# a run's folder. dropout off: we measured their checkpoint on 600 sequences for each k, without
+# dropout, as we measure our models. on: we have no checkpoint, and these are the published numbers,
+# with the dropout of training. Six layers of 4 heads had a schedule of 200,000 steps, so that their
+# learning rate was at half its peak.
 PUBLISHED = """
 setting                              dropout    1    2    3    4    6    8   12   16
 paper,n_layer=2                          off .000 .045 .257 .350 .521 .621 .712 .737
@@ -542,16 +568,16 @@ paper,n_layer=5,n_train=3000             off .000 .000 .000 .000 .000 .002 .106 
 """
 
 def published(run):
-    """The errors of the authors' model in a run's setting, {k: error}; none for other settings."""
-    name = re.split(",dtype=|,compile=|,seed=", run.folder.name)[0]
-    (_, _, *hops), *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    """The errors of the authors' model in a run's setting, {k: error}; {} in other settings."""
+    name = re.split(",dtype=|,compile=|,seed=", run.folder.name)[0]  # the flags before these
+    header, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
     for setting, _, *errors in rows:
         if setting == name:
-            return dict(zip(map(int, hops), map(float, errors)))
+            return dict(zip(map(int, header[2:]), map(float, errors)))
     return {}
 
 def in_words(args):
-    """What differs from the preset, but for depth and seed: ", 8 heads"."""
+    """What differs from the preset, other than depth and seed, such as ", 8 heads"."""
     words = ""
     for key, phrase in SWEEP.items():
         value = getattr(args, key)
@@ -574,6 +600,7 @@ def show_errors(runs):
     colors = {}
     for run in runs:
         label, errors = run.args.label, run.results["errors"]
+        # one color for the seeds of a label and for the paper's marks
         look = dict(color=colors.setdefault(label, f"C{len(colors)}"), marker="o")
         curves.append((label, hops, errors, look))
         cells += [(f"k={k}", label, errors[k]) for k in hops]
@@ -586,10 +613,11 @@ def show_errors(runs):
     se = max(x or 0 for run in runs for x in run.results["se"])
     common.print_table(f"""\
 Error where there is a k-th hop, by the number of hops k ({args.n_eval} sequences each, standard
-errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%. A random
-character has {chance:.2f}; a model that says `undefined` can have more, as that is right at most
-positions if k is large, but not at these. Paper: the authors' models, without dropout if of at most
-5 layers of 4 heads, else with it. An LSTM has two layers, and the size of the transformer named.\
+errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%. Guessing a
+character gives {chance:.2f}. A model that often says `undefined` has a larger error: that is right
+at most positions if k is large, but not at these. Paper: the authors' models, those of 4 heads and
+up to 5 layers without dropout, else with it. An LSTM has two layers, and about as many parameters
+as the transformer of the depth named.\
 """, cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
@@ -597,8 +625,8 @@ positions if k is large, but not at these. Paper: the authors' models, without d
         common.plot(runs[0].folder.parent / "errors.png", panels)
 
 def show_heads(args, runs=()):
-    """Figs. 3 and 4 as numbers: the find^j that each layer looks at, by the hops asked for."""
-    alignments = {}                                          # by label, of the first seed
+    """Figs. 3 and 4 as numbers: the find^j that each layer looks at most, by k."""
+    alignments = {}                                          # by label; of the first seed
     for run in runs:
         alignments.setdefault(run.args.label, run.results["alignment"])
     task = HopTask(args.seq_len, args.n_chars, args.max_hops)
@@ -607,7 +635,8 @@ def show_heads(args, runs=()):
     alignments["hand-built"] = [head_alignment(built, task, k) for k in hops]
     cells = []
     for label, alignment in alignments.items():
-        for i, layer in enumerate(zip(*alignment), 1):       # (k, H, j)
+        layers = zip(*alignment)                             # from (k, L, H, j): L of (k, H, j)
+        for i, layer in enumerate(layers, 1):
             best = np.max(layer, axis=1)                     # (k, j), over heads
             for k in 2 ** np.arange(args.max_hops.bit_length()):
                 j = best[k].argmax()
@@ -619,8 +648,8 @@ hand-built first layer looks for characters and for k, at no find^j.""", cells)
 
 @torch.no_grad()
 def plot_heads(run):
-    """Figs. 3 and 4 of a run: all heads' cosine similarity with find^j; for the most hops, the
-    attention of the best head of each layer, with a circle where find^j leads."""
+    """Figs. 3 and 4 of a run: the cosine similarity of each head with find^j; for k = max_hops, the
+    attention of the best head of each layer, with circles where find^j leads."""
     args = run.args
     alignment = np.array(run.results["alignment"])           # (k, L, H, j)
     hops = range(args.max_hops + 1)
@@ -647,8 +676,9 @@ def plot_heads(run):
     common.plot_matrices(run.folder.parent / "attention.png", panels, columns=2)
 
 def verdict(runs):
-    """The hops that each depth solves beside those of Theorem 4.2; whether a layer doubles them."""
-    found = {}                                               # by setting and depth, for each seed
+    """Prints the hops that each depth solves, beside those of Theorem 4.2: at depth L the largest k
+    with floor(log2 k) + 2 = L, that is 2^(L-1) - 1. Says whether one more layer doubles them."""
+    found = {}                                               # (setting, depth) -> hops of the seeds
     for run in runs:
         key = in_words(run.args), run.args.n_layer
         found.setdefault(key, []).append(solved(run.results["errors"]))
@@ -673,7 +703,7 @@ def show(runs):
     if with_heads:
         show_heads(runs[0].args, with_heads)
         if runs[0].args.plot:
-            plot_heads(max(with_heads, key=lambda run: run.args.n_layer))
+            plot_heads(max(with_heads, key=lambda run: run.args.n_layer))        # the deepest
     verdict(runs)
 
 # ---- The command --------------------------------------------------------------------------------
@@ -686,16 +716,16 @@ def show_construction(args):
     errors = hop_errors(model, task, args.n_eval, data, everywhere=True).tolist()
     show_heads(args)
     cells = [(f"k={k}", "error", error, "g") for k, error in enumerate(errors)]
-    common.print_table(f"Errors on {args.n_eval} sequences, undefined hops and all", cells)
+    common.print_table(f"Errors on {args.n_eval} sequences, at all positions", cells)
     common.say(f"""
 Largest error {max(errors):g}, by depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
 {model.n_embd}, N = {args.seq_len}.
-The depth is the theorem's; its one head, and a width that does not grow with N, are not met.""")
+The depth is the theorem's, which needs only one head, and a width that does not grow with N.""")
     return [dict(k=k, error=error) for k, error in enumerate(errors)]
 
 def show_mpc(args, q=32, s=320):
-    """--preset mpc: rounds, memory and load for k = 1, 2, 4, ..., a dict for each k; answers are
-    checked against find."""
+    """--preset mpc: rounds, memory and load for k = 1, 2, 4, ..., a dict for each k. The answers
+    are compared with those of find."""
     task = HopTask(args.seq_len + 2, args.n_chars, args.max_hops)
     tokens, _ = task.sample(1, torch.Generator().manual_seed(args.seed[0]))
     chars = tokens[:, 1:] - task.char                        # (1, seq_len)
@@ -703,16 +733,16 @@ def show_mpc(args, q=32, s=320):
     cells = []
     for bit in range(args.max_hops.bit_length()):
         k = 2**bit
-        hops, cluster = mpc_hops(chars[0].tolist(), k, q, s, args.n_chars)
-        right = hops == follow(chars, find(chars, k))[0].tolist()
+        answers, cluster = mpc_hops(chars[0].tolist(), k, q, s, args.n_chars)
+        right = answers == follow(chars, find(chars, k))[0].tolist()
         results.append(dict(
             k=k, right=right, rounds=cluster.rounds, depth=bit + 2,
             memory=cluster.memory, load=cluster.load,
         ))
         cells += [(f"hop_{k}", name, str(value)) for name, value in results[-1].items()]
     common.print_table(f"""\
-hop_k of {args.seq_len} characters by {q} machines of {s} words. Right: as by find. Depth: of a
-transformer. Memory: the most words that one holds; load: that one sends or receives.""", cells)
+hop_k of {args.seq_len} characters by {q} machines of {s} words. Right: as found by find. Depth: of
+a transformer. Memory: the most words that one holds; load: that one sends or receives.""", cells)
     more = np.diff([result["rounds"] for result in results])
     common.say(f"\nRounds that each doubling of k adds: {more}. To a transformer, it adds a layer.")
     return results
