@@ -659,7 +659,7 @@ def plot_heads(run):
     for k in (args.max_hops // 2, args.max_hops):
         title = f"{args.label}, asked for {k} hops"
         panels[title] = np.concatenate(alignment[k]), heads, hops, axis, []
-    common.plot_matrices(run.folder.parent / "heads.png", panels, columns=1)
+    common.plot_matrices(run.folder.parent / "heads.png", panels, columns=2)
 
     task, model = load(run.folder)
     tokens, _ = task.sample(1, torch.Generator().manual_seed(0), hops=args.max_hops)
