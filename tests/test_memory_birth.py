@@ -419,6 +419,7 @@ def test_half_of_what_is_scored_are_self_loops():
 
 
 def test_every_layers_attention_of_each_setting_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     drawn = {}
     monkeypatch.setattr(common, "plot_matrices", lambda path, panels, columns: drawn.update(panels))
     monkeypatch.setattr(common, "plot", lambda *rest, **settings: None)
