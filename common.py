@@ -491,8 +491,11 @@ def plot(path, panels, columns=3):
     Curves with the same label and x are those of several seeds, drawn as their median in a band
     from the lowest to the highest. style: keyword arguments for axis.plot.
     """
+    from matplotlib import colormaps
     figure, axes = new_axes(panels, columns)
+    looks = dict(color=colormaps["tab10"].colors[:8], linestyle=["-", "--", "-.", ":"] * 2)
     for axis, (settings, curves) in zip(axes, panels.values()):
+        axis.set_prop_cycle(**looks)                         # told apart in grey, too
         found = {}                                           # (label, x) -> ys of the seeds, style
         for label, x, y, style in curves:
             ys, _ = found.setdefault((label, tuple(x)), ([], style))

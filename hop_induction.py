@@ -591,7 +591,7 @@ def show_errors(runs):
     hops = range(args.max_hops + 1)
     chance = 1 - 1 / args.n_chars
     ends = 0, args.max_hops
-    thin = dict(color="black", linewidth=0.6)
+    thin = dict(color="black", linestyle="-", linewidth=0.6)
     cells = []
     curves = [
         ("a random character", ends, (chance, chance), thin),

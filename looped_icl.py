@@ -828,7 +828,8 @@ def show_summary(task, runs):
 over seeds (and tables). 90% interval: of the first seed, over test prompts.""", cells)
 
 ERRORS = (3e-4, 5)                                           # the range of the axes
-IN_GRAY = dict(color="gray", linewidth=1, markersize=3)      # in the figure, not in the tables
+# in the figure, not in the tables
+IN_GRAY = dict(color="gray", linestyle="-", linewidth=1, markersize=3)
 
 def by_examples(task, runs):
     """Fig. 3: the error by number of examples: of our models, the paper's, and baselines."""

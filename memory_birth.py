@@ -723,8 +723,8 @@ def plot_curves(runs):
                     curves.append((name, steps, [line[key] for line in run.metrics], {}))
             top = max(1, *curves[0][2])
             for name, until in parse_freeze(run.args.freeze).items():
-                thaw = f"{MATRICES[name]} thaws", [until, until], [0, top], dict(color="black")
-                curves.append(thaw)
+                style = dict(color="black", linestyle="-")
+                curves.append((f"{MATRICES[name]} thaws", [until, until], [0, top], style))
     common.plot(runs[0].folder.parent / "curves.png", panels, columns=2)
 
 @torch.no_grad()
