@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import common
 import random_transformer
@@ -263,19 +262,6 @@ def test_training_learns_nothing_from_the_test_set(tmp_path, monkeypatch, name):
     assert bool(drawn & tested) == (name != "modadd")                            # they are drawn, and left out
 
 
-@pytest.mark.parametrize("name", ["modadd", "needle", "addition", "parens", "memorize", "imitate"])
-def test_sampling_never_waits_for_the_device(name):
-    """Under fake tensors, all that has to know a value (.item(), a boolean mask as an index) is an error."""
-    task = TASKS[name](8)
-    n = task.n_answers
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        tokens, scored = task.sample(16, generator())
-        at, targets = answers(tokens, scored & ~task.held_out(tokens)[:, None], n)
-        assert targets.shape == (16, n)
-        with pytest.raises(DataDependentOutputException):                        # and it is noticed
-            task.held_out(tokens).any().item()
-
-
 def test_chance_is_what_a_trivial_answer_makes():
     labels = list(decoded(*TASKS["parens"](10).test_set))
     even = np.mean([(len(text) % 2 == 0) == (label == 2) for text, label in labels])
@@ -438,27 +424,24 @@ def test_recurrent_models_predict_where_they_are_asked(kind):
     np.testing.assert_allclose(logits[1, 2].detach().numpy(), expected, atol=1e-6)
 
 
-def test_dropout_and_weight_decay_are_the_released_codes(tmp_path, monkeypatch, short_lm):
+@pytest.mark.parametrize("name, rate, n_layer", [("lm", 0.1, 4), ("parens", 0.0, 2)])
+def test_dropout_and_weight_decay_are_the_released_codes(tmp_path, monkeypatch, short_lm, name, rate, n_layer):
     """Dropout in lm's training alone; no weight decay on biases and norms."""
-    text, groups, rates = tmp_path / "text.txt", [], {}
+    text, rates, dropout = tmp_path / "text.txt", {}, F.dropout
     text.write_text("one two three. " * 3_000)
-    step, dropout = torch.optim.AdamW.step, F.dropout
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (groups.extend(self.param_groups), step(self))[1])
 
     def watched(x, p=0.5, training=True, inplace=False):
         rates.setdefault(torch.is_grad_enabled(), []).append(p * training)
         return dropout(x, p, training, inplace)
     monkeypatch.setattr(F, "dropout", watched)
-    for name, rate, n_layer in [("lm", 0.1, 4), ("parens", 0.0, 2)]:
-        groups.clear()
-        rates.clear()
-        own = ["--text", text, "--eval-every", "5"] if name == "lm" else []
-        run = one_run(tmp_path / name, "--task", name, "--train", "full", "--steps", "1", "--weight-decay", "0.1", "--size", "6", *own)
-        train_and_measure(run)
-        assert set(rates[True]) == {rate} and set(rates[False]) == {0.0}
-        assert len(rates[True]) == 1 + 2 * n_layer           # the embeddings, and in each layer what attention and MLP write
-        assert {p.dim(): group["weight_decay"] for group in groups for p in group["params"]} == {2: 0.1, 1: 0.0}
-        assert sum(len(group["params"]) for group in groups) == 3 + 12 * n_layer + 2
+    own = ["--text", text] if name == "lm" else []
+    run = one_run(tmp_path, "--task", name, "--train", "full", "--steps", "1", "--weight-decay", "0.1", "--size", "6", *own)
+    train_and_measure(run)
+    assert set(rates[True]) == {rate} and set(rates[False]) == {0.0}
+    assert len(rates[True]) == 1 + 2 * n_layer               # the embeddings, and in each layer what attention and MLP write
+    groups = run.optimizer.param_groups
+    assert {p.dim(): group["weight_decay"] for group in groups for p in group["params"]} == {2: 0.1, 1: 0.0}
+    assert sum(len(group["params"]) for group in groups) == 3 + 12 * n_layer + 2
 
 
 def test_parameter_counts(tmp_path, monkeypatch, capsys):
@@ -656,7 +639,7 @@ def test_table_1_has_the_papers_columns_and_numbers(tmp_path, monkeypatch, capsy
     assert len(paper) == 20 and float(paper["needle: lstm, fully trained, width 1024"]) == 0.995
 
 
-def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_path, monkeypatch, figures):
+def test_the_width_figure_shows_medians_chance_and_what_is_published(tmp_path, monkeypatch, figures):
     scores = {16: [0.1, 0.2, 0.9], 1024: [0.7, 0.8, 1.0]}
     fake_runs(monkeypatch, lambda args: scores[args.n_embd][args.seed])
     flags = ["--preset", "paper", "--task", "parens", "addition", "--train", "embeddings", "--seed", "0", "1", "2", "--plot"]
@@ -666,8 +649,6 @@ def test_the_width_figure_shows_medians_ranges_chance_and_what_is_published(tmp_
     assert lines["measured: random"] == [[4, 0.2], [10, 0.8]] and [label.get_text() for label in addition.get_xticklabels()] == ["16", "1024"]
     assert lines["paper: random"] == [[4, 0.266], [10, 1.0]]
     assert lines["trivial: one answer at each position"] == [[4, 0.25], [10, 0.25]]
-    band = addition.collections[0].get_paths()[0].vertices
-    assert {(x, round(y, 6)) for x, y in band} >= {(4, 0.1), (4, 0.9), (10, 0.7), (10, 1.0)}
     assert parens.get_xlabel() == "width" and parens.get_ylabel() == "test accuracy"
 
 
