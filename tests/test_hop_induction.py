@@ -285,22 +285,18 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, monkeypatch):
     assert rates == pytest.approx(expected, rel=1e-5) and rates[10] == pytest.approx(peak)
 
 
-def test_dropout_is_where_gpt2_has_it_and_as_strong_as_in_the_paper(tmp_path, monkeypatch):
+# of the transformer the embeddings, and twice in each layer; of the LSTM what goes in and what comes out
+@pytest.mark.parametrize("arch, n_places", [("transformer", 5), ("lstm", 2)])
+def test_dropout_is_where_gpt2_has_it(tmp_path, monkeypatch, arch, n_places):
     seen = []
-    dropout = F.dropout
 
     def watched(x, p=0.5, training=True, inplace=False):
-        if training:
-            seen.append((p, tuple(x.shape)))
-        return dropout(x, p, training, inplace)
+        seen.append((p, training, tuple(x.shape)))
+        return x
     monkeypatch.setattr(F, "dropout", watched)
-    HopTransformer(2, 2, 16, 30, 9, 0.1)(torch.zeros(1, 9, dtype=torch.long))
-    assert seen == [(0.1, (1, 9, 16))] * 5                                       # embeddings; twice in each layer
-    for preset, arch, p in ("paper", "transformer", 0.1), ("paper", "lstm", 0.1), ("quick", "lstm", 0.0):
-        run = one_run(tmp_path / preset, "--preset", preset, "--arch", arch, "--steps", "3")
-        seen.clear()
-        hop_induction.train(run.args, run)
-        assert {strength for strength, _ in seen} == {p}
+    _, model = hop_induction.build(one_run(tmp_path, "--arch", arch, "--dropout", "0.1").args)
+    model(torch.zeros(1, 11, dtype=torch.long))
+    assert seen == [(0.1, True, (1, 11, 16))] * n_places
 
 
 @pytest.mark.parametrize("arch", ["transformer", "lstm"])
@@ -466,7 +462,7 @@ def test_the_loss_counts_all_positions_of_the_sequences_of_the_seed(tmp_path):
     assert run.metrics[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_figure_of_errors_shows_medians_ranges_and_what_is_published(monkeypatch, figures):
+def test_the_figure_of_errors_shows_medians_and_what_is_published(monkeypatch, figures):
     runs = runs_of("--preset", "paper", "--n-layer", "4", "--seed", "0", "1", "2", "--plot")
     cells = shown(monkeypatch, runs, *[dict(errors=[x] * 16 + [None]) for x in (0.1, 0.2, 0.9)])
     axis, = figures["errors"].axes
@@ -477,8 +473,6 @@ def test_the_figure_of_errors_shows_medians_ranges_and_what_is_published(monkeyp
     assert dict(paper.get_xydata().tolist())[8] == 0.068 and len(paper.get_xydata()) == 8
     assert paper.get_color() == lines["4 layers"].get_color() and paper.get_fillstyle() == "none"
     assert set(lines["a random character"].get_ydata()) == {0.75} and set(lines["solved: below 5%"].get_ydata()) == {0.05}
-    bands = [band.get_paths()[0].vertices[:, 1] for band in axis.collections]
-    assert (0.1, 0.9) in [(band.min(), band.max()) for band in bands]
 
 
 @pytest.mark.parametrize("hops, line", [
