@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import common
 import random_transformer
 from random_transformer import TASKS, TRAINABLE, Recurrent, Transformer, answers, explained_variance, train_only
-from test_common import generator, numpy_block, numpy_linear, numpy_mlp, numpy_norm
+from test_common import generator, numpy_block, numpy_linear, numpy_mlp, numpy_norm, refused
 
 SCRIPT = Path(random_transformer.__file__)
 TINY = ["--device", "cpu", "--n-embd", "16", "--train", "embeddings", "--batch-size", "8", "--steps", "60",
@@ -665,7 +665,7 @@ def test_a_published_number_stands_beside_the_published_setting_alone(tmp_path, 
 @pytest.mark.parametrize("flags, message", [
     ("--n-embd 16 18", "18 is not divisible by n_head 4"),
     ("--size 40", "parens: 40 is not in range"),
-    ("--task lm", "no TinyStories, give --text FILE: .*no route to host"),
+    ("--task lm", "no TinyStories, give --text FILE: no route to host"),
     ("--task lm --text no_such_file", "no_such_file"),
     ("--task lm --text SHORT", "too few"),
     ("--task imitate --size 5", "--size has no effect"),
@@ -677,9 +677,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_written(flags, message, t
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "short").write_text("too few words")
     flags = flags.replace("SHORT", str(tmp_path / "short")).split()
-    with pytest.raises(common.UsageError, match=message):
-        random_transformer.main([*flags, "--device", "cpu", "--out-dir", tmp_path / "out"])
-    assert not (tmp_path / "out").exists()
+    assert message in refused(random_transformer.main, tmp_path, "--device", "cpu", *flags)
 
 
 def test_settings_without_effect_make_no_second_run(tmp_path):
