@@ -1,4 +1,6 @@
 """Fixtures that the tests of several scripts share."""
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,3 +23,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by name; none is saved."""
+    figure = pytest.importorskip("matplotlib.figure")
+    found = {}
+
+    def keep(figure, path, **settings):
+        found[Path(path).stem] = figure
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    return found

@@ -36,24 +36,40 @@ def test_there_are_commands():
     assert len(ALL) > 40 and {name for _, name, _ in ALL} == set(SCRIPTS)
 
 
+@pytest.fixture
+def runs_of(tmp_path, monkeypatch):
+    """A function that gives the runs of a command; none if it trains nothing."""
+    monkeypatch.chdir(tmp_path)
+
+    def runs(name, flags):
+        script = importlib.import_module(name)
+        Path("FILE").write_text("1 2 0\n0 1 2 1\n" if name == "ntp_convergence" else "one two three. " * 2_000)
+        args = script.parse_args(flags)
+        if args.preset in ("construct", "mpc", "three-steps"):
+            return []
+        return common.sweep(args, script.SWEEP, lambda args: None, script.resolve)
+    return runs
+
+
 @pytest.mark.parametrize("document, name, flags", ALL)
-def test_a_documented_command_parses(document, name, flags, tmp_path, monkeypatch):
-    script = importlib.import_module(name)
-    data = tmp_path / "data.txt"
-    data.write_text("1 2 0\n0 1 2 1\n" if name == "ntp_convergence" else "one two three. " * 2_000)
-    if "openml" in flags:
-        pytest.skip("needs the tables")
+def test_a_documented_command_parses(document, name, flags, runs_of):
     if "--plot" in flags:
         pytest.importorskip("matplotlib")
-    words = [str(data) if word == "FILE" else word for word in flags.split()]
-    monkeypatch.chdir(tmp_path)
     try:
-        args = script.parse_args(words)
+        runs_of(name, flags.split())
     except SystemExit as stop:                               # --help
         assert stop.code == 0
-        return
-    trains_nothing = args.preset in ("construct", "mpc", "three-steps") or getattr(args, "params", False)
-    assert trains_nothing or common.sweep(args, script.SWEEP, lambda args: None, script.resolve)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_that_train_different_things_have_different_folders(script, runs_of):
+    trained = {}
+    for _, name, flags in ALL:
+        flags = [flag for flag in flags.split() if flag != "--plot"]             # trains the same, and wants matplotlib
+        if name == script and "--help" not in flags:
+            for run in runs_of(name, flags):
+                assert trained.setdefault(run.folder, run.settings) == run.settings
+    assert len(trained) > 50
 
 
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])

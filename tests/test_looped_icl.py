@@ -16,7 +16,7 @@ import common
 import looped_icl
 from looped_icl import (InContextTransformer, Prompts, Tables, averaging, gd_network, lasso, least_squares,
                         nearest_neighbors, sample_prompts)
-from test_common import numpy_block
+from test_common import generator, metrics_of, numpy_block, numpy_norm, refused
 
 SCRIPT = Path(looped_icl.__file__)
 FUNCTIONS = [name for name in looped_icl.TASKS if name != "openml"]
@@ -33,11 +33,6 @@ def call_main(*flags):
     return looped_icl.main(["--device", "cpu", *map(str, flags)])
 
 
-def metrics_of(result):
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in Path(result["folder"], "metrics.jsonl").read_text().splitlines()]
-
-
 def runs_of(*flags):
     """The runs that the flags ask for."""
     args = looped_icl.parse_args(["--device", "cpu", "--out-dir", "nowhere", *flags])
@@ -48,10 +43,6 @@ def settings(*flags):
     """The settings of the one run that the flags ask for."""
     run, = runs_of(*flags)
     return run.args
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---- The prompts ------------------------------------------------------------------------------------------------------
@@ -124,11 +115,6 @@ def test_parameter_counts_at_the_papers_sizes():
     assert count(d, n_points, L, 4, C) == (d + 1) * C + (2 * n_points + 1) * C + L * (12 * C**2 + 13 * C) + 2 * C + C + 1
 
 
-def norm(x, layer):
-    w, b = (p.detach().numpy() for p in (layer.weight, layer.bias))
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w + b
-
-
 @pytest.mark.parametrize("inject", ["add", "multiply", "none"])
 def test_forward_agrees_with_numpy(inject, loops=3):
     torch.manual_seed(0)
@@ -149,7 +135,7 @@ def test_forward_agrees_with_numpy(inject, loops=3):
             z = {"add": z + e, "multiply": z * e, "none": z}[inject] + weights["wpe.weight"][:10]
             for block in model.h:
                 z = numpy_block(block, z)[0]
-            z = norm(z, model.ln_f)
+            z = numpy_norm(z, model.ln_f)
             expected = z[::2] @ weights["read_out.weight"][0] + weights["read_out.bias"]
             np.testing.assert_allclose(predictions[i, b], expected, atol=1e-8)
 
@@ -160,8 +146,6 @@ def test_tied_is_the_whole_trunk_of_one_layer_applied_n_layer_times():
     model = looped_icl.build(args)[1]
     # the initialisation of one layer: N(0, 0.02 / sqrt(2)) for what writes to the residual stream
     assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2), rel=0.05)
-    passes, trunk = [], model.trunk
-    model.trunk = lambda x: passes.append(1) or trunk(x)
     assert looped_icl.passes(args) == looped_icl.curriculum(args, 0)[2] == 4
     xs, ys = sample_prompts("linear", 2, 6, 3, generator())
     z = model.read_in(torch.stack([xs, F.pad(ys[..., None], (0, 2))], 2).flatten(1, 2)[:, :-1])
@@ -169,7 +153,7 @@ def test_tied_is_the_whole_trunk_of_one_layer_applied_n_layer_times():
         z = F.layer_norm(model.h[0](z + model.wpe.weight[:11]), (64,), model.ln_f.weight, model.ln_f.bias)
     expected = model.read_out(z[:, ::2])[..., 0]
     ours = model(xs, ys, 4, 1)
-    assert len(passes) == 4 and len(ours) == 1
+    assert len(ours) == 1
     torch.testing.assert_close(ours[0], expected)
     parameters = list(model.parameters())
     torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), parameters),             # through all four
@@ -191,8 +175,20 @@ def test_a_prediction_sees_neither_its_label_nor_later_pairs(model):
     torch.testing.assert_close(fewer, before[:, :, :4])
 
 
+def cut_by_hand(model, monkeypatch):
+    """From now on no gradient passes the model's third loop. Returns a list that grows with each loop."""
+    trunk, calls = model.trunk, []
+
+    def cut(x):
+        calls.append(1)
+        z = trunk(x)
+        return z.detach() if len(calls) == 3 else z
+    monkeypatch.setattr(model, "trunk", cut)
+    return calls
+
+
 @pytest.mark.parametrize("inject", ["add", "multiply", "none"])
-def test_loops_and_windows(inject):
+def test_loops_and_windows(inject, monkeypatch):
     model = InContextTransformer(3, 6, 1, 2, 16, inject)
     xs, ys = sample_prompts("linear", 4, 6, 3, generator())
     whole = model(xs, ys, 7, 7)
@@ -209,16 +205,8 @@ def test_loops_and_windows(inject):
         torch.testing.assert_close(with_window, through_all)
         assert with_window[1].abs().max() > 0
         return
-    trunk, calls = model.trunk, []
-
-    def detached(x):                       # the same by hand: cut after the third loop
-        calls.append(1)
-        z = trunk(x)
-        return z.detach() if len(calls) == 3 else z
-    model.trunk = detached
-    by_hand = gradient(model(xs, ys, 5, 5)[3:])
-    del model.trunk
-    torch.testing.assert_close(with_window, by_hand)
+    cut_by_hand(model, monkeypatch)
+    torch.testing.assert_close(with_window, gradient(model(xs, ys, 5, 5)[3:]))
     assert not torch.allclose(with_window[0], through_all[0])
 
 
@@ -236,13 +224,7 @@ def test_autocast_leaves_a_window_its_gradient(monkeypatch):
         return {name: p.grad for name, p in model.named_parameters()}
     ours = gradients()
     # the same loop without no_grad, cut by hand before the window
-    trunk, calls = model.trunk, []
-
-    def detached(x):
-        calls.append(1)
-        z = trunk(x)
-        return z.detach() if len(calls) == 3 else z
-    monkeypatch.setattr(model, "trunk", detached)
+    calls = cut_by_hand(model, monkeypatch)
     monkeypatch.setattr(torch, "set_grad_enabled", lambda enabled: nullcontext())
     expected = gradients()
     assert len(calls) == 5 and set(ours) == set(expected)
@@ -263,7 +245,7 @@ def test_compiled_training_follows_the_curriculum(tmp_path, monkeypatch):
     flags = [*TINY, "--steps", "30", "--loops", "6", "--out-dir", tmp_path]     # 2 .. 6 loops, 4 .. 6 points
     plain, = call_main(*flags)
     compiled, = call_main("--compile", *flags, "--out-dir", tmp_path / "compiled")
-    plain, compiled = metrics_of(plain), metrics_of(compiled)
+    plain, compiled = metrics_of(plain["folder"]), metrics_of(compiled["folder"])
     assert [line["loops"] for line in compiled] == [2, 4, 6]
     for ours, expected in zip(compiled, plain):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -441,8 +423,7 @@ class Fake(nn.Module):
 
 
 def test_the_probe_finds_what_is_there():
-    fake = Fake()
-    found = looped_icl.probe(fake, Prompts("linear", 3), 15, 1, n=1_000)
+    found = looped_icl.probe(Fake(), Prompts("linear", 3), 15, 1, n=1_000)
     assert set(found) == {target + fitted for target in ("X^T y", "w") for fitted in ("", " (control)")}
     nothing, read, guessed = found["X^T y"]
     assert nothing == pytest.approx(1, abs=0.05) and read < 0.01 and guessed > 0.9
@@ -451,7 +432,6 @@ def test_the_probe_finds_what_is_there():
     nothing, read, guessed = found["X^T y (control)"]
     assert nothing > 1.5 and read < 0.01 and guessed > 1.5
     assert found["w (control)"][0] > 1.5
-    assert not any(part._forward_hooks for part in [fake.read_in, *fake.h])
 
 
 def test_the_probe_reads_the_read_in_and_each_loop_and_layer():
@@ -470,16 +450,16 @@ def test_the_probe_reads_the_read_in_and_each_loop_and_layer():
             assert (read[:, 32] == 1).all()
 
 
-@pytest.mark.parametrize("d, n", [(2, 6), (4, 3)])                 # more pairs than dimensions, and fewer
-def test_the_probe_against_one_prompt_and_one_prefix_at_a_time(d, n):
+# more pairs than dimensions, and fewer; fitted on as many prompts, and on 8 for each of the 9 inputs
+@pytest.mark.parametrize("d, n, n_prompts, fitted_on", [(2, 6, 150, 150), (4, 3, 50, 72)])
+def test_the_probe_against_one_prompt_and_one_prefix_at_a_time(d, n, n_prompts, fitted_on):
     torch.manual_seed(0)
     model = InContextTransformer(d, n, 1, 1, 4)
-    found = looped_icl.probe(model, Prompts("linear", d), n, 2, n=150)
-    fitted_on = 150                                                # more than 8 * 9
+    found = looped_icl.probe(model, Prompts("linear", d), n, 2, n=n_prompts)
     for constant in (False, True):
         errors = {"X^T y": [[] for _ in range(3)], "w": [[] for _ in range(3)]}
         (xs, ys), (x_test, y_test) = (sample_prompts("linear", count, n, d, generator(seed))
-                                      for count, seed in [(fitted_on, 40_001), (150, 40_000)])
+                                      for count, seed in [(fitted_on, 40_001), (n_prompts, 40_000)])
         if constant:
             ys = xs.sum(2)
         layers, layers_test = ([z.detach().double().numpy() for z in looped_icl.hidden_states(model, x, y, 2)]
@@ -509,24 +489,6 @@ def test_errors_by_examples_at_converged_loops(tmp_path, capsys):
     assert results["curve"][0][-1] == pytest.approx(results["by_loops"][10], rel=1e-5)
     assert usual["curve"][0][-1] == pytest.approx(usual["by_loops"][3], rel=1e-5)
     assert results["by_loops"] == usual["by_loops"] and results["curve"] != usual["curve"]
-    assert settings("--preset", "paper").eval_loops == 500
-    assert settings("--preset", "paper", "--task", "decision-tree").eval_loops == 200
-
-
-def test_the_probe_is_not_fitted_by_heart():
-    noise = generator()
-
-    class Noise(Fake):
-        """Its states say nothing."""
-        def __init__(self):
-            super().__init__()
-            self.read_in = nn.Linear(64, 64)
-
-        def forward(self, xs, ys, loops):
-            for part in [self.read_in, *self.h]:
-                part(torch.randn(len(xs), 11, 64, generator=noise))
-    found = looped_icl.probe(Noise(), Prompts("linear", 3), 6, 1)
-    assert max(found["w"]) < 1.25                                                # chance is 1; fitted on 250 prompts, 2
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------------------
@@ -565,15 +527,13 @@ def test_tables_are_standardised_padded_and_split(tmp_path):
         assert len({any(row[13:15]) for row in x}) == 1                          # all of one table
         narrow += not any(row[13] for row in x)
     assert 100 < narrow < 200                                                    # both tables, about equally often
-    for wrong, message in [((tmp_path, 3), "3 tables"), ((tmp_path, 1, 20, 51), "--n-points")]:
-        with pytest.raises(ValueError, match=message):
-            Tables(*wrong)
+    with pytest.raises(ValueError, match="--n-points"):
+        Tables(tmp_path, 1, 20, 51)
 
 
 @pytest.mark.parametrize("edit, error", [
     (lambda header, lines: lines.extend(lines * 10), "1,000 to 10,000 rows"),
     (lambda header, lines: lines[7].__setitem__(2, "?"), "could not convert"),
-    (lambda header, lines: lines[7].pop(), "number of columns changed"),
     (lambda header, lines: lines[7].__setitem__(2, "nan"), "finite numbers"),
     (lambda header, lines: (header.clear(), lines.clear()), "rows"),
     (lambda header, lines: [line.__setitem__(-1, "abc"[i % 3]) for i, line in enumerate(lines)], "two classes"),
@@ -584,10 +544,8 @@ def test_tables_are_standardised_padded_and_split(tmp_path):
 def test_bad_tables_are_refused_with_file_and_reason(tmp_path, edit, error):
     write_table(tmp_path / "good.csv")
     write_table(tmp_path / "poor.csv", edit=edit)
-    with pytest.raises(ValueError) as stop:
-        call_main(*TINY, "--task", "openml", "--n-dims", "20", "--data-dir", tmp_path, "--out-dir", tmp_path / "out")
-    line = str(stop.value)
-    assert error in line and "poor.csv" in line and "\n" not in line and not (tmp_path / "out").exists()
+    line = refused(looped_icl.main, tmp_path, *TINY, "--task", "openml", "--n-dims", "20", "--data-dir", tmp_path)
+    assert error in line and "poor.csv" in line
 
 
 ARFF = """% a comment
@@ -635,9 +593,8 @@ def test_fetch_writes_numeric_columns_and_the_target_last(tmp_path, monkeypatch)
 @pytest.mark.parametrize("arff, target", [(ARFF, None), (ARFF.replace("40, 2, c, 7, 2", "{0 40, 1 2}"), "Class")])
 def test_a_data_set_that_is_no_table_is_refused_by_its_id(tmp_path, monkeypatch, arff, target):
     serve(monkeypatch, arff, target)
-    with pytest.raises(common.UsageError, match="--fetch 7: "):
-        call_main("--task", "openml", "--fetch", "7", "--data-dir", tmp_path / "tables")
-    assert not (tmp_path / "tables").exists()
+    flags = ["--device", "cpu", "--task", "openml", "--fetch", "7", "--data-dir", tmp_path / "tables"]
+    assert "--fetch 7: " in refused(looped_icl.main, tmp_path, *flags) and not (tmp_path / "tables").exists()
 
 
 def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
@@ -655,8 +612,6 @@ def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
     xs, ys = task.sample(50, 41, generator(20_000), part="test")
     wrong = model(xs, ys, 2)[0].argmax(-1) != ys
     assert results[1]["curve"][0] == pytest.approx(wrong.double().mean(0).tolist())
-    for model, total in ("standard", 5.392), ("looped", 5.649):                  # of ten accuracies
-        assert sum(looped_icl.ACCURACY[model].values()) == pytest.approx(total)
     call_main(*flags, "--n-points", 11, "--points-start", 11, "--out-dir", tmp_path / "out")
     assert "paper" not in capsys.readouterr().out.split("openml: error")[1]      # other prompts than the paper's
 
@@ -671,7 +626,6 @@ def test_the_curriculum_of_the_paper():
     args = settings("--preset", "paper", "--task", "decision-tree", "--model", "standard")
     assert at(0) == (20, 26, 1) and at(5_000) == (20, 31, 1) and at(75_000) == (20, 101, 1)
     args = settings("--preset", "paper", "--task", "decision-tree")
-    assert (args.loops, args.window, args.steps, args.batch_size, args.lr) == (70, 15, 500_000, 64, 1e-4)
     assert at(0) == (20, 26, 15) and at(499_999) == (20, 101, 70)
     args = settings()                                                            # nothing grows but the loops
     assert at(0) == (2, 6, 6) and at(419) == (2, 6, 18) and at(420) == at(1_099) == (2, 6, 20)
@@ -701,17 +655,8 @@ def test_training_moves_every_parameter_and_lowers_the_error(tmp_path, model):
     after = torch.load(Path(results["folder"]) / "ckpt.pt", weights_only=True)["model"]
     assert all(not torch.equal(p, after[name]) for name, p in before.named_parameters())
     assert len(results["curve"][0]) == 6 and ("by_loops" in results) == (model != "standard")
-    metrics = metrics_of(results)
+    metrics = metrics_of(results["folder"])
     assert metrics[-1]["error"] < metrics[0]["error"]                            # on the same prompts
-
-
-def test_a_loaded_run_predicts_as_its_results_say(tmp_path):
-    results, = call_main(*TINY, "--out-dir", tmp_path)
-    task, model = looped_icl.load(results["folder"])
-    assert not model.training
-    xs, ys = task.sample(20, 6, generator(20_000), part="test")
-    ours = (model(xs, ys, 4)[0] - ys).square().mean(0) / 3
-    assert ours.tolist() == pytest.approx(results["curve"][0], rel=1e-4)
 
 
 def test_every_task_and_model_trains_and_the_figures_are_drawn(tmp_path, capsys):
@@ -759,21 +704,17 @@ def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thr
 
 @pytest.mark.parametrize("flags, line", [
     (["--n-head", "3"], "n_embd 16 is not divisible by n_head 3"),
-    (["--n-points", "0"], "--n-points: 0 is not from 1"),
     (["--task", "linear", "openml", "--data-dir", "nowhere"], "nowhere has 0 tables"),
-    (["--model", "standard", "--inject", "none"], "has no effect on what was asked for"),
     (["--task", "decision-tree", "--dims-start", "3"], "--dims-start has no effect"),
-    (["--schedule", "linear"], "invalid choice"),
 ])
 def test_what_cannot_be_is_one_line_before_anything_is_written(flags, line, tmp_path):
-    with pytest.raises(common.UsageError) as error:
-        call_main(*TINY, *flags, "--out-dir", tmp_path)
-    assert line in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    assert line in refused(looped_icl.main, tmp_path, *TINY, *flags)
 
 
 def test_errors_baselines_and_other_inputs_are_means_over_all_prompts_in_units_of_the_variance(tmp_path):
     result, = call_main(*TINY, "--steps", "2", "--n-eval", "300", "--ood", "--out-dir", tmp_path)
     task, model = looped_icl.load(result["folder"])
+    assert not model.training
     draw = generator(20_000)
     xs, ys = task.sample(300, 6, draw)
 
@@ -856,7 +797,3 @@ def test_the_papers_curves_stand_beside_ours_and_loops_are_counted_from_1(capsys
     assert rows["1"] == rows["20"] == rows["120"] == ["0.500", "0.400"] and rows["200"] == ["0.500"]
     other = looped_icl.by_examples("linear", [made_up(20, [0.5] * 10, 0.25, "--preset", "paper", "--n-dims", "10")])
     assert not any("paper" in label for label, *_ in other)                      # another setting
-    for task, table in looped_icl.CURVES.items():
-        for curve in table.values():                                             # the errors fall
-            values = list(curve.values())
-            assert values == sorted(values, reverse=True) and max(map(int, curve)) < looped_icl.SETTINGS[task]["n_points"]
