@@ -902,8 +902,8 @@ def show_ood(task, runs):
 
 def verdict(task, runs):
     """Says of each model with several passes whether its answer stays past b of them, and whether
-    it matches others: whether its error is less than 1.3 times theirs. Medians over seeds, with all
-    examples."""
+    it is worse than others: whether its error is 1.3 times theirs or more. Medians over seeds, with
+    all examples."""
     at_b, at_10b, others = {}, {}, {}                        # errors of all seeds, by model
     for run in runs:
         name, by_loops = in_words(run), run.results.get("by_loops")
@@ -928,8 +928,8 @@ def verdict(task, runs):
         common.say(f"    error after b: {common.spread(at_b[name])}, after 10 b: "
                    f"{common.spread(at_10b[name])}")
         for other, theirs in others.items():
-            matched = "matched" if error < 1.3 * statistics.median(theirs) else "not matched"
-            common.say(f"    {other}: {common.spread(theirs)}, {matched}")
+            compared = "no worse" if error < 1.3 * statistics.median(theirs) else "worse"
+            common.say(f"    {compared} than {other}: {common.spread(theirs)}")
 
 def show(runs):
     """Prints the tables of each task and what they show, and draws the curves in one figure."""
