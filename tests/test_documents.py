@@ -25,7 +25,7 @@ def commands(document):
     for name, flags in re.findall(r"(?:python|torchrun[^\n`]*?) (\w+)\.py([^\n`#|&;)]*)", text):
         flags = re.sub(r"(?<=\S) {2,}\S.*|,.*", "", flags.strip()) if not flags.startswith("   ") else ""     # what it is for, in words
         if name in SCRIPTS:
-            found.append((name, flags.replace("$SLURM_ARRAY_TASK_ID", "3").split()))
+            found.append((name, flags.split()))
     return found
 
 
