@@ -17,7 +17,7 @@ the loop matches 12 layers, which have a lower error there; --preset medium is f
 Fig. 2, error by loops, at its own b = 30, T = 15 (--loops, --window):
     python looped_icl.py --preset paper --loops 30 --plot
 Fig. 3, error by examples of each task, with its own b and T. The looped model is shown where it has
-converged, at 500 loops, on trees at 200 (--eval-loops), and beside it the paper's curves:
+converged, at 500 loops, on trees at 200 (--eval-loops), and of three tasks the paper's curves, too:
     python looped_icl.py --preset paper --model looped standard tied --plot
     python looped_icl.py --preset paper --task noisy-linear --model looped standard --plot
     python looped_icl.py --preset paper --task sparse-linear --model looped standard --plot

@@ -41,7 +41,7 @@ global tokens rises. --preset paper has self-loops, and trains on all tokens.
     python memory_birth.py --freeze none wo2:300 wk1:300 wk2:300 --seed 20 21 22
     python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf \\
         --n-embd 256 --lr 0.03 --steps 200 --eval-every 10
-    Sec. 3, one layer (paper: 55%) against two (99%), everything trained; at the paper's size:
+    Sec. 3, one layer (paper: 55%) against two (over 99%), all trained; at the paper's size:
     python memory_birth.py --model full --n-layer 1 2 --loss all
     python memory_birth.py --preset paper --model full --n-layer 1 2
     Sec. 6, Theorem 3, three gradient steps from zero, and what breaks them:

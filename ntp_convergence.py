@@ -7,7 +7,7 @@ sentence is its query. Each query has its own order on the 20 tokens of the voca
 optimal token of a sentence is the one that this order puts above all its other tokens. The optimal
 token v alone decides what follows: the token n(v), where n is a fixed permutation.
 
-    The query 3 orders 0 > 1 > 2 > 3. The sentence 1 2 2 3 has the optimal token 1; n(1) follows.
+    The query 3 orders 0 > 1 > 2 > ... The sentence 1 2 2 1 3 has the optimal token 1; n(1) follows.
 
 An order is total if it compares any two tokens, partial if it compares only some pairs. In a
 two-level order each token is upper or lower, and each upper token is above each lower one.
@@ -21,9 +21,10 @@ token leads all others by at least 1, in logit or in score, as in a support vect
 Training has two stages: stage 1 trains W_OV on the pairs v, n(v), stage 2 trains W_KQ on the
 sentences. Both use normalised gradient descent, whose steps all have the same length. The claim: it
 turns each matrix to the direction of its max-margin solution, although no term of the loss asks for
-it. The cosine between the two goes to 1 at a sub-linear rate, the norm grows linearly, and the loss
-goes to its minimum exponentially fast (Theorems 1, 2). The model then also predicts what follows an
-unseen sentence if the training sentences imply which of its tokens is optimal (Theorem 3).
+it. The cosine between a matrix and its solution goes to 1 at a sub-linear rate, the norm grows
+linearly, and the loss goes to its minimum exponentially fast (Theorems 1, 2). The model then also
+predicts what follows an unseen sentence if the training sentences imply which of its tokens is
+optimal (Theorem 3).
 
 What to look for: both cosines pass 0.99, and 1 - cosine falls roughly like a power of the step;
 both norms are straight lines; the log of the loss above its minimum ends as a straight line; the
