@@ -136,9 +136,12 @@ def test_pick_device():
 def test_under_torchrun_cuda_is_the_processs_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
+    precision = []                                           # not set in earnest: other tests would run with it
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precision.append)
     monkeypatch.setenv("LOCAL_RANK", "6")
     assert pick_device("auto") == torch.device("cuda", 2)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert precision == ["high", "high"]                     # TF32
 
 
 # ---- Tables and figures ---------------------------------------------------------------------------------------------
