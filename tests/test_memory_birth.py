@@ -590,6 +590,14 @@ def test_the_loss_of_the_flag_on_sequences_of_the_seed_is_what_moves_the_weights
     assert line["loss"] == line["loss_" + loss.replace("-", "_")]
 
 
+def test_the_full_model_has_the_weight_decay_of_adamw(tmp_path):
+    flags = ["--model", "full", "--n-layer", 1, "--steps", 1, "--lr", 0.01, "--weight-decay"]
+    _, before, decayed, _ = trained(tmp_path / "decayed", *flags, 0.3)
+    _, _, plain, _ = trained(tmp_path / "plain", *flags, 0)
+    for name, weight in before.state_dict().items():
+        torch.testing.assert_close(decayed.state_dict()[name], plain.state_dict()[name] - 0.003 * weight)
+
+
 def shown(flags, capsys):
     """A command's one run, and its output in words, line by line."""
     call_main(*TINY, *flags)
