@@ -2,12 +2,13 @@
 Looped Transformers are Better at Learning Learning Algorithms
 Yang, Lee, Nowak, Papailiopoulos. ICLR 2024, arXiv 2311.12424.
 
-One transformer block, looped b times with the prompt added anew at every loop, matches a 12-layer
-transformer at in-context regression with less than a tenth of its parameters. It keeps its answer
-when looped far past b: it has learned an iterative algorithm with a fixed point. The quick preset
-shows the fixed point: the error with all examples falls towards that of least squares, 0, and is
-about the same at b and at 10 b loops; the last lines of the output say so. It does not show that
-the loop matches 12 layers, which have a lower error there; --preset medium is for that.
+The paper's claim: one transformer block, looped b times with the prompt added anew at every loop,
+matches a 12-layer transformer at in-context regression with less than a tenth of its parameters. It
+keeps its answer when looped far past b: it has learned an iterative algorithm with a fixed point.
+The quick preset shows the fixed point: the error with all examples falls towards that of least
+squares, 0, and is about the same at b and at 10 b loops; the last lines of the output say so. It
+does not show that the loop matches 12 layers, which have a lower error there; --preset medium is
+for that.
 
     python looped_icl.py                                two dimensions, in minutes
     python looped_icl.py --inject none                  our own variant: lost past b loops

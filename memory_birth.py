@@ -15,9 +15,10 @@ memories are learned from the top down. First W_O2, what to output, then W_K2, w
 for, then W_K1, how to attend to the previous token.
 
 What to look for. The in-context accuracy rises to nearly 1. While it does, W_K1 (its probe is
-wk1_64, at the first 64 positions) is behind W_O2 (wo2) and W_K2 (wk2). Freezing a matrix at its
-random start shows why. While W_O2 is frozen, nothing is learned. While W_K2 is frozen, W_O2 is
-learned, but W_K1 is not (at T = 256; in the quick preset, at T = 32, it is, slowly).
+wk1_64, at the first 64 positions) is behind W_O2 (wo2) and W_K2 (wk2), but not for long in --preset
+paper, where W_O2 is slower. Freezing a matrix at its random start shows why. While W_O2 is frozen,
+nothing is learned. While W_K2 is frozen, W_O2 is learned, but W_K1 is not (at T = 256; in the quick
+preset, at T = 32, it is, slowly).
 
 What not to conclude. Whether wo2 or wk2 is the first to pass a level depends on the level and on
 the probe: wk2 looks for the key among all characters, the authors' probe (wk2_triggers) among the K
@@ -37,7 +38,7 @@ global tokens rises. --preset paper has self-loops, and trains on all tokens.
     python memory_birth.py --preset paper --triggers fixed random --outputs uniform bigram
     The same with less frequent fixed triggers, without the ten most frequent characters:
     python memory_birth.py --preset paper --triggers fixed:10
-    The order of the curves, frozen or not; and at the authors' width and learning rate:
+    The order of the curves, frozen or not; and at the released code's width and learning rate:
     python memory_birth.py --freeze none wo2:300 wk1:300 wk2:300 --seed 20 21 22
     python memory_birth.py --preset paper --triggers fixed --loss in-context --no-use-wf \\
         --n-embd 256 --lr 0.03 --steps 200 --eval-every 10
