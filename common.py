@@ -121,7 +121,7 @@ def pick_device(name):
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % n_gpus}"
     here = ["cpu"] + [f"cuda:{i}" for i in range(n_gpus)]
     if name not in here:
-        raise UsageError(f"--device {name} is not here; here: {', '.join(here)}")
+        raise UsageError(f"--device {name} is not available; available: {', '.join(here)}")
     if name == "cpu":
         keep_freed_memory()
     else:
@@ -206,15 +206,16 @@ def say(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # 1: the standard output
 
 def command(main):
-    """Runs main as a command: a UsageError is one line, exit status 2; a failed run is status 1."""
+    """Runs main as a command: an error of use or of a file is one line, status 2. A failed run is
+    status 1."""
     sys.stdout = sys.stdout or open(os.devnull, "w")         # None if closed, as by `>&-`
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")                 # ? for what a terminal cannot show
     try:
         status = int(any("failed" in result for result in main()))
-    except (UsageError, KeyboardInterrupt) as error:
+    except (UsageError, RunError, OSError, KeyboardInterrupt) as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2 if isinstance(error, UsageError) else 130
+        status = 130 if isinstance(error, KeyboardInterrupt) else 2
     sys.exit(status)
 
 # ---- A run and its folder -----------------------------------------------------------------------
@@ -236,7 +237,7 @@ def write(path, data):
     os.replace(temporary, path)
 
 def read_checkpoint(path):
-    """What a ckpt.pt holds, on the CPU. RunError if it is damaged."""
+    """Reads a ckpt.pt to the CPU. RunError if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
@@ -274,7 +275,7 @@ class Run:
         if path.exists():
             ckpt = read_checkpoint(path)
             if ckpt["settings"] != self.settings:
-                raise RunError(f"{path} is of other settings: give another --out-dir")
+                raise RunError(f"{path} has other settings: give another --out-dir")
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
             data.set_state(ckpt["data"])
@@ -327,7 +328,7 @@ class Run:
 
     def read(self, edited):
         """Reads the results and the metrics. Returns None if there are none or they are damaged, or
-        of other flags, or older than the code. edited: the time of the last change to the code."""
+        of other flags, or older than `edited`, a time."""
         path = self.folder / "results.json"
         try:
             results = json.loads(path.read_text())
@@ -400,20 +401,29 @@ def sweep(args, over, build, resolve=lambda args: None, measured=()):
                 raise UsageError(f"{run.folder.name}: {error}") from error
     return runs
 
+def last_edit(args, script):
+    """The time of the last change to the code, or to the file of --text or --sentences."""
+    files = [Path(__file__), script]
+    for key in ("text", "sentences"):
+        if Path(getattr(args, key, None) or "").is_file():
+            files.append(Path(getattr(args, key)))
+    return max(file.stat().st_mtime for file in files)
+
 def complete(runs, train, measure, show):
     """Trains and measures the runs without results, then calls show(runs) with all that have them.
 
-    As `make` does, it makes results.json again from ckpt.pt if the script is newer, or if flags
-    that only the measurement depends on have changed. Returns a dict for each run: its results, its
-    "folder" and, if it failed, "failed": the reason. Under torchrun each of WORLD_SIZE processes
-    takes its part of the runs and shows nothing; repeat the command without torchrun to show all.
+    As `make` does, it makes results.json again from ckpt.pt if the script is newer, or the file of
+    --text or --sentences, or if flags that only the measurement depends on have changed. Returns a
+    dict for each run: its results, its "folder" and, if it failed, "failed": the reason. Under
+    torchrun each of WORLD_SIZE processes takes its part of the runs and shows nothing; repeat the
+    command without torchrun to show all.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    edited = max(script_of(train).stat().st_mtime, Path(__file__).stat().st_mtime)
     runs = runs[rank::world]
-    older = []                                               # folders trained by older code
+    older = []                                               # folders trained before the last edit
     for run in runs:
         path = run.folder / "ckpt.pt"
+        edited = last_edit(run.args, script_of(train))
         if path.exists() and path.stat().st_mtime < edited:
             older.append(run.folder)
         try:
@@ -430,7 +440,7 @@ def complete(runs, train, measure, show):
     if done and world == 1:
         show(done)
     for folder in older:
-        say(f"{folder}: trained before the code was edited; delete it to train anew")
+        say(f"{folder}: trained before the last edit; delete it to train anew")
     return [run.results for run in runs]
 
 def make_results(run, train, measure):
@@ -464,7 +474,7 @@ def print_table(title, cells):
     for row, column, value, *form in cells:
         values, _ = found.setdefault((str(row), str(column)), ([], form))
         values.append(value)
-    rows, columns = [list(dict.fromkeys(names)) for names in zip(*found)]        # without doubles
+    rows, columns = [list(dict.fromkeys(names)) for names in zip(*found)]        # each name once
     lines = [["", *columns]]
     for row in rows:
         lines.append([row])

@@ -110,7 +110,7 @@ class HopTask:
         self.block_size = seq_len - 1
 
     def sample(self, batch, generator, hops=None):
-        """tokens, targets (B, T); the generator is one of the task's device. hops: None (uniform in
+        """tokens, targets (B, T); the generator is on the task's device. hops: None (uniform in
         0..max_hops), an int, or (B,). ValueError for hops that have no token."""
         on = dict(generator=generator, device=self.device)
         if hops is None:
@@ -136,7 +136,6 @@ class HopTransformer(nn.Module):
 
     def __init__(self, n_layer, n_head, n_embd, vocab_size, block_size, dropout=0.0):
         super().__init__()
-        self.n_layer = n_layer
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
         self.drop = nn.Dropout(dropout)
@@ -235,7 +234,7 @@ def train(args, run):
     )
     data = torch.Generator(args.device).manual_seed(args.seed)
     if args.n_train:                                         # fixed batches, in a fixed order
-        n_batches = args.n_train // args.batch_size          # a rest is left out, as by the authors
+        n_batches = args.n_train // args.batch_size          # the remainder is dropped
         sequences = task.sample(n_batches * args.batch_size, data)
         batches = torch.stack(sequences).split(args.batch_size, dim=1)           # each (2, B, T)
     start = run.restore(model, optimizer, data)
@@ -680,6 +679,8 @@ def verdict(runs):
     with floor(log2 k) + 2 = L, that is 2^(L-1) - 1. Says whether one more layer doubles them."""
     found = {}                                               # (setting, depth) -> hops of the seeds
     for run in runs:
+        if run.args.arch == "lstm":                          # always of two layers
+            continue
         key = in_words(run.args), run.args.n_layer
         found.setdefault(key, []).append(solved(run.results["errors"]))
     each = []
@@ -690,7 +691,8 @@ def verdict(runs):
         if (setting, depth - 1) in found:
             before = np.median(found[setting, depth - 1])
             doubled.append(hops > 1.5 * before or hops == runs[0].args.max_hops)
-    common.say(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")
+    if each:
+        common.say(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")
     if doubled:
         common.say(f"One more layer about doubles them in {sum(doubled)} of {len(doubled)} cases.")
 
@@ -760,7 +762,7 @@ def parse_args(argv=None):
     count = common.positive_int
     add("--arch", str, ["transformer"], "lstm: two layers, as many parameters", choices=list(ARCHS))
     add("--n-layer", count, [2, 3, 4], "layers")
-    add("--n-head", count, [4], "heads a layer of a transformer")
+    add("--n-head", count, [4], "heads per layer of a transformer")
     add("--n-embd", count, 64, "width d")
     add("--dropout", common.non_negative, 0.0, "fraction of units dropped in training")
     add("--seq-len", count, 24, "positions N as the paper counts: k and N - 2 characters (mpc: N)")
@@ -768,7 +770,7 @@ def parse_args(argv=None):
     add("--max-hops", count, 8, "largest number of hops")
     add("--n-train", common.number(int, 0, 10**5), [0],
         "fixed sequences, in whole batches (1000 are 992 in batches of 32); 0: fresh ones")
-    add("--batch-size", count, 64, "sequences a step")
+    add("--batch-size", count, 64, "sequences per step")
     add("--steps", count, 3_000, "training steps")
     add("--warmup", count, 400, "steps of linear warm-up, before the linear decay to 0")
     add("--lr", common.positive_float, 4e-3, "peak learning rate of AdamW")

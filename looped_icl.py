@@ -119,7 +119,7 @@ TASKS = {
     "sparse-linear": FunctionClass(sparse_linear, lambda d: min(d, 3), SIMPLE + ["Lasso"]),
     "decision-tree": FunctionClass(decision_tree, lambda d: 1, SIMPLE + TREES, signs_only=True),
     "relu-2nn": FunctionClass(relu_2nn, lambda d: d, SIMPLE + ["2-layer network"]),
-    "openml": FunctionClass(None, lambda d: 1, [], signs_only=True),    # all dimensions are active
+    "openml": FunctionClass(None, None, [], signs_only=True),           # all dimensions are active
 }
 
 def sample_prompts(task, batch, n_points, n_dims, generator, active_dims=None, device="cpu"):
@@ -476,7 +476,7 @@ def probe(model, task, n_points, loops, n=1_000):
 
 def shifted_prompts(task, n, n_points, generator):
     """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of the last y.
-    A squared error is divided by it: to answer 0 scores 1."""
+    A squared error is divided by it: always answering 0 scores 1."""
     d = task.n_dims
     f = TASKS[task.name].f
     degree = 0 if TASKS[task.name].signs_only else 2                    # y^2 grows as |x|^degree
@@ -668,7 +668,7 @@ def read_table(path, n_dims=20):
         f"5 to --n-dims {n_dims} features": 5 <= n_features <= n_dims,
         "finite numbers in all columns but the last": np.isfinite(features).all(),
         "two classes": len(classes) == 2,
-        "half as many rows of one class as of the other": 1 / 3 <= labels.mean() <= 2 / 3,
+        "at least half as many rows of one class as of the other": 1 / 3 <= labels.mean() <= 2 / 3,
     }
     for condition, is_met in conditions.items():
         if not is_met:
@@ -724,7 +724,6 @@ class Tables:
     first; tables are in the order of their numbers (shorter names first).
     """
 
-    scale = 1
     n_out = 2                                                           # two logits
 
     def __init__(self, folder, held_out, n_dims=20, n_points=41, device="cpu"):
@@ -829,7 +828,7 @@ def show_summary(task, runs):
 over seeds (and tables). 90% interval: of the first seed, over test prompts.""", cells)
 
 ERRORS = (3e-4, 5)                                           # the range of the axes
-# in the figure, not in the tables
+# baselines and thin lines, which are in the figure alone
 IN_GRAY = dict(color="gray", linestyle="-", linewidth=1, markersize=3)
 
 def by_examples(task, runs):
@@ -921,7 +920,7 @@ def verdict(task, runs):
     for name in at_b:
         error = statistics.median(at_b[name])
         answer = "its answer stays past the b loops of training"
-        if error > 0.9:                                                 # to answer 0 scores 1
+        if error > 0.9:                                                 # that of always 0 is 1
             answer = "it has learned nothing"
         elif statistics.median(at_10b[name]) > 1.3 * error:
             answer = "its answer is lost past the b loops of training"
@@ -955,7 +954,7 @@ def show(runs):
 
 COUNTS = {                                                   # flag: default, help
     "--n-layer": (12, "layers of standard and tied"),
-    "--n-head": (4, "heads a layer"),
+    "--n-head": (4, "heads per layer"),
     "--n-embd": (64, "width"),
     "--n-dims": (2, "dimensions d of x"),
     "--dims-start": (2, "dimensions at first; one more every stage"),
@@ -968,7 +967,7 @@ COUNTS = {                                                   # flag: default, he
     "--loops-every": (60, "looped: two loops are added every so many steps, from T up to b"),
     "--eval-loops": (None, "looped: loops for the error by examples and for --ood (default: b)"),
     "--steps": (1_100, "training steps"),
-    "--batch-size": (256, "prompts a step"),
+    "--batch-size": (256, "prompts per step"),
     "--eval-every": (100, "steps between evaluations"),
     "--n-eval": (1_280, "prompts of each measurement"),
 }

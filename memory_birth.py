@@ -157,7 +157,7 @@ class BigramTask:
         weights = pairs if outputs == "bigram" else torch.ones_like(pairs)
         if not self_loops:
             weights = weights - weights.diag().diag()
-        if (weights.sum(1) == 0).any():
+        if not self_loops and (pairs.sum(1) == pairs.diag()).any():
             raise ValueError("a character that only itself follows needs self-loops")
         self.cumulative = weights.cumsum(1)                                      # (V, V)
 
@@ -375,7 +375,7 @@ def parse_freeze(text):
 # ---- Training -----------------------------------------------------------------------------------
 
 def train(args, run):
-    """Trains one run, or what is left of it, and leaves its checkpoint."""
+    """Trains one run, or resumes it; the trained model is in its checkpoint."""
     task, model = build(args)
     rates = dict(lr=args.lr, weight_decay=args.weight_decay)                     # constant
     if args.model == "simple":
@@ -693,8 +693,9 @@ def verdict(run):
     if run.args.loss == "all":
         for key in ("loss_global", "loss_in_context"):
             half = (run.metrics[0][key] + run.metrics[-1][key]) / 2
-            step = next(line["step"] for line in run.metrics if line[key] <= half)
-            said.append(f"{key} has made half of its fall by step {step}.")
+            steps = [line["step"] for line in run.metrics if line[key] <= half]
+            if steps:                                        # none if all characters are triggers
+                said.append(f"{key} has made half of its fall by step {steps[0]}.")
     thaw = max(parse_freeze(run.args.freeze).values(), default=0)
     if thaw:
         before = [line for line in run.metrics if line["step"] <= thaw][-1]
@@ -783,7 +784,7 @@ def parse_args(argv=None):
     add("--model", nargs="+", choices=["simple", "full"], default=["simple"],
         help="Sec. 4.2's simple one, Sec. 3's full one")
     add("--n-layer", nargs="+", type=count, default=[2], help="layers of the full model")
-    add("--n-head", type=count, default=4, help="heads a layer of the full model")
+    add("--n-head", type=count, default=4, help="heads per layer of the full model")
     add("--n-embd", type=count, default=128, help="width d")
     add("--use-wf", action=switch, default=False, help="simple: W_F, the memory of global bigrams")
     add("--n-triggers", type=count, default=5, help="K, the triggers of a sequence")
@@ -801,7 +802,7 @@ def parse_args(argv=None):
         help="on all tokens, or at a trigger's second and later occurrences")
     add("--freeze", nargs="+", default=["none"],
         help="matrices (wk1, wk2, wo2, wf) frozen until a step, as in wk1:300+wk2:300; none")
-    add("--batch-size", type=count, help="sequences a step (default: the model's)")
+    add("--batch-size", type=count, help="sequences per step (default: the model's)")
     add("--steps", type=count, help="training steps (default: the model's)")
     add("--eval-every", type=count, help="steps between evaluations (default: the model's)")
     add("--lr", type=common.positive_float,

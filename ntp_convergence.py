@@ -132,7 +132,7 @@ def draw_sentences(n, length, orders, rng):
     return found[:n], optimal_token(found[:n], orders)
 
 def draw_dataset(vocab_size, n_sentences, length, seed, order):
-    """What make_dataset returns, and the orders of all queries (V, V, V)."""
+    """Returns what make_dataset returns, and the orders of all queries (V, V, V)."""
     rng = np.random.default_rng(seed)
     collocation = rng.permutation(vocab_size)
     orders = make_orders(vocab_size, order, rng)
@@ -230,12 +230,11 @@ class OneLayer(nn.Module):
         scores = self.E.mT @ self.W_KQ @ self.E              # (V, V): x^T W_KQ q for all x and q
         return scores[sentences, sentences[:, -1:]].softmax(-1)
 
-    def forward(self, sentences, return_attn=False):
-        """sentences (N, L) -> logits (N, V), with return_attn also the attention (N, L)."""
+    def forward(self, sentences):
+        """sentences (N, L) -> logits (N, V)."""
         attn = self.attention(sentences)
         values = self.token_logits()[sentences]              # (N, L, V)
-        logits = (attn.unsqueeze(1) @ values).squeeze(1)     # (N, V)
-        return (logits, attn) if return_attn else logits
+        return (attn.unsqueeze(1) @ values).squeeze(1)
 
 # The function gradients() below does what these two lines do, and a test compares both:
 #
@@ -309,7 +308,8 @@ def max_margin(A):
                 largest = max(largest, abs(change) * slope)
         if largest < 1e-11:
             return A.T @ dual, dual
-    raise ValueError("no max-margin solution: the constraints cannot all be met")
+    raise ValueError("no max-margin solution found: the constraints cannot all be met, or the "
+                     "embeddings are nearly dependent")
 
 def orthonormal(embedding):
     """Whether the columns of an embedding (d, V) are orthonormal."""
@@ -408,7 +408,7 @@ def examples(task, device):
     return stage_1, tensors(task.sentences, task.next_tokens, np.full(N, 1 / N))
 
 def marks(steps):
-    """The steps to measure at: 25 log-spaced ones and 25 evenly spaced ones, without doubles."""
+    """The steps to measure at: 25 log-spaced ones and 25 evenly spaced ones, without duplicates."""
     spaced = [*np.geomspace(1, steps, 25), *np.linspace(0, steps, 26)[1:]]
     return {round(t) for t in spaced}
 
@@ -417,7 +417,11 @@ def train(args, run):
     task, model = build(args)
     stage_1, stage_2 = examples(task, args.device)
     E = model.E.cpu().numpy()
-    solutions = max_margin_ov(E, task.collocation), max_margin_kq(E, task.sentences, task.optimal)
+    try:
+        W_KQ = max_margin_kq(E, task.sentences, task.optimal)
+    except ValueError as error:                              # of random embeddings
+        raise common.RunError(str(error)) from error
+    solutions = max_margin_ov(E, task.collocation), W_KQ
     solutions = [torch.from_numpy(W).to(model.E) for W in solutions]     # W_OV*, W_KQ*
     V = len(task.collocation)
     descent = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
@@ -600,6 +604,7 @@ def generalisation(model, task, seed, n=20_000):
     by_data = optimal_token(unseen, closure(said))           # -1 where there is none
     by_extension = optimal_token(unseen, extended_orders(task.sentences, task.optimal, V))
     extended = (by_data < 0) & (by_extension >= 0)
+    # where by_extension is -1, these two mean nothing: `extended` is false there
     once_optimal = said.any(axis=2)[unseen[:, -1], by_extension]
     beaten = said.any(axis=1)[unseen[:, -1], by_extension]
     groups = {                                               # which sentences, x*
@@ -704,7 +709,8 @@ def print_unseen(runs, title, measures):
                 value = run.results[f"{measure}_{group}"]
                 if value is not None:                        # None: there are no such sentences
                     cells.append((row, column, value))
-    common.print_table(title, cells)
+    if cells:                                                # none if the data are all sentences
+        common.print_table(title, cells)
 
 def verdict(runs):
     """Whether one setting's runs show the theorems, and the numbers that this rests on."""
@@ -713,7 +719,8 @@ def verdict(runs):
         for name in MATRICES:
             cosines.append(run.results[f"cosine_{name}"])
             fits.append(run.results[f"norm_{name}_rate"][1] or 0)        # None: too few steps
-        decided.append(run.results["accuracy_decided"] or 0)
+        if run.results["accuracy_decided"] is not None:      # None: no sentence is decided so
+            decided.append(run.results["accuracy_decided"])
     turned = min(cosines) >= 0.99 and min(fits) >= 0.999
 
     def seen(yes):
@@ -722,8 +729,11 @@ def verdict(runs):
     common.say(f"""
 Theorems 1 and 2 are {seen(turned)}: at the end the cosines with the max-margin solutions are at
 least {min(cosines):.4f} (asked for: 0.99), and straight lines fit the norms with an R^2 of at least
-{min(fits):.4f} (0.999). Theorem 3 is {seen(min(decided) == 1)}: if the data decide which token is
-optimal, the accuracy on unseen sentences is at least {min(decided):.3f} (1).""")
+{min(fits):.4f} (0.999).""")
+    if decided:
+        common.say(f"""\
+Theorem 3 is {seen(min(decided) == 1)}: if the data decide which token is optimal, the accuracy on
+unseen sentences is at least {min(decided):.3f} (1).""")
 
 def plot(runs):
     """Fig. 2: the panels of both matrices, and the fitted lines."""

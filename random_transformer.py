@@ -5,7 +5,7 @@ Zhong, Andreas. NeurIPS 2024, arXiv 2410.04368.
 Freeze every attention and MLP weight of a transformer at its random initialisation and train only
 the embeddings and the unembedding: it still learns modular addition, associative recall, decimal
 addition, balancing parentheses, even some language. The abilities were there; training picks the
-subspace that uses them. This takes a wide model.
+subspace that uses them. This requires a wide model.
 
 The last lines of the output name what each model solves. A random transformer, of which only the
 embeddings and the unembedding are trained, solves parentheses at width 128 but not at width 16;
@@ -21,7 +21,7 @@ lower learning rate raise it to 0.84 (RESULTS.md).
     presets only in results.json):
     python random_transformer.py --preset paper --n-embd 1024 \
         --train full embeddings token_unembed embed unembed
-    Table 3, bits a parameter (the authors' script used --lr 5e-3); Table 6, parameter counts:
+    Table 3, bits per parameter (the authors' script used --lr 5e-3); Table 6, parameter counts:
     python random_transformer.py --preset paper --task memorize --n-embd 128
     python random_transformer.py --preset params
     Table 9, linear attention; the threshold in width at the paper's size:
@@ -501,7 +501,7 @@ def tinystories(split):
         digest = re.search(r"sha256:(\w+)", pointer)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(TINYSTORIES.format("resolve", split), str(path), digest)
-    except (OSError, RuntimeError) as error:                 # RuntimeError: another hash
+    except (OSError, RuntimeError, TypeError) as error:      # another hash, or no pointer
         raise OSError(f"no TinyStories, give --text FILE: {error}") from error
     return path
 
@@ -898,7 +898,7 @@ def measure(args, run):
 
 # ---- Tables and figures -------------------------------------------------------------------------
 
-# Median accuracies of 10 restarts (Tables 1, 2); for memorize bits a parameter (Table 3)
+# Median accuracies of 10 restarts (Tables 1, 2); for memorize bits per parameter (Table 3)
 PUBLISHED = """
 model,train,width              modadd needle addition parens memorize
 transformer,embeddings,1024     1.000  1.000    1.000  1.000        -
@@ -945,7 +945,7 @@ def row_of(args):
     return f"{args.task}: {in_words(args)}, width {args.n_embd}"
 
 def bits(args, results):
-    """Table 3: bits a trained parameter; each recalled pair, of n x n, counts log2 n bits."""
+    """Table 3: bits per trained parameter; each recalled pair, of n x n, counts log2 n bits."""
     recalled = args.size**2 * results["accuracy"]
     return math.log2(args.size) * recalled / results["n_trained"]
 
@@ -984,7 +984,7 @@ def print_scores(runs):
         row = row_of(run.args)
         cells += [(row, column, score) for column, score in compared(run).items()]
         if run.args.task == "memorize":
-            row = f"{row}, bits a parameter"
+            row = f"{row}, bits per parameter"
             cells.append((row, "measured", bits(run.args, run.results)))
             cells.append((row, "paper", published(run.args)))
     common.print_table(SCORES, cells)
@@ -996,7 +996,7 @@ def print_findings(runs):
         for run in runs:
             for column, value in zip(columns, run.results.get(key, [])):
                 cells.append((row_of(run.args), column, value, ".2f"))
-        if cells and not (columns is DEPTHS and run.args.preset in SMALL):
+        if cells and not (columns is DEPTHS and runs[0].args.preset in SMALL):
             common.print_table(title, cells)
     for run in runs:
         if "prose" in run.results:
@@ -1016,7 +1016,7 @@ def print_verdict(runs):
     for (words, width), tasks in solved.items():
         common.say(f"  {words}, width {width}: {', '.join(sorted(tasks)) or 'nothing'}")
     random = {width: tasks for (words, width), tasks in solved.items() if words == "random"}
-    if random:
+    if len(random) > 1:
         tasks = random[max(random)] - random[min(random)]    # by the widest, not by the narrowest
         names = ", ".join(sorted(tasks)) or "nothing"
         common.say(f"Solved by the widest random transformer but not by the narrowest: {names}")
@@ -1026,7 +1026,7 @@ def n_numbers(parameters):
     return sum(parameter.numel() for parameter in parameters)
 
 def print_parameters(runs):
-    """Table 6: the parameters of each module, and how many are trained. Returns a dict a run.
+    """Table 6: the parameters of each module, and how many are trained. Returns one dict per run.
 
     For modadd's embedding the paper has 99,328 = 97 x 1024, so p = 97 there.
     """
@@ -1116,14 +1116,14 @@ def parse_args(argv=None):
         help="standard deviation of a transformer's initial weights; gpt2: 0.02, and 0.02 / "
         "sqrt(2 layers) if they write to the residual stream; paper: 0.02, and 0.01 in the MLP")
     add("--n-layer", type=count, help=f"layers of a transformer {own}")
-    add("--n-head", type=count, help=f"heads a layer of a softmax transformer {own}")
+    add("--n-head", type=count, help=f"heads per layer of a softmax transformer {own}")
     add("--size", type=count,
         help="modulus (modadd), most pairs (needle, parens), digits (addition), side of the table "
         f"(memorize), vocabulary (lm) {own}")
     add("--target-width", nargs="+", type=count, default=[16], help="imitate: the targets' widths")
     add("--text", help="lm: a text file (default: TinyStories, downloaded)")
     add("--steps", type=count, help=f"training steps {own}")
-    add("--batch-size", type=count, help=f"sequences a step {own}")
+    add("--batch-size", type=count, help=f"sequences per step {own}")
     add("--lr", type=common.positive_float,
         help="peak learning rate of AdamW (default: the task's own; with --train full at most "
         "1e-3; with --model lstm 5e-3)")
@@ -1149,13 +1149,15 @@ def show(runs):
     print_verdict(runs)
 
 def main(argv=None):
-    """Trains what the flags ask for, prints the tables, and returns a dict a run."""
+    """Trains what the flags ask for, prints the tables, and returns one dict per run."""
     args = parse_args(argv)
     runs = common.sweep(args, SWEEP, build, resolve)
     if args.preset == "params":
         return print_parameters(runs)
     if args.preset == "table1":
         runs = [run for run in runs if published_row(run.args)]              # not a narrow LSTM
+        if not runs:
+            raise common.UsageError("Table 1 has no such row: try --preset paper")
     return common.complete(runs, train, measure, show)
 
 if __name__ == "__main__":

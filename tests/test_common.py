@@ -226,7 +226,7 @@ def test_names_are_short_and_plain():
     (["--lr", "nan"], "nan is not from"),
     (["--steps", "3", "4"], "not understood: 4 (several values: --model --width --seed)"),
     (["--preset", "huge"], "invalid choice"),
-    (["--device", "cuda:99"], "--device cuda:99 is not here"),
+    (["--device", "cuda:99"], "--device cuda:99 is not available"),
     (["--depth", "3"], "--depth has no effect"),
     (["--model", "mlp", "--width", "3"], "width 3 is odd"),
 ])
@@ -365,7 +365,7 @@ def test_what_is_missing_or_cut_off_is_made_again_from_the_checkpoint(name, text
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     first, = toy.main(["--out-dir", str(tmp_path), "--text", "a/b"])
     second, = toy.main(["--out-dir", str(tmp_path), "--text", "a_b"])
-    assert first["folder"] == second["folder"] and "of other settings" in second["failed"]
+    assert first["folder"] == second["folder"] and "has other settings" in second["failed"]
 
 
 def test_edited_code_measures_again_and_says_so_under_the_table(tmp_path, capsys):
@@ -377,7 +377,7 @@ def test_edited_code_measures_again_and_says_so_under_the_table(tmp_path, capsys
     (folder / "ckpt.pt.123.tmp").write_text("of a killed process")
     os.utime(folder / "ckpt.pt.123.tmp", (1, 1))
     toy.main(["--out-dir", str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}: trained before the code was edited; delete it to train anew"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}: trained before the last edit; delete it to train anew"
     assert (folder / "results.json").stat().st_mtime > 1 and sorted(path.name for path in folder.iterdir()) == [
         "ckpt.pt", "metrics.jsonl", "results.json"]
 

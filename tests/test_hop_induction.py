@@ -483,7 +483,9 @@ def test_the_verdict(capsys, hops, line):
     runs = runs_of("--n-layer", *map(str, range(2, 2 + len(hops))))
     for run, n in zip(runs, hops, strict=True):
         run.results = dict(errors=[0.0] * (n + 1) + [0.5] * (8 - n))
-    hop_induction.verdict(runs)
+    lstm, = runs_of("--arch", "lstm", "--n-layer", "2")                          # not of the theorem
+    lstm.results = dict(errors=[0.0] * 9)
+    hop_induction.verdict([lstm, *runs])
     assert line in capsys.readouterr().out
 
 

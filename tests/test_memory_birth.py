@@ -159,6 +159,7 @@ def test_fixed_triggers_after_an_offset_are_the_less_frequent_characters(tmp_pat
     ("abcdef", dict(k=3, triggers="fixed:4"), "3 triggers need 7 characters; there are 6"),
     ("abcdef", dict(k=3, triggers="fixed:-1"), "fixed:OFFSET"),
     ("abaab cccc", dict(k=1, outputs="bigram", self_loops=False), "self-loops"),
+    ("abaab cccc", dict(k=1, outputs="uniform", self_loops=False), "self-loops"),        # it is measured on both kinds
 ])
 def test_tasks_that_cannot_be_are_refused(tmp_path, text, settings, error):
     (tmp_path / "text").write_text(text)
@@ -638,5 +639,6 @@ def test_the_verdict_is_what_the_metrics_say(tmp_path, capsys):
         "  Least learned of these: wk1_64 (in the paper wk1).\n"
         "  The accuracy ends at 0.990.")
     for line in run.metrics:
-        line.update(wo2=0, accuracy=0.1)
+        line.update(wo2=0, accuracy=0.1, loss_global=math.nan)                   # nan: all characters are triggers
     assert "step 15: nothing.\n  No induction head" in memory_birth.verdict(run)
+    assert "loss_global" not in memory_birth.verdict(run)
