@@ -368,6 +368,16 @@ def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     assert first["folder"] == second["folder"] and "has other settings" in second["failed"]
 
 
+@pytest.mark.parametrize("error, status", [(common.UsageError, 2), (common.RunError, 2), (OSError, 2), (KeyboardInterrupt, 130)])
+def test_a_command_ends_in_one_line_for_what_is_no_bug(error, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    def main():
+        raise error("what is wrong")
+    with pytest.raises(SystemExit) as stop:
+        common.command(main)
+    assert stop.value.code == status and capsys.readouterr().err == "error: what is wrong\n"
+
+
 def test_edited_code_measures_again_and_says_so_under_the_table(tmp_path, capsys):
     toy.main(["--out-dir", str(tmp_path)])
     capsys.readouterr()

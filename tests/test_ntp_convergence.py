@@ -449,6 +449,12 @@ def test_data_of_all_sentences_leave_none_to_predict(tmp_path, capsys):
     assert "Theorems 1 and 2 are" in out and "Theorem 3" not in out
 
 
+def test_embeddings_without_a_solution_in_time_fail_alone(tmp_path):
+    flags = ["--vocab-size", 2, "--seq-len", 3, "--n-sentences", 20, "--embedding", "gaussian", "--steps-ov", 60, "--steps", 60]
+    failed, done = call_main("--device", "cpu", "--out-dir", tmp_path, *flags, "--seed", 17, 0)
+    assert "embeddings are nearly dependent" in failed["failed"] and "failed" not in done
+
+
 def test_results_of_another_file_are_not_shown_again(tmp_path, capsys):
     flags = ["--device", "cpu", "--steps-ov", 60, "--steps", 60, "--out-dir", tmp_path / "out", *write(tmp_path / "data", *FILE)]
     first, = call_main(*flags)
