@@ -220,7 +220,8 @@ def command(main):
 
 # ---- A run and its folder -----------------------------------------------------------------------
 
-# Entries of args on which neither training nor results depend
+# Entries of args on which neither the trained model nor its results depend. A finished run keeps
+# the evaluations that were made with its own eval_every.
 NOT_TRAINED = {"device", "out_dir", "plot", "eval_every", "defaults", "label"}
 
 class RunError(Exception):
@@ -247,7 +248,7 @@ class Run:
     """One run of a sweep: its args, its folder, its metrics (a dict for each evaluation).
 
     flags: those on which the results depend. settings: those on which training depends, which are
-    the flags without `measured`, such as the number of test sequences.
+    the flags without those in `measured`, such as n_eval, that only the measurement uses.
     """
 
     def __init__(self, args, folder, measured=()):
@@ -255,12 +256,14 @@ class Run:
         self.folder = folder
         self.metrics = []
         self.saved_step, self.saved_at = 0, time.time()
+        self.other_device = False
         self.flags = {key: x for key, x in vars(args).items() if key not in NOT_TRAINED}
         self.settings = {key: x for key, x in self.flags.items() if key not in measured}
 
     def restore(self, model, optimizer, data):
         """Loads the checkpoint, if there is one, into what training changes, and returns the number
-        of steps done. data: the torch.Generator of the data. RunError if the settings differ."""
+        of steps done. data: the torch.Generator of the data. RunError if the settings or the
+        model differ."""
         self.model, self.optimizer, self.data = model, optimizer, data
         self.dropout = torch.default_generator               # draws the dropout
         if self.args.device.startswith("cuda"):
@@ -276,17 +279,26 @@ class Run:
             ckpt = read_checkpoint(path)
             if ckpt["settings"] != self.settings:
                 raise RunError(f"{path} has other settings: give another --out-dir")
-            model.load_state_dict(ckpt["model"])
+            try:
+                model.load_state_dict(ckpt["model"])
+            except RuntimeError as error:
+                raise RunError(f"{path} is of another model: delete it to train anew") from error
             optimizer.load_state_dict(ckpt["optimizer"])
-            data.set_state(ckpt["data"])
-            self.dropout.set_state(ckpt["dropout"])
+            try:
+                data.set_state(ckpt["data"])
+                self.dropout.set_state(ckpt["dropout"])
+            except RuntimeError:                             # a GPU's, and this is the CPU
+                self.other_device = True
             self.metrics, self.saved_step = ckpt["metrics"], ckpt["step"]
             say(f"{self.folder.name}: resumed at step {self.saved_step:,}")
         return self.saved_step
 
     def steps(self, start, stop):
-        """range(start, stop) with a progress bar and a checkpoint at least once a minute."""
+        """range(start, stop) with a progress bar and a checkpoint at least once a minute.
+        RunError if a run was begun on a GPU and would go on on the CPU, or the other way round."""
         steps = range(start, stop)
+        if steps and self.other_device:
+            raise RunError(f"{self.folder} was begun on another kind of device: resume it there")
         self.bar = tqdm(steps, initial=start, total=stop, desc=self.args.label, disable=None)
         for step in self.bar:
             yield step
@@ -344,7 +356,8 @@ class Run:
 def load(folder, build, device="cpu"):
     """The task and the trained model of a run, in eval mode. build(args) -> task, model.
 
-    FileNotFoundError if the folder holds no run, ValueError if it is another script's.
+    FileNotFoundError if the folder holds no run, ValueError if it is another script's, RunError if
+    its checkpoint is damaged.
     """
     path = Path(folder, "ckpt.pt")
     if not path.exists():
@@ -402,18 +415,19 @@ def sweep(args, over, build, resolve=lambda args: None, measured=()):
     return runs
 
 def last_edit(args, script):
-    """The time of the last change to the code, or to the file of --text or --sentences."""
+    """The time of the last change to the code or to the data of --text, --sentences, --data-dir."""
     files = [Path(__file__), script]
-    for key in ("text", "sentences"):
-        if Path(getattr(args, key, None) or "").is_file():
-            files.append(Path(getattr(args, key)))
+    for key in ("text", "sentences", "data_dir"):
+        path = getattr(args, key, None)
+        if path and Path(path).exists():
+            files += [Path(path), *Path(path).glob("*.csv")]             # and what a folder holds
     return max(file.stat().st_mtime for file in files)
 
 def complete(runs, train, measure, show):
     """Trains and measures the runs without results, then calls show(runs) with all that have them.
 
-    As `make` does, it makes results.json again from ckpt.pt if the script is newer, or the file of
-    --text or --sentences, or if flags that only the measurement depends on have changed. Returns a
+    As `make` does, it makes results.json again from ckpt.pt if the script is newer, or the data of
+    --text and the like, or if flags that only the measurement depends on have changed. Returns a
     dict for each run: its results, its "folder" and, if it failed, "failed": the reason. Under
     torchrun each of WORLD_SIZE processes takes its part of the runs and shows nothing; repeat the
     command without torchrun to show all.

@@ -341,6 +341,31 @@ def test_a_checkpoint_brings_back_model_optimizer_generators_and_metrics(tmp_pat
         assert torch.equal(a, b)
 
 
+def changed_checkpoint(folder, **changes):
+    """Replaces entries of a run's checkpoint, which makes it newer than its results, and removes those."""
+    ckpt = common.read_checkpoint(folder / "ckpt.pt")
+    torch.save({**ckpt, **changes}, folder / "ckpt.pt")
+    (folder / "results.json").unlink(missing_ok=True)
+
+
+def test_a_run_of_another_kind_of_device_is_measured_but_not_resumed(tmp_path):
+    first, = toy.main(["--out-dir", str(tmp_path)])
+    of_a_gpu = dict(data=torch.zeros(16, dtype=torch.uint8), dropout=torch.zeros(16, dtype=torch.uint8))
+    changed_checkpoint(Path(first["folder"]), **of_a_gpu)
+    again, = toy.main(["--out-dir", str(tmp_path)])
+    assert again == first
+    changed_checkpoint(Path(first["folder"]), step=15)
+    again, = toy.main(["--out-dir", str(tmp_path)])
+    assert "kind of device" in again["failed"]
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
+    first, = toy.main(["--out-dir", str(tmp_path)])
+    changed_checkpoint(Path(first["folder"]), model=torch.nn.Linear(2, 1).state_dict())
+    again, = toy.main(["--out-dir", str(tmp_path)])
+    assert "delete it" in again["failed"] and "\n" not in again["failed"]
+
+
 def test_between_evaluations_a_checkpoint_is_written_once_a_minute(tmp_path, monkeypatch):
     run, _ = started(tmp_path)
     now = time.time()
