@@ -324,7 +324,8 @@ def plain(values):
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 def solved(errors):
-    """The largest k up to which all errors are below 5%; None, a k that never occurs, is not."""
+    """The largest k up to which all errors are below 5%, and 0 if there is none. None, the error of
+    a k that never occurs, is not below."""
     for k, error in enumerate(errors):
         if error is None or error >= 0.05:
             return max(k - 1, 0)
@@ -613,10 +614,10 @@ def show_errors(runs):
     common.print_table(f"""\
 Error where there is a k-th hop, by the number of hops k ({args.n_eval} sequences each, standard
 errors up to {se:.3f}). Solved: the largest k up to which all errors are below 5%. Guessing a
-character gives {chance:.2f}. A model that often says `undefined` has a larger error: that is right
-at most positions if k is large, but not at these. Paper: the authors' models, those of 4 heads and
-up to 5 layers without dropout, else with it. An LSTM has two layers, and about as many parameters
-as the transformer of the depth named.\
+character gives {chance:.2f}. The model can do worse by answering `undefined`: for large k this is
+right at most positions, but not at those counted here. Paper: the authors' models, those of 4 heads
+and up to 5 layers without dropout, else with it. An LSTM has two layers, and about as many
+parameters as the transformer of the depth named.\
 """, cells)
     if args.plot:
         axis = dict(xlabel="number of hops k", ylabel="error where there is a k-th hop")
@@ -688,8 +689,8 @@ def verdict(runs):
     for (setting, depth), seeds in sorted(found.items()):
         hops = np.median(seeds)
         each.append(f"{depth} layers{setting} {hops:g} ({2 ** (depth - 1) - 1})")
-        if (setting, depth - 1) in found:
-            before = np.median(found[setting, depth - 1])
+        before = np.median(found.get((setting, depth - 1), runs[0].args.max_hops))
+        if before < runs[0].args.max_hops:                   # else there is no more to solve
             doubled.append(hops > 1.5 * before or hops == runs[0].args.max_hops)
     if each:
         common.say(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")

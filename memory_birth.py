@@ -311,7 +311,7 @@ PRESETS = {                                                  # what differs from
 # The flags whose default depends on preset and model, and a row of defaults for each of these
 COLUMNS = ["seq_len", "batch_size", "steps", "lr", "weight_decay", "self_loops", "eval_every"]
 SETTINGS = {
-    ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),  # slow enough to date the memories
+    ("quick", "simple"): (32, 128, 1_000, 0.1, 1e-4, False, 5),  # lr: slow, to see which is first
     ("quick", "full"): (64, 64, 1_000, 3e-3, 1e-2, True, 20),    # the full model's lr is our choice
     ("medium", "simple"): (256, 128, 1_000, 0.2, 1e-4, False, 20),
     ("medium", "full"): (256, 64, 1_000, 3e-3, 1e-2, True, 20),
@@ -338,7 +338,8 @@ def build_task(args, outputs):
                       args.self_loops, args.vocab_size)
 
 def build(args):
-    """The task and the model of a run. ValueError if --freeze names all matrices, or others."""
+    """The task and the model of a run. OSError or ValueError if the text, the triggers, the width
+    or --freeze are impossible."""
     task = build_task(args, args.outputs)
     V, T, d = task.vocab_size, args.seq_len, args.n_embd
     if args.model == "simple":
@@ -389,7 +390,7 @@ def train(args, run):
     chunk = chunk_size(task)
     frozen_until = parse_freeze(args.freeze)
     for step in run.steps(start, args.steps):
-        if step == 0:
+        if not run.metrics:                                  # before the first step
             run.log(0, **snapshot(args, model, task))
         for name, until in frozen_until.items():             # the optimizer skips what has no grad
             getattr(model, MATRICES[name]).requires_grad_(step >= until)

@@ -23,8 +23,9 @@ SWEEPS = {
 
 
 def results(folder):
-    """What each run of a folder found, by its name."""
-    return {path.parent.name: path.read_text() for path in folder.glob("*/*/results.json")}
+    """What each finished run of a folder found, and its metrics, by its name."""
+    return {path.parent.name: (path.read_text(), (path.parent / "metrics.jsonl").read_text())
+            for path in folder.glob("*/*/results.json")}
 
 
 def n_evaluations(folder):

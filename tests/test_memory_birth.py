@@ -455,6 +455,17 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(flags, error, tmp_path):
     assert error in refused(memory_birth.main, tmp_path, *flags)
 
 
+def test_a_run_that_is_interrupted_in_its_first_step_has_the_same_metrics(tmp_path, monkeypatch):
+    def interrupted(*rest, **settings):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call_main(*TINY, "--out-dir", tmp_path)
+    result, = call_main(*TINY, "--out-dir", tmp_path)
+    assert [line["step"] for line in metrics_of(result["folder"])] == list(range(0, 61, 10))
+
+
 def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     call_main(*TINY, "--plot", "--steps", 10, "--freeze", "none", "wo2:5", "--seed", 0, 1, "--out-dir", tmp_path)
