@@ -612,6 +612,12 @@ def test_ten_tables_leave_one_out(tmp_path, capsys, monkeypatch):
     xs, ys = task.sample(50, 41, generator(20_000), part="test")
     wrong = model(xs, ys, 2)[0].argmax(-1) != ys
     assert results[1]["curve"][0] == pytest.approx(wrong.double().mean(0).tolist())
+    write_table(tmp_path / "tables" / "1.csv")                                   # now the first of them
+    results = call_main(*flags, "--out-dir", tmp_path / "out")
+    assert [result["prompts"] for result in results] == ["1", "871"]
+    out = capsys.readouterr().out
+    assert out.count("trained before the last edit") == 2
+    (tmp_path / "tables" / "1.csv").unlink()
     call_main(*flags, "--n-points", 11, "--points-start", 11, "--out-dir", tmp_path / "out")
     assert "paper" not in capsys.readouterr().out.split("openml: error")[1]      # other prompts than the paper's
 
@@ -706,6 +712,7 @@ def test_a_looped_model_learns_regression_and_keeps_its_answer(tmp_path, one_thr
     (["--n-head", "3"], "n_embd 16 is not divisible by n_head 3"),
     (["--task", "linear", "openml", "--data-dir", "nowhere"], "nowhere has 0 tables"),
     (["--task", "decision-tree", "--dims-start", "3"], "--dims-start has no effect"),
+    (["--loops", "4", "--window", "5"], "--window 5 is more than --loops 4"),
 ])
 def test_what_cannot_be_is_one_line_before_anything_is_written(flags, line, tmp_path):
     assert line in refused(looped_icl.main, tmp_path, *TINY, *flags)
@@ -775,6 +782,9 @@ def test_the_verdict_follows_from_the_numbers(capsys):
                                 (0.08, 0.07, "    worse than 2 layers: 0.060"), (0.07, 0.2, "its answer is lost"),
                                 (0.95, 0.95, "it has learned nothing")]:
         looped_icl.verdict("linear", [made_up(4, [at_b] * 9 + [at_10b], at_b, *TINY), standard])
+        assert words in capsys.readouterr().out
+    for at_b, words in [(0.44, "its answer stays"), (0.46, "it has learned nothing")]:       # a guess has 0.5
+        looped_icl.verdict("openml", [made_up(4, [at_b] * 10, at_b, *TINY)])
         assert words in capsys.readouterr().out
     looped_icl.verdict("linear", [standard])
     assert "no looped model here to compare" in capsys.readouterr().out
