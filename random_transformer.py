@@ -521,7 +521,7 @@ class SumOfValues(common.CausalSelfAttention):
     """Linear attention: the sum of the values so far, our reading of App. E."""
 
     def __init__(self, n_embd, dropout=0.0):
-        super().__init__(n_embd, 1, dropout)                 # c_proj and dropout are as they were
+        super().__init__(n_embd, 1, dropout)                 # for c_proj and dropout
         self.c_attn = nn.Linear(n_embd, n_embd)              # only values
 
     def forward(self, x):
@@ -891,6 +891,7 @@ def measure(args, run):
             found["attention"] = find_needles(model.attention(tokens[:, :-1]), tokens, scored)
     if args.task == "imitate":
         found["target"] = task.describe()
+        del found["accuracy"]                                # there is no right token
     if args.task == "lm":
         found["prose"] = write_prose(model, task, args.seed)
     found["n_trained"] = n_numbers(train_only(model, args.train))
@@ -919,7 +920,8 @@ def published_row(args):
     return rows.get(f"{args.model},{args.train},{args.n_embd}", {})
 
 def published(args):
-    """The paper's number if a run has the paper's settings, else "-"."""
+    """The paper's number if a run has the paper's size, layers, batch, steps and regularisation,
+    else "-". The learning rate, the warm-up and the initialisation may differ."""
     for key, value in settings_of(args.task, "paper").items():
         # not all of the paper's learning rates are known; None: the model has no such setting
         if key != "lr" and getattr(args, key) not in (None, value):
@@ -927,8 +929,8 @@ def published(args):
     return published_row(args).get(args.task, "-")
 
 IN_WORDS = {
-    "full": "fully trained", "embeddings": "random", "embed": "random, without its unembedding",
-    "token_unembed": "random, without its positions", "unembed": "random, the unembedding alone",
+    "full": "fully trained", "embeddings": "random", "embed": "random, unembedding too",
+    "token_unembed": "random, positions too", "unembed": "random, all but the unembedding",
 }
 
 def in_words(args):
@@ -1151,6 +1153,7 @@ def show(runs):
 def main(argv=None):
     """Trains what the flags ask for, prints the tables, and returns one dict per run."""
     args = parse_args(argv)
+    make_task.cache_clear()                                  # or an edited --text is not noticed
     runs = common.sweep(args, SWEEP, build, resolve)
     if args.preset == "params":
         return print_parameters(runs)

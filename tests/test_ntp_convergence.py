@@ -410,7 +410,7 @@ def test_the_verdict_rests_on_the_lowest_numbers(capsys, second, first_two, thir
     found = dict(cosine_ov=0.995, cosine_kq=0.991, norm_ov_rate=[1, 0.9995], norm_kq_rate=[1, 0.9999], accuracy_decided=1)
     ntp.verdict(two_runs(second, **found))
     out = capsys.readouterr().out
-    assert f"Theorems 1 and 2 are {first_two} here" in out and f"Theorem 3 is {third} here" in out
+    assert f"of Theorems 1 and 2 are {first_two} here" in out and f"Theorem 3 is {third} here" in out
     assert f"{min(0.991, second.get('cosine_ov', 1)):.4f} (asked for" in out
 
 

@@ -579,6 +579,17 @@ def test_tinystories_is_downloaded_whole_and_checked(tmp_path, monkeypatch):
 
 # ---- The command ------------------------------------------------------------------------------------------------------
 
+def test_an_edited_text_is_read_again_in_the_same_session(tmp_path):
+    text = tmp_path / "text.txt"
+    n_words = []
+    for words in ("one two three. ", "one two three four. "):
+        text.write_text(words * 3_000)
+        result, = random_transformer.main([*TINY, "--steps", "1", "--task", "lm", "--text", text, "--out-dir", tmp_path / words[-6:-2]])
+        task, _ = random_transformer.load(result["folder"])
+        n_words.append(len(task.words))
+    assert n_words[1] == n_words[0] + 1
+
+
 def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, capsys, short_lm):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
@@ -595,7 +606,11 @@ def test_every_task_and_model_trains_and_every_figure_is_drawn(tmp_path, capsys,
     assert figures == {("task=needle", "attention.png"), ("task=modadd", "circle.png")}
     assert (tmp_path / "out" / "random_transformer" / "width.png").exists()
     for found in results:
-        assert 0 < found["loss"] < 20 and 0 <= found["accuracy"] <= 1 and len(found["neurons"]) >= 3
+        assert 0 < found["loss"] < 20 and len(found["neurons"]) >= 3
+        if found["settings"]["task"] == "imitate":
+            assert "accuracy" not in found                                       # no token is the right one
+        else:
+            assert 0 <= found["accuracy"] <= 1
     random_transformer.main(flags[:-1])                                          # all finished: the table alone
     assert capsys.readouterr().out == out
 
