@@ -426,9 +426,9 @@ def last_edit(args, script):
 def complete(runs, train, measure, show):
     """Trains and measures the runs without results, then calls show(runs) with all that have them.
 
-    As `make` does, it makes results.json again from ckpt.pt if the script is newer, or the data of
-    --text and the like, or if flags that only the measurement depends on have changed. Returns a
-    dict for each run: its results, its "folder" and, if it failed, "failed": the reason. Under
+    As `make` does, it makes results.json again from ckpt.pt if the code or the data is newer, see
+    last_edit, or if flags that only the measurement depends on have changed. Returns a dict for
+    each run: its results, its "folder" and, if it failed, "failed": the reason. Under
     torchrun each of WORLD_SIZE processes takes its part of the runs and shows nothing; repeat the
     command without torchrun to show all.
     """

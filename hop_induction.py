@@ -689,7 +689,9 @@ def verdict(runs):
     for (setting, depth), seeds in sorted(found.items()):
         hops = np.median(seeds)
         each.append(f"{depth} layers{setting} {hops:g} ({2 ** (depth - 1) - 1})")
-        before = np.median(found.get((setting, depth - 1), runs[0].args.max_hops))
+        if (setting, depth - 1) not in found:
+            continue
+        before = np.median(found[setting, depth - 1])
         if before < runs[0].args.max_hops:                   # else there is no more to solve
             doubled.append(hops > 1.5 * before or hops == runs[0].args.max_hops)
     if each:

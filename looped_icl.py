@@ -918,12 +918,13 @@ def verdict(task, runs):
     baselines = runs[0].results["baselines"]
     if "least squares" in baselines:
         others["least squares"] = baselines["least squares"][-1:]
+    guess = 0.5 if task == "openml" else 1                   # the error of a coin, or of always 0
     if not at_b:
         common.say(f"{task}: no looped model here to compare")
     for name in at_b:
         error = statistics.median(at_b[name])
         answer = "its answer stays past the b loops of training"
-        if error > 0.9 * (0.5 if task == "openml" else 1):              # the error of a guess
+        if error > 0.9 * guess:
             answer = "it has learned nothing"
         elif statistics.median(at_10b[name]) > 1.3 * error:
             answer = "its answer is lost past the b loops of training"
