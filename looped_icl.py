@@ -949,7 +949,7 @@ def show(runs):
             show_ood(task, own)
         panels |= of_task
     if runs[0].args.plot:
-        common.plot(runs[0].folder.parent / "errors.png", panels)
+        common.plot(runs[0].folder.parent / "errors.png", panels, columns=2)
     common.say("")
     for task, own in by_task.items():
         verdict(task, own)
