@@ -338,6 +338,13 @@ class Run:
         write(self.folder / "ckpt.pt", buffer.getvalue())
         self.saved_step, self.saved_at = step, time.time()
 
+    def trained(self, build):
+        """The task and the trained model, in eval mode, from memory: another process that runs the
+        same command may have put the checkpoint back to an earlier step."""
+        task, model = build(self.args)
+        model.load_state_dict(self.model.state_dict())
+        return task, model.eval()
+
     def read(self, edited):
         """Reads the results and the metrics. Returns None if there are none or they are damaged, or
         of other flags, or older than `edited`, a time."""

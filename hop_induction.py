@@ -333,7 +333,7 @@ def solved(errors):
 
 def measure(args, run):
     """Errors and standard errors by number of hops, and what the heads look at."""
-    task, model = load(run.folder, args.device)
+    task, model = run.trained(build)
     fresh = torch.Generator(args.device).manual_seed(30_000)
     errors, se = hop_errors(model, task, args.n_eval, fresh, return_se=True)
     results = dict(errors=plain(errors), se=plain(se))

@@ -372,7 +372,7 @@ def bootstrap(values, n=1_000):
 
 def measure(args, run):
     """Error by examples and by loops, the baselines, and what --ood and --probe ask for."""
-    task, model = load(run.folder, args.device)
+    task, model = run.trained(build)
     b = passes(args)
     loops = args.eval_loops or b
     fresh = torch.Generator(args.device).manual_seed(20_000)

@@ -518,7 +518,7 @@ def snapshot(args, model, task):
 
 def measure(args, run):
     """A finished run: its last evaluation, and its accuracy on both kinds of outputs (Fig. 4)."""
-    task, model = load(run.folder, args.device)
+    task, model = run.trained(build)
     results = snapshot(args, model, task)
     for outputs in ("uniform", "bigram"):
         other = evaluate(model, build_task(args, outputs), n=1024)

@@ -641,7 +641,7 @@ LINES = {
 
 def measure(args, run):
     """What Theorems 1 to 3 say of a trained run: its last metrics, straight lines, accuracies."""
-    task, model = load(run.folder, args.device)
+    task, model = run.trained(build)
     results = {**run.metrics[-1]}
     for name in MATRICES:
         curve = curves(run.metrics, name)

@@ -872,7 +872,7 @@ def write_prose(model, task, seed, n_words=60):
 @torch.no_grad()
 def measure(args, run):
     """Loss and accuracy of a trained run on its whole test set, and its task's other numbers."""
-    task, model = load(run.folder, args.device)
+    task, model = run.trained(build)
     found = evaluate(model, task, *task.test_set)
     if task.trivial:
         found["trivial"] = task.chance

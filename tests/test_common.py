@@ -486,6 +486,23 @@ def test_two_processes_on_one_folder_both_end_with_whole_files(tmp_path):
     assert files_of(tmp_path / "both") == files_of(tmp_path / "whole")
 
 
+def test_a_slower_process_on_the_same_folder_does_not_change_the_results(tmp_path, monkeypatch):
+    """It puts the checkpoint back to an earlier step before the faster one measures."""
+    whole, = toy.main(["--out-dir", str(tmp_path / "whole")])
+    measure = toy.measure
+
+    def late(args, run):
+        ckpt = torch.load(run.folder / "ckpt.pt", weights_only=True)
+        for weight in ckpt["model"].values():
+            weight.zero_()
+        torch.save(ckpt, run.folder / "ckpt.pt")
+        return measure(args, run)
+
+    monkeypatch.setattr(toy, "measure", late)
+    both, = toy.main(["--out-dir", str(tmp_path / "both")])
+    assert both["error"] == whole["error"]
+
+
 def test_processes_of_torchrun_deal_out_the_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, expected in [(0, [0, 2]), (1, [1])]:

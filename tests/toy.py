@@ -55,7 +55,7 @@ def train(args, run):
 
 
 def measure(args, run):
-    _, model = load(run.folder, args.device)
+    _, model = run.trained(build)
     x = torch.linspace(-1, 1, args.n_eval)[:, None]
     return dict(error=F.mse_loss(model(x), 2 * x).item(), n_eval=args.n_eval)
 
