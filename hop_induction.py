@@ -22,7 +22,7 @@ The second table shows what the heads look at, which depends on k. In the author
     layer      2               3               4
     k = 4      find^1          find^2          find^3
     k = 8      find^1 (.98)    find^2 (.83)    find^4 (.83)
-    k = 16     find^1 (.98)    unclear (.48)   unclear (.36)
+    k = 16     find^1 (.98)    find^2 (.48)    find^6 (.36)
 
     python hop_induction.py                              depths 2, 3, 4 on a small task, in minutes
     python hop_induction.py --preset medium --plot       twice as wide, 64 positions, in an hour
