@@ -411,9 +411,15 @@ def train(args, run):
 # ---- Measurement --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def output_scores(model):
-    """Entry v, j: what attending to the character v adds to the logit of j, without W_F (V, V)."""
-    return model.W_E @ (model.W_U @ model.W_O2 @ model.W_V2).mT
+def output_scores(model, with_wf=False):
+    """Entry v, j: what attending to the character v adds to the logit of j (V, V).
+
+    Through W_U alone, as the paper's probe; with_wf: through W_U + W_U W_F, as in the model.
+    """
+    U = model.W_U
+    if with_wf:
+        U = U + model.W_U @ model.W_F
+    return model.W_E @ (U @ model.W_O2 @ model.W_V2).mT
 
 @torch.no_grad()
 def key_scores(model):
@@ -443,6 +449,7 @@ def probes(model, task):
     wk2_triggers: the same over the K triggers q' alone, which is the authors' probe: chance is 1/K.
          Only with fixed triggers.
     wo2: fraction of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
+    wo2_wf: the same with W_U + W_U W_F for W_U, as W_F reads what W_O2 writes. Only with W_F.
     wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
          triggers; a model without W_F counts as W_F = 0.
     """
@@ -458,6 +465,8 @@ def probes(model, task):
         wk1_64=recall(positions[1:64, :64], previous[:63]),
         wo2=recall(output_scores(model), all_chars),
     )
+    if model.W_F is not None:
+        held["wo2_wf"] = recall(output_scores(model, with_wf=True), all_chars)
     if task.triggers == "random":
         held["wk2"] = recall(keys, all_chars)
     else:
@@ -642,10 +651,10 @@ def show_three_steps(args):
 # ---- Tables and figures -------------------------------------------------------------------------
 
 # The metrics of a training curve's table
-SHOWN = ["loss_global", "loss_in_context", "accuracy", "wo2", "wk2", "wk1_64", "wf", "attn_prev",
-         "attn_match"]
+SHOWN = ["loss_global", "loss_in_context", "accuracy", "wo2", "wo2_wf", "wk2", "wk1_64", "wf",
+         "attn_prev", "attn_match"]
 # The metrics and the levels of the table of first steps
-FIRSTS = ["wo2", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
+FIRSTS = ["wo2", "wo2_wf", "wk2", "wk2_triggers", "wk1_64", "accuracy"]
 LEVELS = [0.5, 0.9]
 # Fig. 3's panels: settings of an axis, and the metrics that it draws with their legends
 CURVES = {
@@ -653,7 +662,9 @@ CURVES = {
                dict(loss_global="on global bigrams", loss_in_context="in context")),
     "memories": (dict(ylabel="fraction right", ylim=(-0.02, 1.02)),
                  dict(accuracy="in-context accuracy", wo2="W_O2: output",
-                      wk2="W_K2: key to look for", wk1_64="W_K1: previous token, first 64\n"
+                      wo2_wf="W_O2: output, read by W_F as well",
+                      wk2="W_K2: key to look for",
+                      wk1_64="W_K1: previous token, first 64\n"
                       "positions (later ones are hardly used)")),
 }
 
@@ -665,11 +676,12 @@ def print_curve(run):
         line = run.metrics[i]
         for key in SHOWN:
             if key in line and (key != "wf" or run.args.use_wf):
-                cells.append((line["step"], key, line[key]))
+                cells.append((line["step"], key.removeprefix("loss_"), line[key]))
     common.print_table(f"""{run.args.label}, seed {run.args.seed}, by step
-Losses in nats; accuracy: in context. Fractions of a memory that are right: wo2 (what to output),
-wk2 (which key to look for), wk1_64 (the previous token, first 64 positions); wf: KL of W_F to the
-bigrams. Attention: layer 1 to the previous token, the last layer to what followed the same one""",
+Losses (nats): on global bigrams, in context; accuracy: in context. Fractions of a memory that are
+right: wo2 (what to output), wo2_wf (the same, read by W_F as well), wk2 (which key to look for),
+wk1_64 (the previous token, first 64 positions); wf: KL of W_F to the bigrams. Attention: layer 1 to
+the previous token, the last layer to what followed the same one""",
                        cells)
 
 def print_summary(runs):
@@ -680,7 +692,7 @@ def print_summary(runs):
         for outputs in ("uniform", "bigram"):
             accuracies.append((label, f"{outputs} outputs", run.results[f"accuracy_{outputs}"]))
         for level, key in itertools.product(LEVELS, FIRSTS):
-            if key in run.results:                           # the full model has no memories
+            if key in run.metrics[0]:                        # the full model has no memories
                 steps = [line["step"] for line in run.metrics if line[key] >= level]
                 firsts.append((f"{label}, {level}", key, min(steps, default=None), ".0f"))
     common.print_table("At the end: in-context accuracy on both kinds of outputs", accuracies)
@@ -690,7 +702,8 @@ def print_summary(runs):
 def verdict(run):
     """What a run shows of the paper's claims, a sentence a line."""
     said = [f"{run.args.label}, seed {run.args.seed}:"]
-    memories = [key for key in ("wo2", "wk2", "wk1_64") if key in run.results]
+    outputs = "wo2_wf" if run.args.use_wf else "wo2"
+    memories = [key for key in (outputs, "wk2", "wk1_64") if key in run.metrics[0]]
     if run.args.loss == "all":
         for key in ("loss_global", "loss_in_context"):
             half = (run.metrics[0][key] + run.metrics[-1][key]) / 2
@@ -722,7 +735,7 @@ def plot_curves(runs):
             axis = dict(axis, xlabel="step", xscale="symlog", xlim=(0, steps[-1]))
             _, curves = panels.setdefault(f"{run.args.label}: {title}", (axis, []))
             for key, name in names.items():
-                if key in run.results:                       # the full model has no memories
+                if key in run.metrics[0]:                    # the full model has no memories
                     curves.append((name, steps, [line[key] for line in run.metrics], {}))
             top = max(1, *curves[0][2])
             for name, until in parse_freeze(run.args.freeze).items():

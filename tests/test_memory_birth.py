@@ -269,6 +269,25 @@ def test_the_probes_and_the_measurements_read_a_constructed_induction_head():
             W.copy_(kept)
 
 
+def test_what_w_o2_writes_is_read_by_w_f_too():
+    task = BigramTask(k=5, seq_len=12)
+    torch.manual_seed(5)
+    model = SimpleTransformer(65, 12, 32, use_wf=True)
+    W_E, W_U, W_F, W_O2, W_V2 = (getattr(model, name).detach().numpy() for name in ("W_E", "W_U", "W_F", "W_O2", "W_V2"))
+    for scale, right in (0, False), (1, True):                                   # W_O2 is right with W_F alone, not without
+        with torch.no_grad():
+            read = model.W_U + scale * model.W_U @ model.W_F
+            model.W_O2.copy_(torch.linalg.pinv(read) @ torch.eye(65) @ torch.linalg.pinv(model.W_E @ model.W_V2.mT).mT)
+        through_wf = 0
+        for v in range(65):
+            g = W_O2 @ W_V2 @ W_E[v]
+            through_wf += (W_U @ (g + W_F @ g)).argmax() == v
+        held = memory_birth.probes(model, task)
+        assert held["wo2_wf"] == pytest.approx(through_wf / 65)
+        assert (held["wo2_wf"] > held["wo2"]) == right and held["wo2_wf"] != held["wo2"]
+    assert "wo2_wf" not in memory_birth.probes(SimpleTransformer(65, 12, 32), task)
+
+
 def test_probes_of_fixed_triggers_look_at_those_alone():
     fixed, free = BigramTask(k=5, seq_len=48), BigramTask(k=5, seq_len=48, triggers="random")
     model = constructed(fixed)
@@ -620,13 +639,13 @@ def shown(flags, capsys):
 
 def test_the_tables_have_each_number_under_its_name(tmp_path, capsys):
     run, lines = shown(["--lr", 1, "--steps", 80, "--use-wf", "--out-dir", tmp_path], capsys)
-    keys = "loss_global loss_in_context accuracy wo2 wk2 wk1_64 wf attn_prev attn_match".split()
-    at = lines.index(keys)
+    keys = "loss_global loss_in_context accuracy wo2 wo2_wf wk2 wk1_64 wf attn_prev attn_match".split()
+    at = lines.index([key.removeprefix("loss_") for key in keys])
     for words, line in zip(lines[at + 1:], run.metrics):                         # nine evaluations: all of them
         assert words == [str(line["step"])] + [f"{line[key]:.3f}" for key in keys]
     at = lines.index("uniform outputs bigram outputs".split())
     assert lines[at + 1][2:] == [f"{run.results['accuracy_uniform']:.3f}", f"{run.results['accuracy_bigram']:.3f}"]
-    firsts = "wo2 wk2 wk2_triggers wk1_64 accuracy".split()
+    firsts = "wo2 wo2_wf wk2 wk2_triggers wk1_64 accuracy".split()
     at = lines.index(firsts)
     for words, level in zip(lines[at + 1:], (0.5, 0.9)):
         steps = [next((str(line["step"]) for line in run.metrics if line[key] >= level), "-") for key in firsts]
@@ -649,6 +668,10 @@ def test_the_verdict_is_what_the_metrics_say(tmp_path, capsys):
         "  When the accuracy passes one half, at step 20: wo2 0.80, wk2 0.70, wk1_64 0.20.\n"
         "  Least learned of these: wk1_64 (in the paper wk1).\n"
         "  The accuracy ends at 0.990.")
+    run.args.use_wf = True                                                       # W_O2 as the model reads it
+    for line in run.metrics:
+        line["wo2_wf"] = line["wo2"] / 8
+    assert "at step 20: wo2_wf 0.10, wk2 0.70, wk1_64 0.20.\n  Least learned of these: wo2_wf" in memory_birth.verdict(run)
     for line in run.metrics:
         line.update(wo2=0, accuracy=0.1, loss_global=math.nan)                   # nan: all characters are triggers
     assert "step 15: nothing.\n  No induction head" in memory_birth.verdict(run)
