@@ -15,10 +15,13 @@ memories are learned from the top down. First W_O2, what to output, then W_K2, w
 for, then W_K1, how to attend to the previous token.
 
 What to look for. The in-context accuracy rises to nearly 1. While it does, W_K1 (its probe is
-wk1_64, at the first 64 positions) is behind W_O2 (wo2) and W_K2 (wk2), but not for long in --preset
-paper, where W_O2 is slower. Freezing a matrix at its random start shows why. While W_O2 is frozen,
-nothing is learned. While W_K2 is frozen, W_O2 is learned, but W_K1 is not (at T = 256; in the quick
-preset, at T = 32, it is, slowly).
+wk1_64, at the first 64 positions) is behind W_O2 (wo2) and W_K2 (wk2). Freezing a matrix at its
+random start shows why. While W_O2 is frozen, nothing is learned. While W_K2 is frozen, W_O2 is
+learned, but W_K1 is not (at T = 256; in the quick preset, at T = 32, it is, slowly).
+
+--preset paper trains W_F as well, which reads what W_O2 writes. What W_O2 holds is there told by
+wo2_wf, which reads it through W_F too, and not by wo2. Its triggers are random, and wk2 then counts
+all characters, of which many are rare: it is not ahead of wk1_64.
 
 What not to conclude. Whether wo2 or wk2 is the first to pass a level depends on the level and on
 the probe: wk2 looks for the key among all characters, the authors' probe (wk2_triggers) among the K
