@@ -21,7 +21,7 @@ learned, but W_K1 is not (at T = 256; in the quick preset, at T = 32, it is, slo
 
 --preset paper trains W_F as well, which reads what W_O2 writes. What W_O2 holds is there told by
 wo2_wf, which reads it through W_F too, and not by wo2. Its triggers are random, and wk2 then counts
-all characters, of which many are rare: it is not ahead of wk1_64.
+all characters, of which many are rare: it can be behind wk1_64.
 
 What not to conclude. Whether wo2 or wk2 is the first to pass a level depends on the level and on
 the probe: wk2 looks for the key among all characters, the authors' probe (wk2_triggers) among the K
@@ -452,7 +452,8 @@ def probes(model, task):
     wk2_triggers: the same over the K triggers q' alone, which is the authors' probe: chance is 1/K.
          Only with fixed triggers.
     wo2: fraction of characters v with argmax_j (W_U W_O2 W_V2 W_E(v))_j = v.
-    wo2_wf: the same with W_U + W_U W_F for W_U, as W_F reads what W_O2 writes. Only with W_F.
+    wo2_wf: the same with W_U + W_U W_F in place of W_U, since W_F reads what W_O2 writes, too.
+         Only with W_F.
     wf:  mean KL(pi_b(.|v) || softmax(W_U W_F W_E(v))) in nats over characters v that are not fixed
          triggers; a model without W_F counts as W_F = 0.
     """
