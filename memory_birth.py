@@ -19,8 +19,8 @@ wk1_64, at the first 64 positions) is behind W_O2 (wo2) and W_K2 (wk2). Freezing
 random start shows why. While W_O2 is frozen, nothing is learned. While W_K2 is frozen, W_O2 is
 learned, but W_K1 is not (at T = 256; in the quick preset, at T = 32, it is, slowly).
 
---preset paper trains W_F as well, which reads what W_O2 writes. What W_O2 holds is there told by
-wo2_wf, which reads it through W_F too, and not by wo2. Its triggers are random, and wk2 then counts
+--preset paper trains W_F as well, which reads what W_O2 writes. There wo2_wf, which reads W_O2
+through W_F too, tells what it holds, and wo2 does not. The triggers are random, and wk2 then counts
 all characters, of which many are rare: it can be behind wk1_64.
 
 What not to conclude. Whether wo2 or wk2 is the first to pass a level depends on the level and on
