@@ -237,8 +237,8 @@ class Addition(HashedTask):
         2 1 + 3 9 =   25 20 21 stop              size 2: 12 + 93 = 105
 
     Digits 0-9, + 10, = 11, pad 12; the answers: digits of the sum 20-29, stop 30. This follows the
-    paper's text. Its released code scores from the second digit to one pad after the stop, which is
-    easier: the best guess from the position and the previous token has 0.211 here, 0.288 there.
+    paper's text. Its released code scores eleven positions, from the second digit on, which is
+    easier: the best guess from the position and the previous token has 0.212 here, 0.250 there.
     """
     sizes = range(1, 18)
     vocab_size = 31
