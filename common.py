@@ -11,6 +11,8 @@ A run has a folder, out/<script>/<preset>,<flags that differ>,seed=N, with three
 A file is written under another name, then moved, so that a kill at any moment leaves either the old
 file or the new one. To resume after any failure, repeat the command. To start anew, delete the
 folder.
+
+The models need the first section alone, GPT-2's blocks.
 """
 import argparse
 import ctypes
@@ -198,19 +200,10 @@ def parse_args(parser, presets, argv=None):
     args.defaults = {key: parser.get_default(key) for key in vars(args)}
     return args
 
-def say(text):
-    """Prints a line. If nobody reads it any more, as after `| head`, training goes on silently."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # 1: the standard output
-
 def command(main):
     """Runs main as a command: an error of use or of a file is one line, status 2. A failed run is
     status 1."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")         # None if closed, as by `>&-`
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="replace")                 # ? for what a terminal cannot show
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)        # ? for what can't be shown
     try:
         status = int(any("failed" in result for result in main()))
     except (UsageError, RunError, OSError, KeyboardInterrupt) as error:
@@ -231,11 +224,14 @@ def write(path, data):
     """Writes bytes under another name, then moves the file, so that it is always a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())                              # on the disk, before it is moved
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())                          # on the disk, before it is moved
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                    # if the disk is full
 
 def read_checkpoint(path):
     """Reads a ckpt.pt to the CPU. RunError if it is damaged."""
@@ -268,12 +264,6 @@ class Run:
         self.dropout = torch.default_generator               # draws the dropout
         if self.args.device.startswith("cuda"):
             self.dropout = torch.cuda.default_generators[torch.cuda.current_device()]
-        for old in self.folder.glob("*.tmp"):                # left by a process that was killed
-            try:
-                if time.time() - old.stat().st_mtime > 60:
-                    old.unlink()
-            except FileNotFoundError:                        # another process has just moved it
-                pass
         path = self.folder / "ckpt.pt"
         if path.exists():
             ckpt = read_checkpoint(path)
@@ -290,7 +280,7 @@ class Run:
             except RuntimeError:                             # a GPU's, and this is the CPU
                 self.other_device = True
             self.metrics, self.saved_step = ckpt["metrics"], ckpt["step"]
-            say(f"{self.folder.name}: resumed at step {self.saved_step:,}")
+            print(f"{self.folder.name}: resumed at step {self.saved_step:,}")
         return self.saved_step
 
     def steps(self, start, stop):
@@ -314,7 +304,7 @@ class Run:
         sixteenth = self.bar.total / 16
         before = self.metrics[-1]["step"] if self.metrics else -1
         if self.bar.disable and step // sixteenth > before // sixteenth:
-            say(f"{self.folder.name}, step {step:,}: {text}")
+            print(f"{self.folder.name}, step {step:,}: {text}")
         self.metrics.append({"step": step, **metrics})
         self.save(step)
 
@@ -426,9 +416,9 @@ def last_edit(args, script):
     files = [Path(__file__), script]
     for key in ("text", "sentences", "data_dir"):
         path = getattr(args, key, None)
-        if path and Path(path).exists():
+        if path:
             files += [Path(path), *Path(path).glob("*.csv")]             # and what a folder holds
-    return max(file.stat().st_mtime for file in files)
+    return max(file.stat().st_mtime for file in files if file.exists())  # a notebook has no file
 
 def complete(runs, train, measure, show):
     """Trains and measures the runs without results, then calls show(runs) with all that have them.
@@ -451,7 +441,7 @@ def complete(runs, train, measure, show):
             run.results = run.read(edited) or make_results(run, train, measure)
         except (RunError, OSError) as error:
             run.results = {"failed": str(error)}
-            say(f"error: {run.folder}: {error}")
+            print(f"error: {run.folder}: {error}")
         except KeyboardInterrupt:
             kept = f"{run.folder} keeps step {run.saved_step:,}"
             raise KeyboardInterrupt(f"interrupted; {kept}: repeat the command to resume") from None
@@ -461,7 +451,7 @@ def complete(runs, train, measure, show):
     if done and world == 1:
         show(done)
     for folder in older:
-        say(f"{folder}: trained before the last edit; delete it to train anew")
+        print(f"{folder}: trained before the last edit, measured after; delete it to train anew")
     return [run.results for run in runs]
 
 def make_results(run, train, measure):
@@ -503,9 +493,9 @@ def print_table(title, cells):
             values, form = found.get((row, column), ([""], []))
             lines[-1].append(spread(values, *form))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    say(f"\n{title}")
+    print(f"\n{title}")
     for line in lines:
-        say("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 def new_axes(titles, columns):
     """A figure, and an axis for each title."""
@@ -539,7 +529,7 @@ def plot(path, panels, columns=3):
         axis.set(**settings)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)
-    say(f"figure: {path}")
+    print(f"figure: {path}")
 
 def plot_matrices(path, panels, columns=3):
     """Draws panels {title: (matrix, row names, column names, settings of the axis, circles)}.
@@ -555,7 +545,7 @@ def plot_matrices(path, panels, columns=3):
             axis.plot(column, row, "o", color="red", fillstyle="none", markersize=5)
         axis.set(**settings)
     figure.savefig(path, dpi=130)
-    say(f"figure: {path}")
+    print(f"figure: {path}")
 
 if __name__ == "__main__":
     sys.exit("common.py is not a script: run one of the five that import it")

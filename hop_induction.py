@@ -695,9 +695,9 @@ def verdict(runs):
         if before < runs[0].args.max_hops:                   # else there is no more to solve
             doubled.append(hops > 1.5 * before or hops == runs[0].args.max_hops)
     if each:
-        common.say(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")
+        print(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")
     if doubled:
-        common.say(f"One more layer about doubles them in {sum(doubled)} of {len(doubled)} cases.")
+        print(f"One more layer about doubles them in {sum(doubled)} of {len(doubled)} cases.")
 
 def show(runs):
     """The tables of a sweep, and with --plot its figures."""
@@ -722,7 +722,7 @@ def show_construction(args):
     show_heads(args)
     cells = [(f"k={k}", "error", error, "g") for k, error in enumerate(errors)]
     common.print_table(f"Errors on {args.n_eval} sequences, at all positions", cells)
-    common.say(f"""
+    print(f"""
 Largest error {max(errors):g}, by depth {model.n_layer} = floor(log2 {args.max_hops}) + 2, width \
 {model.n_embd}, N = {args.seq_len}.
 The depth is the theorem's, which needs only one head, and a width that does not grow with N.""")
@@ -749,7 +749,7 @@ def show_mpc(args, q=32, s=320):
 hop_k of {args.seq_len} characters by {q} machines of {s} words. Right: as found by find. Depth: of
 a transformer. Memory: the most words that one holds; load: that one sends or receives.""", cells)
     more = np.diff([result["rounds"] for result in results])
-    common.say(f"\nRounds that each doubling of k adds: {more}. To a transformer, it adds a layer.")
+    print(f"\nRounds that each doubling of k adds: {more}. To a transformer, it adds a layer.")
     return results
 
 SPECIAL = {"construct": show_construction, "mpc": show_mpc}  # presets that train nothing

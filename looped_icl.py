@@ -33,8 +33,9 @@ Real tables of OpenML, downloaded by id (the paper's, as we read it: 720 725 737
 What the paper preset leaves open (points, loops, window, steps, batch) depends on the task: see
 SETTINGS.
 
-To reuse: InContextTransformer needs common's Block and gpt2_init_; sample_prompts needs all that is
-above it in its section; a baseline needs torch, and from here sum_before or best_split.
+To reuse: InContextTransformer needs common's Block, CausalSelfAttention, MLP and gpt2_init_;
+sample_prompts needs all that is above it in its section; a baseline needs those of prefixes,
+sum_before, best_split and value_tree that it calls.
 """
 import ast
 import csv
@@ -882,8 +883,9 @@ def figures(task, runs):
     return panels
 
 def print_curves(title, x_name, curves):
-    """A table of about ten points of each curve: of 20 loops' 1 .. 200 at 1, 20, 40, .., 200."""
-    curves = [curve for curve in curves if curve[3].get("color") != "gray"]
+    """A table of about ten points of each curve: of 20 loops' 1 .. 200 at 1, 20, 40, .., 200.
+    Grey curves are only drawn."""
+    curves = [curve for curve in curves if curve[3].get("color") != IN_GRAY["color"]]
     shown = {1}
     for _, xs, _, _ in curves:
         step = max(1, len(xs) // 10)
@@ -905,8 +907,7 @@ def show_ood(task, runs):
 
 def verdict(task, runs):
     """Says of each model with several passes whether its answer stays past b of them, and whether
-    it is worse than others: whether its error is 1.3 times theirs or more. Medians over seeds, with
-    all examples."""
+    its error is below 1.3 times the others'. Medians over seeds, with all examples."""
     at_b, at_10b, others = {}, {}, {}                        # errors of all seeds, by model
     for run in runs:
         name, by_loops = in_words(run), run.results.get("by_loops")
@@ -920,7 +921,7 @@ def verdict(task, runs):
         others["least squares"] = baselines["least squares"][-1:]
     guess = 0.5 if task == "openml" else 1                   # the error of a coin, or of always 0
     if not at_b:
-        common.say(f"{task}: no looped model here to compare")
+        print(f"{task}: no looped model here to compare")
     for name in at_b:
         error = statistics.median(at_b[name])
         answer = "its answer stays past the b loops of training"
@@ -928,12 +929,12 @@ def verdict(task, runs):
             answer = "it has learned nothing"
         elif statistics.median(at_10b[name]) > 1.3 * error:
             answer = "its answer is lost past the b loops of training"
-        common.say(f"{task}, {name}: {answer}")
-        common.say(f"    error after b: {common.spread(at_b[name])}, after 10 b: "
-                   f"{common.spread(at_10b[name])}")
+        print(f"{task}, {name}: {answer}")
+        print(f"    error after b: {common.spread(at_b[name])}, after 10 b: "
+              f"{common.spread(at_10b[name])}")
         for other, theirs in others.items():
-            compared = "no worse" if error < 1.3 * statistics.median(theirs) else "worse"
-            common.say(f"    {compared} than {other}: {common.spread(theirs)}")
+            how = "within" if error < 1.3 * statistics.median(theirs) else "more than"
+            print(f"    {how} 1.3 times that of {other}: {common.spread(theirs)}")
 
 def show(runs):
     """Prints the tables of each task and what they show, and draws the curves in one figure."""
@@ -950,7 +951,7 @@ def show(runs):
         panels |= of_task
     if runs[0].args.plot:
         common.plot(runs[0].folder.parent / "errors.png", panels, columns=2)
-    common.say("")
+    print()
     for task, own in by_task.items():
         verdict(task, own)
 

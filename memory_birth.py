@@ -649,7 +649,7 @@ def show_three_steps(args):
         said += f"\nSeed {seed}, {case}: the in-context accuracy {rises} with every step."
     title = "In-context accuracy, probes and attention, on sequences without self-loops"
     common.print_table(title, cells)
-    common.say(said)
+    print(said)
     return rows
 
 # ---- Tables and figures -------------------------------------------------------------------------
@@ -787,9 +787,9 @@ def show(runs):
     if runs[0].args.plot:
         plot_curves(runs)
         plot_attention(settings)
-    common.say("")
+    print()
     for run in settings:
-        common.say(verdict(run))
+        print(verdict(run))
 
 # ---- The command --------------------------------------------------------------------------------
 

@@ -442,7 +442,7 @@ def train(args, run):
         train_ov = joint or step < steps_ov
         train_kq = step >= steps_ov
         if step == steps_ov and not joint:
-            common.say(f"{run.folder.name}, step {step:,}: stage 2 starts, on the sentences' loss")
+            print(f"step {step:,}: stage 2 starts, on the sentences' loss")
         optimizer.zero_grad()
         if train_ov:
             _, model.W_OV.grad, _ = gradients(model, *stage_1)
@@ -727,12 +727,12 @@ def verdict(runs):
     def seen(yes):
         return "seen here" if yes else "not seen here"
 
-    common.say(f"""
+    print(f"""
 The directions and norms of Theorems 1 and 2 are {seen(turned)}: at the end the cosines with the
 max-margin solutions are at least {min(cosines):.4f} (asked for: 0.99), and straight lines fit the
 norms with an R^2 of at least {min(fits):.4f} (0.999).""")
     if decided:
-        common.say(f"""\
+        print(f"""\
 Theorem 3 is {seen(min(decided) == 1)}: if the data decide which token is optimal, the accuracy on
 unseen sentences is at least {min(decided):.3f} (1).""")
 
@@ -790,7 +790,7 @@ def show(runs):
         plot(runs)
     for label in dict.fromkeys(run.args.label for run in runs):
         seeds = [run for run in runs if run.args.label == label]
-        common.say(f"\n{label or 'Measured'} (seeds: {len(seeds)})")
+        print(f"\n{label or 'Measured'} (seeds: {len(seeds)})")
         print_panels(seeds[0])
         print_theorems(seeds)
         print_unseen(seeds, TRAINED, {"fraction": "fraction of sentences", "accuracy": "accuracy"})

@@ -4,8 +4,8 @@ Zhong, Andreas. NeurIPS 2024, arXiv 2410.04368.
 
 Freeze every attention and MLP weight of a transformer at its random initialisation and train only
 the embeddings and the unembedding: it still learns modular addition, associative recall, decimal
-addition, balancing parentheses, even some language. The abilities were there; training picks the
-subspace that uses them. This requires a wide model.
+addition, balancing parentheses and, in the paper, some language. The paper's explanation: the
+abilities are there, and training picks the subspace that uses them. This requires a wide model.
 
 The last lines of the output name what each model solves. A random transformer, of which only the
 embeddings and the unembedding are trained, solves parentheses at width 128 but not at width 16;
@@ -39,7 +39,6 @@ lower learning rate raise it to 0.84 (RESULTS.md).
 To reuse a task, copy Task and the task's base class (HashedTask or Lookup). To reuse Transformer,
 copy init_, Block and SumOfValues as well, and CausalSelfAttention, MLP and gpt2_init_ from common.
 """
-import ast
 import functools
 import math
 import re
@@ -55,7 +54,7 @@ import torch.nn.functional as F
 
 import common
 
-# ---- The task (App. D.1) ------------------------------------------------------------------------
+# ---- The tasks of Tables 1 and 3 (App. D.1) -----------------------------------------------------
 
 class Task:
     """A distribution of sequences. Only some of their tokens, the answers, have to be predicted.
@@ -136,6 +135,8 @@ class HashedTask(Task):
         while len(tokens) < 4_000:
             new_tokens, new_scored = self.sample(20_000, generator)
             held_out = self.held_out(new_tokens)
+            if not held_out.any():
+                raise ValueError("no sequence is held out: there are too few different ones")
             tokens = torch.cat([tokens, new_tokens[held_out]])
             scored = torch.cat([scored, new_scored[held_out]])
         return tokens[:4_000], scored[:4_000]
@@ -278,8 +279,8 @@ class Parens(HashedTask):
         1 1 2 2   3   2   0 0                    (()) is balanced; 0 pads
 
     A third of the strings are uniformly random, the rest random balanced ones. Half of the balanced
-    ones stay as they are; to every other string, swaps are applied with probability 1/2, and flips
-    with probability 1/2. Strings of up to 8 brackets are never held out: they are too few to learn
+    ones stay as they are; to all others, swaps are applied with probability 1/2, and flips with
+    probability 1/2. Strings of up to 8 brackets are never held out: they are too few to learn
     one from the others. (In the released code they are in both the training and the test set.)
     """
     sizes = range(5, 40)
@@ -390,130 +391,7 @@ class Parens(HashedTask):
         tokens.scatter_(1, length + 1, label)
         return tokens, position == length + 1
 
-class Imitate(Task):
-    """40 random tokens, for which a random transformer, the target, predicts the next token.
-
-    The model learns the target's distribution; the answer is a placeholder, 0. The target has 3
-    layers, 2 heads and GPT-2's initialisation, but its query, key and value weights are multiplied
-    by 10, its MLP output weights by 20, and its unembedding has standard deviation 2 / sqrt(width).
-    """
-    sizes = range(2, 2_000, 2)
-    vocab_size = 512
-    block_size = 40
-    metric, unit = "loss", "test KL(target | model) (nats), by the target's width"
-
-    def __init__(self, width=32, device="cpu"):
-        super().__init__(width, device)
-        with torch.random.fork_rng(), torch.no_grad():
-            # the same target for all models, whose own random numbers fork_rng leaves as they are
-            common.seed_everything(10**9)
-            self.target = Transformer(self.vocab_size, self.block_size, 3, 2, width)
-            for block in self.target.h:
-                block.attn.c_attn.weight *= 10
-                block.mlp.c_proj.weight *= 20
-            self.target.lm_head.weight.normal_(std=2 / math.sqrt(width))
-        self.target.to(device)
-        self.test_set = self.sample(4_000, torch.Generator(device).manual_seed(10**9))
-
-    def sample(self, batch, generator):
-        tokens = self.randint(generator, 0, self.vocab_size, batch, self.block_size)
-        return self.scored_from(F.pad(tokens, (0, 1)), self.block_size)
-
-    @torch.no_grad()
-    def log_probs(self, tokens):
-        """The target's log probabilities after the 40 tokens: (B, 41) -> (B, 1, V)."""
-        last = torch.full_like(tokens[:, :1], self.block_size - 1)
-        return self.target(tokens[:, :-1], last).log_softmax(-1)
-
-    def losses(self, logits, targets, tokens):
-        """KL(target | model) in nats, (B, 1)."""
-        log_q = logits.log_softmax(-1)
-        log_p = self.log_probs(tokens)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-
-    def describe(self):
-        """Mean entropy of the target's output, and mean KL between two of its outputs, in nats."""
-        log_p = self.log_probs(self.test_set[0][:500])[:, 0] # (500, V)
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(1).mean()
-        kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()  # each output and the one before it
-        return [entropy.item(), kl.item()]
-
-class LM(Task):
-    """Windows of a text's words and punctuation marks: the size - 1 most frequent, 0 for others.
-
-    The 200 test windows come from TinyStories' own validation split. Of another text the last 5%
-    are held out for them.
-    """
-    sizes = range(2, 10**6)
-    block_size = 512
-    metric, unit = "loss", "test loss (nats)"
-
-    def __init__(self, size=10_000, text=None, device="cpu"):
-        super().__init__(size, device)
-        path = text or tinystories("train")
-        most_common = Counter(words_of(path)).most_common(self.size - 1)
-        self.words = ["<unknown>", *dict(most_common)]       # most_common: pairs (word, count)
-        self.vocab_size = len(self.words)
-        ids = self.ids(path)
-        if text:
-            self.train_ids, self.test_ids = ids.tensor_split([len(ids) * 95 // 100])
-        else:
-            self.train_ids, self.test_ids = ids, self.ids(tinystories("valid"))
-        if len(self.test_ids) <= self.block_size:
-            raise ValueError(f"lm: {len(ids)} words of text are too few, 10,260 would do")
-        self.test_set = self.windows(self.test_ids, 200, torch.Generator(device).manual_seed(0))
-
-    def ids(self, path):
-        """A text as numbers (n,) int32: each word's index in self.words, 0 if it has none."""
-        index = {word: i for i, word in enumerate(self.words)}
-        ids = np.fromiter((index.get(word, 0) for word in words_of(path)), np.int32)
-        return torch.from_numpy(ids).to(self.device)
-
-    def windows(self, ids, batch, generator):
-        """Windows of 513 words that begin anywhere in ids: tokens, scored (B, 513)."""
-        starts = self.randint(generator, 0, len(ids) - self.block_size, batch, 1)
-        position = starts + torch.arange(self.block_size + 1, device=self.device)
-        return self.scored_from(ids[position].long(), 1)
-
-    def sample(self, batch, generator):
-        return self.windows(self.train_ids, batch, generator)
-
-def words_of(path):
-    """The words and punctuation marks of a text file, one after the other: She, isn't, here, ."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            yield from re.findall(r"<\|endoftext\|>|\w+(?:'\w+)*|[^\w\s]", line)
-
-TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/TinyStories-{}.txt"
-
-def tinystories(split):
-    """The path of a split of TinyStories, train or valid, downloaded to ~/.cache on first use.
-
-    OSError if the download fails or does not have the SHA-256 in the repository's Git LFS pointer.
-    """
-    path = Path.home() / f".cache/nanotheory/TinyStories-{split}.txt"
-    if path.exists():
-        return path
-    try:
-        with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
-            pointer = response.read().decode()
-        digest = re.search(r"sha256:(\w+)", pointer)[1]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(TINYSTORIES.format("resolve", split), str(path), digest)
-    except (OSError, RuntimeError, TypeError) as error:      # another hash, or no pointer
-        raise OSError(f"no TinyStories, give --text FILE: {error}") from error
-    return path
-
-TASKS = {
-    "modadd": Modadd,
-    "needle": Needle,
-    "addition": Addition,
-    "parens": Parens,
-    "memorize": Memorize,
-    "imitate": Imitate,
-    "lm": LM,
-}
+# LM and Imitate (Figs. 4 and 6), and the list TASKS, come after the measurements.
 
 # ---- The model ----------------------------------------------------------------------------------
 
@@ -655,40 +533,30 @@ PRESETS["params"] = PRESETS["paper"]                         # Table 6: counts, 
 # Each task's values of the flags that are not given; the rows `small` are for quick and medium.
 # The paper's steps are epochs: 5,000 of modadd, 21,000 of memorize (which the released code samples
 # without replacement), 5 of lm. The layers, heads and dropout of lm are the released code's
-SETTINGS = """
-task     preset   size   steps batch_size   lr n_layer n_head dropout weight_decay
-modadd   small      59     600       1500 5e-3       2      4     0.0         1e-3
-needle   small       4    6000        128 1e-3       2      4     0.0         1e-3
-addition small       3    2000        128 5e-3       2      4     0.0         1e-3
-parens   small      10    1000        128 5e-3       2      4     0.0         1e-3
-memorize small      64    2000        512 5e-3       2      4     0.0         1e-3
-imitate  small    None     500         64 5e-3       3      4     0.0         1e-3
-lm       small    1000     200          4 5e-3       4      8     0.1         1e-3
-modadd   paper     199   50000       4000 1e-3       2      4     0.0         1e-3
-needle   paper      30   10000       1000 1e-3       2      4     0.0         1e-3
-addition paper      10   10000       1000 1e-3       2      4     0.0         1e-3
-parens   paper      30   10000       1000 1e-3       2      4     0.0         1e-3
-memorize paper     512  168000      32768 1e-3       2      4     0.0         1e-4
-imitate  paper    None   10000       1000 1e-3       3      4     0.0         1e-3
-lm       paper   10000  230000         20 6e-4       4      8     0.1          0.1
-"""
+COLUMNS = ["size", "steps", "batch_size", "lr", "n_layer", "n_head", "dropout", "weight_decay"]
+SETTINGS = {
+    ("modadd", "small"):   (    59,     600,   1500, 5e-3, 2, 4, 0.0, 1e-3),
+    ("needle", "small"):   (     4,   6_000,    128, 1e-3, 2, 4, 0.0, 1e-3),
+    ("addition", "small"): (     3,   2_000,    128, 5e-3, 2, 4, 0.0, 1e-3),
+    ("parens", "small"):   (    10,   1_000,    128, 5e-3, 2, 4, 0.0, 1e-3),
+    ("memorize", "small"): (    64,   2_000,    512, 5e-3, 2, 4, 0.0, 1e-3),
+    ("imitate", "small"):  (  None,     500,     64, 5e-3, 3, 4, 0.0, 1e-3),
+    ("lm", "small"):       ( 1_000,     200,      4, 5e-3, 4, 8, 0.1, 1e-3),
+    ("modadd", "paper"):   (   199,  50_000,  4_000, 1e-3, 2, 4, 0.0, 1e-3),
+    ("needle", "paper"):   (    30,  10_000,  1_000, 1e-3, 2, 4, 0.0, 1e-3),
+    ("addition", "paper"): (    10,  10_000,  1_000, 1e-3, 2, 4, 0.0, 1e-3),
+    ("parens", "paper"):   (    30,  10_000,  1_000, 1e-3, 2, 4, 0.0, 1e-3),
+    ("memorize", "paper"): (   512, 168_000, 32_768, 1e-3, 2, 4, 0.0, 1e-4),
+    ("imitate", "paper"):  (  None,  10_000,  1_000, 1e-3, 3, 4, 0.0, 1e-3),
+    ("lm", "paper"):       (10_000, 230_000,     20, 6e-4, 4, 8, 0.1,  0.1),
+}
 # The flags that take several values
 SWEEP = ["task", "model", "train", "n_embd", "target_width", "seed"]
 
-def rows_of(table):
-    """The rows of a table in text, as dicts: {column: text}."""
-    header, *rows = [line.split() for line in table.splitlines() if line]
-    return [dict(zip(header, row)) for row in rows]
-
-def settings_of(task, preset):
-    """A row of SETTINGS: {flag: value}. preset: small or paper."""
-    row, = [row for row in rows_of(SETTINGS) if row["task"] == task and row["preset"] == preset]
-    del row["task"], row["preset"]
-    return {flag: ast.literal_eval(value) for flag, value in row.items()}
-
 def resolve(args):
     """Fills in the flags that were not given, in place. Unused settings become None."""
-    own = settings_of(args.task, "small" if args.preset in SMALL else "paper")
+    preset = "small" if args.preset in SMALL else "paper"
+    own = dict(zip(COLUMNS, SETTINGS[args.task, preset]))
     if args.model == "lstm":
         own["lr"] = 5e-3
     elif args.train == "full":                               # with 5e-3, width 128 fails at parens
@@ -710,7 +578,7 @@ def resolve(args):
         if args.train == "token_unembed":
             args.train = "embeddings"                        # the same, without position embeddings
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def make_task(name, size, text, device):
     """A task of a given size, shared by all runs, since its test set can take seconds."""
     own = dict(text=text) if name == "lm" else {}
@@ -897,6 +765,133 @@ def measure(args, run):
     found["n_trained"] = n_numbers(train_only(model, args.train))
     return found
 
+# ---- Two more tasks, Fig. 4's and Fig. 6's, and the list of all ---------------------------------
+
+class Imitate(Task):
+    """40 random tokens, for which a random transformer, the target, predicts the next token.
+
+    The model learns the target's distribution; the answer is a placeholder, 0. The target has 3
+    layers, 2 heads and GPT-2's initialisation, but its query, key and value weights are multiplied
+    by 10, its MLP output weights by 20, and its unembedding has standard deviation 2 / sqrt(width).
+    """
+    sizes = range(2, 2_000, 2)
+    vocab_size = 512
+    block_size = 40
+    metric, unit = "loss", "test KL(target | model) (nats), by the target's width"
+
+    def __init__(self, width=32, device="cpu"):
+        super().__init__(width, device)
+        with torch.random.fork_rng(), torch.no_grad():
+            # the same target for all models, whose own random numbers fork_rng leaves as they are
+            common.seed_everything(10**9)
+            self.target = Transformer(self.vocab_size, self.block_size, 3, 2, width)
+            for block in self.target.h:
+                block.attn.c_attn.weight *= 10
+                block.mlp.c_proj.weight *= 20
+            self.target.lm_head.weight.normal_(std=2 / math.sqrt(width))
+        self.target.to(device)
+        self.test_set = self.sample(4_000, torch.Generator(device).manual_seed(10**9))
+
+    def sample(self, batch, generator):
+        tokens = self.randint(generator, 0, self.vocab_size, batch, self.block_size)
+        return self.scored_from(F.pad(tokens, (0, 1)), self.block_size)
+
+    @torch.no_grad()
+    def log_probs(self, tokens):
+        """The target's log probabilities after the 40 tokens: (B, 41) -> (B, 1, V)."""
+        last = torch.full_like(tokens[:, :1], self.block_size - 1)
+        return self.target(tokens[:, :-1], last).log_softmax(-1)
+
+    def losses(self, logits, targets, tokens):
+        """KL(target | model) in nats, (B, 1)."""
+        log_q = logits.log_softmax(-1)
+        log_p = self.log_probs(tokens)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+    def describe(self):
+        """Mean entropy of the target's output, and mean KL between two of its outputs, in nats."""
+        log_p = self.log_probs(self.test_set[0][:500])[:, 0] # (500, V)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(1).mean()
+        kl = (p * (log_p - log_p.roll(1, 0))).sum(1).mean()  # each output and the one before it
+        return [entropy.item(), kl.item()]
+
+class LM(Task):
+    """Windows of a text's words and punctuation marks: the size - 1 most frequent, 0 for others.
+
+    The 200 test windows come from TinyStories' own validation split. Of another text the last 5%
+    are held out for them.
+    """
+    sizes = range(2, 10**6)
+    block_size = 512
+    metric, unit = "loss", "test loss (nats)"
+
+    def __init__(self, size=10_000, text=None, device="cpu"):
+        super().__init__(size, device)
+        path = text or tinystories("train")
+        most_common = Counter(words_of(path)).most_common(self.size - 1)
+        self.words = ["<unknown>", *dict(most_common)]       # most_common: pairs (word, count)
+        self.vocab_size = len(self.words)
+        ids = self.ids(path)
+        if text:
+            self.train_ids, self.test_ids = ids.tensor_split([len(ids) * 95 // 100])
+        else:
+            self.train_ids, self.test_ids = ids, self.ids(tinystories("valid"))
+        if len(self.test_ids) <= self.block_size:
+            raise ValueError(f"lm: {len(ids)} words of text are too few, 10,260 would do")
+        self.test_set = self.windows(self.test_ids, 200, torch.Generator(device).manual_seed(0))
+
+    def ids(self, path):
+        """A text as numbers (n,) int32: each word's index in self.words, 0 if it has none."""
+        index = {word: i for i, word in enumerate(self.words)}
+        ids = np.fromiter((index.get(word, 0) for word in words_of(path)), np.int32)
+        return torch.from_numpy(ids).to(self.device)
+
+    def windows(self, ids, batch, generator):
+        """Windows of 513 words that begin anywhere in ids: tokens, scored (B, 513)."""
+        starts = self.randint(generator, 0, len(ids) - self.block_size, batch, 1)
+        position = starts + torch.arange(self.block_size + 1, device=self.device)
+        return self.scored_from(ids[position].long(), 1)
+
+    def sample(self, batch, generator):
+        return self.windows(self.train_ids, batch, generator)
+
+def words_of(path):
+    """The words and punctuation marks of a text file, one after the other: She, isn't, here, ."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            yield from re.findall(r"<\|endoftext\|>|\w+(?:'\w+)*|[^\w\s]", line)
+
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/{}/main/TinyStories-{}.txt"
+
+def tinystories(split):
+    """The path of a split of TinyStories, train or valid, downloaded to ~/.cache on first use.
+
+    OSError if the download fails or does not have the SHA-256 in the repository's Git LFS pointer.
+    """
+    path = Path.home() / f".cache/nanotheory/TinyStories-{split}.txt"
+    if path.exists():
+        return path
+    try:
+        with urllib.request.urlopen(TINYSTORIES.format("raw", split), timeout=30) as response:
+            pointer = response.read().decode()
+        digest = re.search(r"sha256:(\w+)", pointer)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(TINYSTORIES.format("resolve", split), str(path), digest)
+    except (OSError, RuntimeError, TypeError) as error:      # another hash, or no pointer
+        raise OSError(f"no TinyStories, give --text FILE: {error}") from error
+    return path
+
+TASKS = {
+    "modadd": Modadd,
+    "needle": Needle,
+    "addition": Addition,
+    "parens": Parens,
+    "memorize": Memorize,
+    "imitate": Imitate,
+    "lm": LM,
+}
+
 # ---- Tables and figures -------------------------------------------------------------------------
 
 # Median accuracies of 10 restarts (Tables 1, 2); for memorize bits per parameter (Table 3)
@@ -916,17 +911,21 @@ transformer,full,128                -      -        -      -     2.88
 
 def published_row(args):
     """The row of PUBLISHED for a run's model, training and width; {} if there is none."""
-    rows = {row["model,train,width"]: row for row in rows_of(PUBLISHED)}
+    header, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    rows = {row[0]: dict(zip(header, row)) for row in rows}
     return rows.get(f"{args.model},{args.train},{args.n_embd}", {})
 
 def published(args):
     """The paper's number if a run has the paper's size, layers, batch, steps and regularisation,
     else "-". The learning rate, the warm-up and the initialisation may differ."""
-    for key, value in settings_of(args.task, "paper").items():
+    number = published_row(args).get(args.task, "-")
+    if number == "-":
+        return number
+    for key, value in zip(COLUMNS, SETTINGS[args.task, "paper"]):
         # not all of the paper's learning rates are known; None: the model has no such setting
         if key != "lr" and getattr(args, key) not in (None, value):
             return "-"
-    return published_row(args).get(args.task, "-")
+    return number
 
 IN_WORDS = {
     "full": "fully trained", "embeddings": "random", "embed": "random, unembedding too",
@@ -1002,8 +1001,8 @@ def print_findings(runs):
             common.print_table(title, cells)
     for run in runs:
         if "prose" in run.results:
-            common.say(f"\nProse, {row_of(run.args)}")
-            common.say(textwrap.fill(run.results["prose"], 100))
+            print(f"\nProse, {row_of(run.args)}")
+            print(textwrap.fill(run.results["prose"], 100))
 
 def print_verdict(runs):
     """The tasks that are solved on at least one seed, and those for which width matters."""
@@ -1014,14 +1013,14 @@ def print_verdict(runs):
             if run.results["accuracy"] >= 0.95:
                 tasks.add(run.args.task)
     if solved:
-        common.say("\nSolved: an accuracy of at least 0.95 on at least one seed")
+        print("\nSolved: an accuracy of at least 0.95 on at least one seed")
     for (words, width), tasks in solved.items():
-        common.say(f"  {words}, width {width}: {', '.join(sorted(tasks)) or 'nothing'}")
+        print(f"  {words}, width {width}: {', '.join(sorted(tasks)) or 'nothing'}")
     random = {width: tasks for (words, width), tasks in solved.items() if words == "random"}
     if len(random) > 1:
         tasks = random[max(random)] - random[min(random)]    # by the widest, not by the narrowest
         names = ", ".join(sorted(tasks)) or "nothing"
-        common.say(f"Solved by the widest random transformer but not by the narrowest: {names}")
+        print(f"Solved by the widest random transformer but not by the narrowest: {names}")
 
 def n_numbers(parameters):
     """The number of weights in a list of parameters."""

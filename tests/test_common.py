@@ -409,20 +409,9 @@ def test_edited_code_measures_again_and_says_so_under_the_table(tmp_path, capsys
     folder = tmp_path / "toy" / "quick,seed=0"
     for name in ("ckpt.pt", "results.json", "metrics.jsonl"):
         os.utime(folder / name, (1, 1))                                          # older than the code
-    (folder / "ckpt.pt.123.tmp").write_text("of a killed process")
-    os.utime(folder / "ckpt.pt.123.tmp", (1, 1))
     toy.main(["--out-dir", str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}: trained before the last edit; delete it to train anew"
-    assert (folder / "results.json").stat().st_mtime > 1 and sorted(path.name for path in folder.iterdir()) == [
-        "ckpt.pt", "metrics.jsonl", "results.json"]
-
-
-def test_a_temporary_file_that_another_process_moves_meanwhile_is_no_error(tmp_path):
-    folder = tmp_path / "toy" / "quick,seed=0"
-    folder.mkdir(parents=True)
-    (folder / "ckpt.pt.123.tmp").symlink_to(folder / "gone")                     # listed, but not there
-    run, _ = started(tmp_path)
-    assert run.folder == folder
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}: trained before the last edit, measured after; delete it to train anew"
+    assert (folder / "results.json").stat().st_mtime > 1
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -437,6 +426,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     monkeypatch.setattr(os, "fsync", full)
     result, = toy.main(["--out-dir", str(tmp_path)])
     assert "No space left" in result["failed"]
+    assert not list(tmp_path.rglob("*.tmp"))
     assert common.read_checkpoint(tmp_path / "toy" / "quick,seed=0" / "ckpt.pt")["step"] == 5
     monkeypatch.setattr(os, "fsync", real)
     result, = toy.main(["--out-dir", str(tmp_path)])
@@ -462,17 +452,8 @@ def test_an_interruption_is_one_line_that_names_the_folder_and_the_step(tmp_path
         toy.main(["--out-dir", str(tmp_path)])
 
 
-def test_closed_outputs_train_on(tmp_path):
-    whole = toy_command("--steps", 300, "--out-dir", tmp_path / "whole")
-    assert whole.returncode == 0
-    for i, how in enumerate([">&-", "2>&-", "| head -1"]):
-        command = f"{sys.executable} {HERE / 'toy.py'} --steps 300 --out-dir {tmp_path / str(i)} {how}"
-        subprocess.run(command, shell=True, env=ENVIRONMENT, timeout=100, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        assert files_of(tmp_path / str(i)) == files_of(tmp_path / "whole"), how
-
-
 def test_what_the_terminal_cannot_show_is_replaced(tmp_path):
-    code = "import common; common.command(lambda: [common.say('\u043f\u0440')] and [])"
+    code = "import common; common.command(lambda: [print('\u043f\u0440')] and [])"
     done = subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "??"
 

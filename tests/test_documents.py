@@ -51,6 +51,20 @@ def runs_of(tmp_path, monkeypatch):
     return runs
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_readmes_run_is_all_that_a_training_loop_needs(name, capsys):
+    """Two steps, and as many evaluations."""
+    block = re.search(r"```python\n(class Run.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    copied = {}
+    exec(block, copied)
+    script = importlib.import_module(name)
+    flags = ["--steps", "2", "--device", "cpu"] + (["--steps-ov", "2"] if name == "ntp_convergence" else ["--eval-every", "1"])
+    args = common.sweep(script.parse_args(flags), script.SWEEP, script.build, script.resolve)[0].args
+    run = copied["Run"]()
+    script.train(args, run)
+    assert run.metrics[-1]["step"] == (4 if name == "ntp_convergence" else 2) and len(run.metrics) >= 2
+
+
 @pytest.mark.parametrize("document, name, flags", ALL)
 def test_a_documented_command_parses(document, name, flags, runs_of):
     if "--plot" in flags:

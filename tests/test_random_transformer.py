@@ -708,7 +708,8 @@ def test_the_readmes_task_is_all_that_it_takes(tmp_path, capsys, monkeypatch):
     """In a copy of the script, under another name: it trains, and has none of the others' numbers."""
     readme = (SCRIPT.parent / "README.md").read_text()
     block = re.search(r"```python\n(class Reverse.*?)```", readme, re.DOTALL)[1]
-    (tmp_path / "reverse.py").write_text(SCRIPT.read_text().replace("\nSWEEP = ", f"\n{block}\nSWEEP = "))      # below SETTINGS
+    ruler = "# ---- Tables and figures"                                          # follows TASKS
+    (tmp_path / "reverse.py").write_text(SCRIPT.read_text().replace(ruler, f"{block}\n{ruler}"))
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("reverse")
     flags = ["--task", "reverse", "--train", "full", "--n-embd", 16, "--steps", 5, "--device", "cpu"]
