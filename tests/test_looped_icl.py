@@ -779,7 +779,7 @@ def test_the_verdict_follows_from_the_numbers(capsys):
     standard = made_up(0, [], 0.06, *SMALL, *LAYERS, "--model", "standard")
     for at_b, at_10b, words in [(0.07, 0.07, "its answer stays past the b loops of training\n    error after b: 0.070, after 10 b: 0.070\n"
                                              "    within 1.3 times that of 2 layers: 0.060\n    more than 1.3 times that of least squares: 0.010"),
-                                (0.08, 0.07, "    worse than 2 layers: 0.060"), (0.07, 0.2, "its answer is lost"),
+                                (0.08, 0.07, "    more than 1.3 times that of 2 layers: 0.060"), (0.07, 0.2, "its answer is lost"),
                                 (0.95, 0.95, "it has learned nothing")]:
         looped_icl.verdict("linear", [made_up(4, [at_b] * 9 + [at_10b], at_b, *TINY), standard])
         assert words in capsys.readouterr().out
