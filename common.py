@@ -97,7 +97,8 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def gpt2_init_(module, n_layer):
-    """GPT-2's initialisation, in place: N(0, 0.02), c_proj 0.02 / sqrt(2 n_layer), biases zero."""
+    """GPT-2's initialisation, in place: normal with standard deviation 0.02, 0.02 / sqrt(2 n_layer)
+    in c_proj; biases of linear layers zero."""
     for name, m in module.named_modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             residual = name.endswith("c_proj")               # writes to the residual stream
@@ -114,7 +115,8 @@ def seed_everything(seed):
 def pick_device(name):
     """auto (CUDA if there is any), cpu, cuda or cuda:N -> torch.device; on CUDA, turns TF32 on.
 
-    Under torchrun, cuda is this process's own GPU. UsageError if there is no such device.
+    Makes the GPU current; on the CPU, keeps freed memory. Under torchrun, cuda is this process's
+    own GPU. UsageError if there is no such device.
     """
     n_gpus = torch.cuda.device_count()
     if name == "auto":
@@ -179,7 +181,8 @@ non_negative = number(float, 0, 1000)
 seed_int = number(int, 0, 2**62)
 
 def parse_args(parser, presets, argv=None):
-    """Adds the flags that all scripts have. A preset is a dict of defaults; flags beat it."""
+    """Adds the flags that all scripts have, and parses argv. A preset is a dict of defaults; flags
+    beat it. UsageError for flags that are not understood."""
     add = parser.add_argument
     add("--preset", choices=list(presets), default="quick", help="the size")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -201,13 +204,13 @@ def parse_args(parser, presets, argv=None):
     return args
 
 def command(main):
-    """Runs main as a command: an error of use or of a file is one line, status 2. A failed run is
-    status 1."""
+    """Runs main as a command: an error of use or of a file is one line, status 2. Status 1 if a run
+    failed, 130 after Ctrl-C."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)        # ? for what can't be shown
     try:
         status = int(any("failed" in result for result in main()))
     except (UsageError, RunError, OSError, KeyboardInterrupt) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         status = 130 if isinstance(error, KeyboardInterrupt) else 2
     sys.exit(status)
 
@@ -215,7 +218,7 @@ def command(main):
 
 # Entries of args on which neither the trained model nor its results depend. A finished run keeps
 # the evaluations that were made with its own eval_every.
-NOT_TRAINED = {"device", "out_dir", "plot", "eval_every", "defaults", "label"}
+NO_EFFECT = {"device", "out_dir", "plot", "eval_every", "defaults", "label"}
 
 class RunError(Exception):
     """Ends one run with one line; the sweep goes on with the next."""
@@ -253,13 +256,13 @@ class Run:
         self.metrics = []
         self.saved_step, self.saved_at = 0, time.time()
         self.other_device = False
-        self.flags = {key: x for key, x in vars(args).items() if key not in NOT_TRAINED}
+        self.flags = {key: x for key, x in vars(args).items() if key not in NO_EFFECT}
         self.settings = {key: x for key, x in self.flags.items() if key not in measured}
 
     def restore(self, model, optimizer, data):
         """Loads the checkpoint, if there is one, into what training changes, and returns the number
         of steps done. data: the torch.Generator of the data. RunError if the settings or the
-        model differ."""
+        model differ, or if the checkpoint is damaged."""
         self.model, self.optimizer, self.data = model, optimizer, data
         self.dropout = torch.default_generator               # draws the dropout
         if self.args.device.startswith("cuda"):
@@ -296,7 +299,8 @@ class Run:
                 self.save(step + 1)
 
     def log(self, step, **metrics):
-        """Keeps the metrics after `step` steps, shows the first two, and saves a checkpoint."""
+        """Keeps the metrics after `step` steps, shows the first two, and saves a checkpoint.
+        RunError for a loss that is not finite."""
         self.check(metrics["loss"], "the loss", step)
         text = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.items())[:2])
         self.bar.set_postfix_str(text)
@@ -381,7 +385,7 @@ def sweep(args, over, build, resolve=lambda args: None, measured=()):
     on. build(args) is tried for each run, so that an impossible one is a UsageError before anything
     is written.
     """
-    unnamed = NOT_TRAINED.union(measured, ["preset", "seed"])
+    unnamed = NO_EFFECT.union(measured, ["preset", "seed"])
     varied = [key for key in over if key != "seed" and len(getattr(args, key)) > 1]
     runs = {}
     for values in itertools.product(*[getattr(args, key) for key in over]):
@@ -460,7 +464,7 @@ def make_results(run, train, measure):
     if getattr(run.args, "compile", False):
         torch.compiler.reset()                               # or it stops compiling after some runs
     train(run.args, run)
-    results = {**measure(run.args, run), "settings": run.flags}
+    results = {**measure(run.args, run), "settings": run.flags}  # all flags, not run.settings alone
     write(run.folder / "results.json", json.dumps(results, indent=1).encode())
     return results
 

@@ -38,8 +38,9 @@ The second table shows what the heads look at, which depends on k. In the author
     python hop_induction.py --preset paper --n-layer 4 --n-train 1000 3000
 
 To reuse a part: HopTask needs find and follow, and Construction needs HopTask. mpc_hops needs
-Cluster, find_first and look_up, but not torch. HopTransformer needs Block and gpt2_init_ of common.
-hop_errors takes any model in eval mode; head_alignment takes one that returns its attention.
+Cluster, find_first and look_up, but not torch. HopTransformer needs Block, CausalSelfAttention, MLP
+and gpt2_init_ of common. hop_errors takes any model in eval mode; head_alignment takes one that
+returns its attention.
 """
 import collections
 import math
@@ -220,7 +221,7 @@ def load(folder, device="cpu"):
     return common.load(folder, build, device)
 
 def learning_rate(step, args):
-    """Linear warm-up from 0 to the peak at step W, then linear decay to 0 at step T (Table 2)."""
+    """Linear warm-up from 0 to args.lr at step args.warmup, then to 0 at args.steps (Table 2)."""
     if step < args.warmup:
         return args.lr * step / args.warmup
     return args.lr * (args.steps - step) / (args.steps - args.warmup)
@@ -345,7 +346,7 @@ def measure(args, run):
 # ---- Theorem 4.2: a transformer of this depth, written down -------------------------------------
 
 class Construction(nn.Module):
-    """Explicit weights that make max_hops hops in floor(log2 max_hops) + 2 layers, without error.
+    """Explicit weights for up to max_hops hops in floor(log2 max_hops) + 2 layers, without error.
 
     f_l(i) denotes find^(2^l)(i), and c_l(i) the character at find^(k mod 2^l)(i), or `undefined`.
     Position 0 is the k token; undefined hops lead there, and stay there.
@@ -677,7 +678,8 @@ def plot_heads(run):
 
 def verdict(runs):
     """Prints the hops that each depth solves, beside those of Theorem 4.2: at depth L the largest k
-    with floor(log2 k) + 2 = L, that is 2^(L-1) - 1. Says whether one more layer doubles them."""
+    with floor(log2 k) + 2 = L, that is 2^(L-1) - 1. Says whether one more layer makes over 1.5
+    times as many, or all."""
     found = {}                                               # (setting, depth) -> hops of the seeds
     for run in runs:
         if run.args.arch == "lstm":                          # always of two layers
@@ -697,7 +699,8 @@ def verdict(runs):
     if each:
         print(f"\nHops solved (possible by Theorem 4.2): {', '.join(each)}.")
     if doubled:
-        print(f"One more layer about doubles them in {sum(doubled)} of {len(doubled)} cases.")
+        print(f"One more layer makes over 1.5 times as many, or all {runs[0].args.max_hops}, "
+              f"in {sum(doubled)} of {len(doubled)} cases.")
 
 def show(runs):
     """The tables of a sweep, and with --plot its figures."""

@@ -168,7 +168,7 @@ class InContextTransformer(nn.Module):
         self.h = nn.ModuleList([common.Block(n_embd, n_head) for _ in range(n_layer)])
         self.ln_f = nn.LayerNorm(n_embd)
         common.gpt2_init_(self.h, n_layer)
-        nn.init.normal_(self.wpe.weight, std=0.02)      # read_in, read_out: as torch begins them
+        nn.init.normal_(self.wpe.weight, std=0.02)      # read_in, read_out: PyTorch's default
         self.read_out = nn.Linear(n_embd, n_out)
 
     def trunk(self, z):
@@ -186,8 +186,8 @@ class InContextTransformer(nn.Module):
             multiply    z_0 = 1     z_(i+1) = f(z_i e)      (from 0, e would never be seen)
             none        z_0 = e     z_(i+1) = f(z_i)        (our variant, not in the paper)
 
-        The loops before the window run without gradient, except for none. One loop is a usual
-        transformer.
+        The loops before the window run without gradient, except for none. With one loop it is a
+        standard transformer.
         """
         d = xs.shape[2]
         ys = F.pad(ys[..., None], (0, d - 1))                           # (B, n, d)
@@ -479,8 +479,8 @@ def probe(model, task, n_points, loops, n=1_000):
 # ---- Out-of-distribution inputs (App.) ----------------------------------------------------------
 
 def shifted_prompts(task, n, n_points, generator):
-    """Prompts unlike those of training (App.): yields name, xs, ys, and the variance of the last y.
-    A squared error is divided by it: always answering 0 scores 1."""
+    """Prompts as in training, then unlike them (App.): yields name, xs, ys, and the variance of the
+    last y. A squared error is divided by it: always answering 0 scores 1."""
     d = task.n_dims
     f = TASKS[task.name].f
     degree = 0 if task.name == "decision-tree" else 2                   # y^2 grows as |x|^degree
@@ -524,7 +524,7 @@ def least_squares(xs, ys):
     """Minimum-norm least squares on the pairs before each x."""
     out = torch.zeros_like(ys)
     for i, X, y, x in prefixes(xs.double(), ys.double()):
-        # rtol: rounding takes the inputs of a subspace 1e-8 out of it, which is not to be fitted
+        # inputs that lie in a subspace leave it by 1e-8 in rounding; rtol ignores that
         w = torch.linalg.pinv(X, rtol=1e-5) @ y                         # (B, d, 1)
         out[:, i] = (x @ w)[:, 0, 0]
     return out
@@ -619,7 +619,7 @@ def gd_network(xs, ys, hidden=100, steps=1_000, batch=10, lr=5e-3):
     draw = torch.Generator(xs.device).manual_seed(0)
 
     def linear(n_in, n_out):
-        """Weights (B, n_in, n_out) and biases (B, 1, n_out), begun as torch begins nn.Linear."""
+        """Weights (B, n_in, n_out) and biases (B, 1, n_out), initialised like nn.Linear."""
         parameters = []
         for rows in (n_in, 1):
             numbers = torch.rand(B, rows, n_out, generator=draw, device=xs.device)
@@ -828,8 +828,9 @@ def show_summary(task, runs):
     for name, ys in runs[0].results["baselines"].items():
         cells.append((name, "error", ys[-1]))
     common.print_table(f"""\
-{task}: error with all {runs[0].args.n_points - 1} examples. In brackets, here and below: the range
-over seeds (and tables). 90% interval: of the first seed, over test prompts.""", cells)
+{task}: error with all {runs[0].args.n_points - 1} examples, looped models after --eval-loops loops.
+In brackets, here and below: the range over seeds (and tables). 90% interval: of the first seed,
+over test prompts.""", cells)
 
 ERRORS = (3e-4, 5)                                           # the range of the axes
 # baselines and thin lines, which are in the figure alone
@@ -883,7 +884,7 @@ def figures(task, runs):
     return panels
 
 def print_curves(title, x_name, curves):
-    """A table of about ten points of each curve: of 20 loops' 1 .. 200 at 1, 20, 40, .., 200.
+    """A table of about ten points of each curve: one of 200 loops at 1, 20, 40, .., 200.
     Grey curves are only drawn."""
     curves = [curve for curve in curves if curve[3].get("color") != IN_GRAY["color"]]
     shown = {1}
@@ -907,7 +908,8 @@ def show_ood(task, runs):
 
 def verdict(task, runs):
     """Says of each model with several passes whether its answer stays past b of them, and whether
-    its error is below 1.3 times the others'. Medians over seeds, with all examples."""
+    its error is below 1.3 times that of the models of one pass, and of least squares. Medians over
+    seeds, with all examples."""
     at_b, at_10b, others = {}, {}, {}                        # errors of all seeds, by model
     for run in runs:
         name, by_loops = in_words(run), run.results.get("by_loops")
@@ -963,14 +965,14 @@ COUNTS = {                                                   # flag: default, he
     "--n-embd": (64, "width"),
     "--n-dims": (2, "dimensions d of x"),
     "--dims-start": (2, "dimensions at first; one more every stage"),
-    "--n-points": (6, "pairs in a prompt; the last is predicted from the others"),
+    "--n-points": (6, "pairs in a prompt; each y is predicted from the pairs before it"),
     "--points-start": (6, "points at first"),
     "--points-step": (2, "points added at every stage"),
     "--curriculum-every": (700, "steps of a stage"),
     "--loops": (20, "looped: loops b, at the end of the curriculum"),
     "--window": (6, "looped: last loops T, on which the loss is taken"),
     "--loops-every": (60, "looped: two loops are added every so many steps, from T up to b"),
-    "--eval-loops": (None, "looped: loops for the error by examples and for --ood (default: b)"),
+    "--eval-loops": (None, "looped: loops for errors by examples, --ood (default: b; paper: more)"),
     "--steps": (1_100, "training steps"),
     "--batch-size": (256, "prompts per step"),
     "--eval-every": (100, "steps between evaluations"),

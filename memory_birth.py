@@ -54,7 +54,8 @@ triggers (fixed:10) W_K1 passes one half before W_O2, on the one seed measured.
 
 To reuse: BigramTask needs LARGE and count_pairs, and for its default text CHARS, PAIRS and
 shakespeare_pairs (NumPy); SimpleTransformer needs attend; probes needs the functions above it;
-evaluate needs chunk_size. Of common they need UsageError (evaluate) and Block (FullTransformer).
+evaluate needs chunk_size. Of common they need RunError (evaluate) and, for FullTransformer, Block
+with CausalSelfAttention and MLP.
 """
 import argparse
 import base64
@@ -276,9 +277,9 @@ class SimpleTransformer(nn.Module):
 class FullTransformer(nn.Module):
     """The full model of Sec. 3: GPT-2's blocks, learned positions, everything trained.
 
-    The authors' model has ReLU, no biases, and an MLP that reads the norm of the block's input.
-    PyTorch's initialisation: with GPT-2's, N(0, 0.02), the induction head takes several times as
-    long to appear.
+    The authors' model has ReLU, no biases, and an MLP that reads the layer norm of the block's
+    input. PyTorch's initialisation: with GPT-2's, of standard deviation 0.02, the induction head
+    takes several times as long to appear.
     """
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
@@ -486,18 +487,18 @@ def probes(model, task):
 def evaluate(model, task, n=256, seed=10_000):
     """On n fresh sequences, the same at every call: losses in nats, accuracy, attention.
 
-    loss_global: at all tokens that are no trigger.
+    loss_all: at all tokens. loss_global: at all that are no trigger.
     loss_in_context, accuracy: at a trigger's second and later occurrences.
     attn_prev: at tokens after a trigger, how often layer 1 attends most to the previous position.
     attn_match: at a trigger's second and later occurrences, how often the last layer attends most
          to a position that follows the same character. Both of the best head.
-    UsageError if no trigger occurs twice.
+    RunError if no trigger occurs twice.
     """
     tokens, occurrence = task.sample(n, torch.Generator(task.device).manual_seed(seed))
     z, y = tokens[:, :-1], tokens[:, 1:]                                         # (n, T)
     repeat = occurrence >= 2
     if not repeat.any():
-        raise common.UsageError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
+        raise common.RunError(f"no trigger occurs twice in {n} sequences: a larger --seq-len")
     chunks = []
     for part in z.split(chunk_size(task)):
         logits, attns = model(part, return_attn=True)
@@ -646,7 +647,8 @@ def show_three_steps(args):
             for key in ("accuracy", "wo2", "wk2", "wk1", "attn_prev", "attn_match"):
                 cells.append((about, key, row[key]))
         accuracy = [row["accuracy"] for row in case_rows]
-        rises = "rises" if accuracy == sorted(accuracy) else "does not rise"
+        steps = zip(accuracy, accuracy[1:])
+        rises = "rises" if all(a < b for a, b in steps) else "does not rise"
         said += f"\nSeed {seed}, {case}: the in-context accuracy {rises} with every step."
     title = "In-context accuracy, probes and attention, on sequences without self-loops"
     common.print_table(title, cells)
@@ -716,7 +718,7 @@ def verdict(run):
             if steps:                                        # none if all characters are triggers
                 said.append(f"{key} has made half of its fall by step {steps[0]}.")
     thaw = max(parse_freeze(run.args.freeze).values(), default=0)
-    if thaw:
+    if 0 < thaw < run.args.steps:
         before = [line for line in run.metrics if line["step"] <= thaw][-1]
         held = [key for key in memories if before[key] >= 0.5] or ["nothing"]
         said.append(f"Learned before the thaw at step {thaw}: {', '.join(held)}.")
@@ -812,21 +814,21 @@ def parse_args(argv=None):
     add("--outputs", nargs="+", choices=["uniform", "bigram"], default=["uniform"],
         help="a trigger's output: uniform over characters, or drawn from pi_b")
     add("--self-loops", action=switch,
-        help="an output may be the trigger itself (default: the model's)")
+        help="an output may be the trigger itself (default: the preset's)")
     add("--text", help="a text for the bigrams (default: Tiny Shakespeare)")
     add("--vocab-size", type=count, help="characters of uniform bigrams, in place of a text's")
     add("--seq-len", type=common.number(int, 4, 2**14),
-        help="T, predictions a sequence (default: the model's)")
+        help="T, predictions a sequence (default: the preset's)")
     add("--loss", nargs="+", choices=["all", "in-context"], default=["in-context"],
         help="on all tokens, or at a trigger's second and later occurrences")
     add("--freeze", nargs="+", default=["none"],
         help="matrices (wk1, wk2, wo2, wf) frozen until a step, as in wk1:300+wk2:300; none")
-    add("--batch-size", type=count, help="sequences per step (default: the model's)")
-    add("--steps", type=count, help="training steps (default: the model's)")
-    add("--eval-every", type=count, help="steps between evaluations (default: the model's)")
+    add("--batch-size", type=count, help="sequences per step (default: the preset's)")
+    add("--steps", type=count, help="training steps (default: the preset's)")
+    add("--eval-every", type=count, help="steps between evaluations (default: the preset's)")
     add("--lr", type=common.positive_float,
-        help="learning rate of SGD with momentum 0.9; full: of AdamW (default: the model's)")
-    add("--weight-decay", type=common.non_negative, help="weight decay (default: the model's)")
+        help="learning rate of SGD with momentum 0.9; full: of AdamW (default: the preset's)")
+    add("--weight-decay", type=common.non_negative, help="weight decay (default: the preset's)")
     add("--seed", nargs="+", type=common.seed_int, default=[0], help="seeds of weights and data")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     add("--compile", action="store_true", help="torch.compile")

@@ -160,8 +160,8 @@ def extended_orders(sentences, optimal, vocab_size):
     """What the sentences say and imply, and what Theorem 3 adds as we read it: (V, V, V) bool.
 
     For each query, Theorem 3 puts the tokens that are optimal in some sentence above those that no
-    sentence compares, and these above those that are beaten and never optimal. A sentence that
-    repeats a single token compares none.
+    sentence compares, and these above those that are beaten and never optimal. If all tokens are
+    compared, that adds nothing. A sentence that repeats a single token compares none.
     """
     said = said_orders(sentences, optimal, vocab_size)
     once_optimal = said.any(axis=2)                          # (query, token)
@@ -219,7 +219,8 @@ class OneLayer(nn.Module):
         self.register_buffer("E", embedding)                 # (d, V)
         self.W_OV = nn.Parameter(embedding.new_zeros(V, d))
         self.W_KQ = nn.Parameter(embedding.new_zeros(d, d))
-        # the first step of stage 2 with a loss below 1e-3, or -1; a checkpoint keeps it
+        # for train alone, here so that a checkpoint keeps it: after how many steps of W_KQ the loss
+        # was first below 1e-3, or -1
         self.register_buffer("first", torch.tensor(-1))
 
     def token_logits(self):
@@ -249,12 +250,12 @@ class OneLayer(nn.Module):
 #
 # 1. p - 1 = -sigmoid(z) and loss = log(1 + e^z), where
 #    z = log(sum of e^logit over the other tokens) - logit of the next token.
-# 2. The gradient by the scores of a sentence, mixture * (by_mixture - mean), sums to 0. Its entry
-#    for the token with the most attention is computed as minus the sum of the others, which are
-#    tiny and exact.
+# 2. The gradient with respect to the scores of a sentence, mixture * (by_mixture - mean), sums to
+#    0. Its entry for the token with the most attention is computed as minus the sum of the others,
+#    which are tiny and exact.
 
 def loss_and_residual(logits, next_tokens):
-    """The cross-entropy of each row (N,) in nats, and its gradient by the logits (N, V)."""
+    """The cross-entropy of each row (N,) in nats, and its gradient in the logits (N, V)."""
     is_next = F.one_hot(next_tokens, logits.shape[1]).bool()                         # (N, V)
     others = logits.masked_fill(is_next, -math.inf)
     z = others.logsumexp(1, keepdim=True) - logits.gather(1, next_tokens[:, None])   # (N, 1)
@@ -264,7 +265,7 @@ def loss_and_residual(logits, next_tokens):
 
 @torch.no_grad()
 def gradients(model, sentences, next_tokens, weights):
-    """The weighted loss of sentences (N, L), and its gradients by W_OV (V, d) and W_KQ (d, d)."""
+    """The weighted loss of sentences (N, L), and its gradients in W_OV (V, d) and W_KQ (d, d)."""
     V = model.E.shape[1]
     values = model.token_logits()                                                    # (V, V)
     attn = model.attention(sentences)                                                # (N, L)
@@ -517,7 +518,7 @@ PANELS = {
 }
 
 def curves(metrics, name):
-    """The panels of one matrix, arrays (T,), and its steps t; total: the loss with its minimum."""
+    """The panels of one matrix, arrays (T,), and its steps t; total: the loss itself."""
     lines = of_stage(metrics, name)
 
     def column(key):

@@ -36,8 +36,9 @@ lower learning rate raise it to 0.84 (RESULTS.md).
     Fig. 6, imitation of random transformers of many widths:
     python random_transformer.py --preset paper --task imitate --n-embd 512 --plot
 
-To reuse a task, copy Task and the task's base class (HashedTask or Lookup). To reuse Transformer,
-copy init_, Block and SumOfValues as well, and CausalSelfAttention, MLP and gpt2_init_ from common.
+To reuse a task, copy Task and the task's base class (HashedTask or Lookup); LM also needs words_of,
+tinystories and TINYSTORIES, Imitate needs Transformer. To reuse Transformer, copy init_, Block and
+SumOfValues as well, and CausalSelfAttention, MLP and gpt2_init_ from common.
 """
 import functools
 import math
@@ -69,7 +70,7 @@ class Task:
         chance        the accuracy of that guess
     """
     trivial = None
-    metric, unit = "accuracy", "test accuracy"               # or "loss", in nats
+    metric, ylabel = "accuracy", "test accuracy"               # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
         if size not in self.sizes:
@@ -129,14 +130,14 @@ class HashedTask(Task):
 
     @functools.cached_property
     def test_set(self):
-        """The first 4,000 sequences drawn that are held out."""
+        """The first 4,000 sequences drawn that are held out. RunError if none is."""
         generator = torch.Generator(self.device).manual_seed(10**9)
         tokens, scored = self.sample(0, generator)           # (N, T) each; N grows from 0
         while len(tokens) < 4_000:
             new_tokens, new_scored = self.sample(20_000, generator)
             held_out = self.held_out(new_tokens)
             if not held_out.any():
-                raise ValueError("no sequence is held out: there are too few different ones")
+                raise common.RunError("no sequence is held out: too few are different")
             tokens = torch.cat([tokens, new_tokens[held_out]])
             scored = torch.cat([scored, new_scored[held_out]])
         return tokens[:4_000], scored[:4_000]
@@ -435,7 +436,7 @@ def init_(model, init):
     """Random weights of a Transformer, in place; biases are zero. Standard deviations:
 
     gpt2: 0.02, and 0.02 / sqrt(2 n_layer) of each c_proj, which writes to the residual stream.
-    paper: 0.02, and 0.01 in the MLP; the paper's text, as an independent replication reads it.
+    paper: 0.02, and 0.01 in the MLP; the paper's text, as an unpublished replication reads it.
     """
     common.gpt2_init_(model, len(model.h))
     if init == "paper":
@@ -777,7 +778,7 @@ class Imitate(Task):
     sizes = range(2, 2_000, 2)
     vocab_size = 512
     block_size = 40
-    metric, unit = "loss", "test KL(target | model) (nats), by the target's width"
+    metric, ylabel = "loss", "test KL(target | model) (nats), by the target's width"
 
     def __init__(self, width=32, device="cpu"):
         super().__init__(width, device)
@@ -824,7 +825,7 @@ class LM(Task):
     """
     sizes = range(2, 10**6)
     block_size = 512
-    metric, unit = "loss", "test loss (nats)"
+    metric, ylabel = "loss", "test loss (nats)"
 
     def __init__(self, size=10_000, text=None, device="cpu"):
         super().__init__(size, device)
@@ -928,8 +929,8 @@ def published(args):
     return number
 
 IN_WORDS = {
-    "full": "fully trained", "embeddings": "random", "embed": "random, unembedding too",
-    "token_unembed": "random, positions too", "unembed": "random, all but the unembedding",
+    "full": "fully trained", "embeddings": "random", "embed": "random, only embeddings trained",
+    "token_unembed": "random, positions not trained", "unembed": "random, only unembedding trained",
 }
 
 def in_words(args):
@@ -1066,7 +1067,7 @@ def plot_widths(runs):
     for (name, kind, what, _), line in lines.items():
         widths, scores = zip(*sorted(line.items()))
         x = np.log2(widths)
-        axis = dict(xlabel="width", ylabel=TASKS[name].unit, xticks=x, xticklabels=widths)
+        axis = dict(xlabel="width", ylabel=TASKS[name].ylabel, xticks=x, xticklabels=widths)
         look = dict(color=colors.setdefault(what, f"C{len(colors)}")) | LOOKS[kind]
         _, curves = panels.setdefault(name, (axis, []))
         curves.append((f"{kind}: {what}", x, scores, look))

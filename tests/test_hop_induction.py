@@ -473,10 +473,10 @@ def test_the_figure_of_errors_shows_medians_and_what_is_published(monkeypatch, f
 
 
 @pytest.mark.parametrize("hops, line", [
-    ([1, 3, 6], "2 layers 1 (1), 3 layers 3 (3), 4 layers 6 (7).\nOne more layer about doubles them in 2 of 2 cases."),
-    ([2, 4, 8], "2 layers 2 (1), 3 layers 4 (3), 4 layers 8 (7).\nOne more layer about doubles them in 2 of 2 cases."),
-    ([1, 2, 3], "2 layers 1 (1), 3 layers 2 (3), 4 layers 3 (7).\nOne more layer about doubles them in 1 of 2 cases."),
-    ([0, 0, 8], "2 layers 0 (1), 3 layers 0 (3), 4 layers 8 (7).\nOne more layer about doubles them in 1 of 2 cases."),
+    ([1, 3, 6], "2 layers 1 (1), 3 layers 3 (3), 4 layers 6 (7).\nOne more layer makes over 1.5 times as many, or all 8, in 2 of 2 cases."),
+    ([2, 4, 8], "2 layers 2 (1), 3 layers 4 (3), 4 layers 8 (7).\nOne more layer makes over 1.5 times as many, or all 8, in 2 of 2 cases."),
+    ([1, 2, 3], "2 layers 1 (1), 3 layers 2 (3), 4 layers 3 (7).\nOne more layer makes over 1.5 times as many, or all 8, in 1 of 2 cases."),
+    ([0, 0, 8], "2 layers 0 (1), 3 layers 0 (3), 4 layers 8 (7).\nOne more layer makes over 1.5 times as many, or all 8, in 1 of 2 cases."),
     ([8, 8], "2 layers 8 (1), 3 layers 8 (3).\n"),                               # no more to solve says nothing
     ([3], "2 layers 3 (1).\n"),
 ])

@@ -243,6 +243,18 @@ def test_a_twentieth_of_all_sequences_is_for_the_test_alone(name, size):
     assert abs(len(kept) - len(distinct) / 20) < 5 * math.sqrt(len(distinct) / 20)
 
 
+def test_a_task_with_nothing_held_out_says_so():
+    class Same(random_transformer.HashedTask):
+        """Always the same sequence."""
+        sizes = range(1, 2)
+
+        def sample(self, batch, generator):
+            return self.scored_from(torch.ones(batch, 3, dtype=torch.long), 2)
+
+    with pytest.raises(common.RunError, match="no sequence is held out"):
+        Same(1).test_set
+
+
 @pytest.mark.parametrize("name", ["needle", "parens", "modadd"])
 def test_training_learns_nothing_from_the_test_set(tmp_path, monkeypatch, name):
     """Every answer that enters the loss belongs to a sequence that the test set does not have."""
