@@ -70,7 +70,7 @@ class Task:
         chance        the accuracy of that guess
     """
     trivial = None
-    metric, ylabel = "accuracy", "test accuracy"               # or "loss", in nats
+    metric, ylabel = "accuracy", "test accuracy"             # or "loss", in nats
 
     def __init__(self, size=30, device="cpu"):
         if size not in self.sizes:
